@@ -1,0 +1,149 @@
+// Entry points of the core. Torch-free: tensors are addresses and element counts.
+//
+// An op works on lists of tensors. Lists are walked together: tensor i has tensors.numel[i] elements of
+// tensors.dtype in every list, densely packed, in the same order. Arithmetic is in fp32, sums in fp32 or
+// better. [in] is read, [out] is overwritten; addresses are host or device memory, as the table of ops says.
+#pragma once
+
+#include <cstdint>
+
+namespace samkernels {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+constexpr int64_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+using ReadOnlyList = const void* const*;  // [num_tensors] addresses
+using MutableList = void* const*;         // [num_tensors] addresses
+
+// The shapes that all lists of one op share, and how they are cut into chunks (chunk_plan.h).
+struct Tensors {
+  DType dtype;
+  int64_t num_tensors;
+  const int64_t* numel;        // [num_tensors]
+  const int64_t* first_chunk;  // [num_tensors + 1]
+  int64_t chunk_size;
+  int64_t total_numel;
+};
+
+// Room for the partial sums of an op that reduces num_sums values at once.
+constexpr int64_t WorkspaceBytes(int64_t num_chunks, int64_t num_tensors, int num_sums) {
+  return 8 * (num_sums * (num_chunks + num_tensors) + num_tensors + 1);
+}
+
+// Where and how an op runs.
+struct Execution {
+  void* stream = nullptr;  // cudaStream_t; unused on the host
+  int num_threads = 1;     // threads on the host; unused on a device
+};
+
+constexpr int kNormsSums = 1;
+constexpr int kCompareSums = 5;
+
+// norm_i = ||s * x_i||_2 with s = |weights_i| if weights are given, else 1; total over all i.
+struct NormsArgs {
+  Tensors tensors;
+  ReadOnlyList x;        // [in]
+  ReadOnlyList weights;  // [in] or null
+  void* workspace;       // [out] WorkspaceBytes(.., kNormsSums)
+  float* per_tensor;     // [out] [num_tensors]
+  float* total;          // [out] [1]
+};
+
+// old_params = w;  w += scale * s^2 * g,  scale = rho / (norm + eps), s = |w| if adaptive, else 1.
+// A norm that is zero or not finite leaves w as it is.
+struct PerturbArgs {
+  Tensors tensors;
+  MutableList params;      // [in, out] w
+  ReadOnlyList grads;      // [in] g1
+  MutableList old_params;  // [out]
+  const float* norm;       // [in] [1]
+  float rho;               // negative: away from the gradient
+  float eps;
+  bool adaptive;
+};
+
+// params = old_params, bit for bit.
+struct RestoreArgs {
+  Tensors tensors;
+  MutableList params;       // [out]
+  ReadOnlyList old_params;  // [in]
+};
+
+// What takes the gradient's place:
+//   u = |magnitude| * sign(sign)                                         if `sign` is given, else
+//   u = (numerator / (denominator + eps)) * magnitude                    if `numerator` is given, else
+//   u = magnitude.
+struct Recombination {
+  ReadOnlyList magnitude;    // [in]
+  ReadOnlyList sign;         // [in] or null
+  const float* numerator;    // [in] [1 + norm_stride * (num_tensors - 1)] or null
+  const float* denominator;  // [in] as numerator
+  int norm_stride;           // 0: one norm for all tensors; 1: one per tensor
+  float eps;
+  const float* ascent_norm;  // [in] [1] or null. Not finite: the step is skipped (see RecombineArgs, SgdArgs).
+};
+
+// out = u; 0 where the step is skipped.
+struct RecombineArgs {
+  Tensors tensors;
+  Recombination recombination;
+  MutableList out;  // [out], may be one of the lists that are read
+};
+
+// torch.optim.SGD on the restored weights, reading w from old_params:
+//   u = -u if maximize;  u += weight_decay * w
+//   buf = u if init_momentum else momentum * buf + (1 - dampening) * u
+//   d = u + momentum * buf if nesterov else buf;  params = w - lr * d
+// A skipped step restores params and leaves buf (0 if init_momentum).
+struct SgdOptions {
+  float lr;
+  float momentum;
+  float one_minus_dampening;
+  float weight_decay;
+  bool nesterov;
+  bool maximize;
+  bool has_momentum;
+  bool init_momentum;
+};
+
+struct SgdArgs {
+  Tensors tensors;
+  Recombination recombination;
+  MutableList params;           // [out]
+  ReadOnlyList old_params;      // [in] w
+  MutableList momentum_buffer;  // [in, out], null without momentum
+  SgdOptions options;
+};
+
+// Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|] and [g1 * g2 > 0], in this order.
+struct CompareArgs {
+  Tensors tensors;
+  ReadOnlyList first_grads;   // [in] g1
+  ReadOnlyList second_grads;  // [in] g2
+  void* workspace;            // [out] WorkspaceBytes(.., kCompareSums)
+  double* sums;               // [out] [kCompareSums]
+};
+
+// One implementation of every op.
+struct OpTable {
+  const char* name;
+  int64_t chunk_size;  // elements; the Tensors given to an op are planned with it
+  void (*norms)(const NormsArgs&, const Execution&);
+  void (*perturb)(const PerturbArgs&, const Execution&);
+  void (*restore)(const RestoreArgs&, const Execution&);
+  void (*recombine)(const RecombineArgs&, const Execution&);
+  void (*sgd)(const SgdArgs&, const Execution&);
+  void (*compare)(const CompareArgs&, const Execution&);
+};
+
+// The widest instruction set that was compiled and that this processor has.
+const OpTable& CpuOps();
+
+#ifdef SAMKERNELS_WITH_CUDA
+const OpTable& CudaOps();
+// nullptr if a kernel can be launched, else why not.
+const char* WhyNoCuda();
+#endif
+
+}  // namespace samkernels

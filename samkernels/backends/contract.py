@@ -1,0 +1,99 @@
+"""What a backend implements, and the values that go in and out. No tensor is touched in here.
+
+A backend is a module with the functions of `Backend`. Its lists are validated by samkernels.ops:
+tensor i of every list has the same shape, dtype, device and dense layout, and no two tensors that
+are written overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+TensorList = list[Tensor] | tuple[Tensor, ...]
+
+
+class Norms(NamedTuple):
+    """L2 norms of a list of n tensors, on their device: float32, or float64 for float64 tensors."""
+
+    total: Tensor  # shape ()
+    per_tensor: Tensor  # shape (n,)
+
+
+class Comparison(NamedTuple):
+    """Sums over all elements of two lists of gradients, on their device."""
+
+    sums: Tensor  # float64, shape (5,): g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0]
+    numel: int
+
+
+@dataclass(frozen=True)
+class Recombination:
+    """What takes the gradient's place in the update.
+
+    u = |magnitude| * sign(sign)                                   if `sign` is given, else
+    u = (numerator / (denominator + eps)) * magnitude              if `numerator` is given, else
+    u = magnitude
+
+    If ascent_norm is given and not finite, the step is skipped.
+    """
+
+    magnitude: TensorList
+    sign: TensorList | None = None
+    numerator: Tensor | None = None  # norms: shape () or (n,)
+    denominator: Tensor | None = None
+    eps: float = 1e-12
+    ascent_norm: Tensor | None = None  # shape ()
+
+
+@dataclass(frozen=True)
+class SgdOptions:
+    """The hyperparameters of torch.optim.SGD; init_momentum: the buffers hold nothing yet."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    init_momentum: bool
+
+
+class Backend(Protocol):
+    """The functions of a backend module; samkernels.ops documents what each one computes."""
+
+    def why_unavailable(
+        self, device: torch.device, dtype: torch.dtype, dense: bool
+    ) -> str | None: ...
+
+    def norms(self, tensors: TensorList, weights: TensorList | None) -> Norms: ...
+
+    def perturb_(
+        self,
+        params: TensorList,
+        grads: TensorList,
+        old_params: TensorList,
+        *,
+        norm: Tensor,
+        rho: float,
+        adaptive: bool,
+        eps: float,
+    ) -> None: ...
+
+    def restore_(self, params: TensorList, old_params: TensorList) -> None: ...
+
+    def recombine_(self, out: TensorList, recombination: Recombination) -> None: ...
+
+    def sgd_(
+        self,
+        params: TensorList,
+        old_params: TensorList,
+        momentum_buffers: TensorList | None,
+        recombination: Recombination,
+        options: SgdOptions,
+    ) -> None: ...
+
+    def compare(self, first_grads: TensorList, second_grads: TensorList) -> Comparison: ...

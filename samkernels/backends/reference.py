@@ -1,0 +1,126 @@
+"""The oracle: eager PyTorch, one tensor at a time, written to be read.
+
+Every other backend implements the same functions and is tested against these. Arithmetic is in
+float32 (float64 for float64 tensors), whatever the dtype of the tensors, and is rounded once, when
+it is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+
+
+def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
+    """None: eager PyTorch serves every device, floating dtype and layout."""
+    return None
+
+
+def norms(tensors: TensorList, weights: TensorList | None) -> Norms:
+    per_tensor = []
+    for i, x in enumerate(tensors):
+        scaled = _wide(x) if weights is None else _wide(weights[i]).abs() * _wide(x)
+        # Squares of float32 are summed in float64: they neither overflow nor lose small gradients.
+        per_tensor.append(torch.linalg.vector_norm(scaled, dtype=torch.float64))
+    squares = torch.stack(per_tensor).square()
+    dtype = _wide(tensors[0]).dtype
+    return Norms(total=squares.sum().sqrt().to(dtype), per_tensor=squares.sqrt().to(dtype))
+
+
+def perturb_(
+    params: TensorList,
+    grads: TensorList,
+    old_params: TensorList,
+    *,
+    norm: Tensor,
+    rho: float,
+    adaptive: bool,
+    eps: float,
+) -> None:
+    # A zero norm has no direction, a non-finite one would put nan into every weight.
+    perturbs = (norm > 0) & norm.isfinite()
+    scale = rho / (norm + eps)
+    for w, g, old in zip(params, grads, old_params, strict=True):
+        old.copy_(w)
+        direction = _wide(w) * _wide(w) * _wide(g) if adaptive else _wide(g)
+        w.copy_(torch.where(perturbs, _wide(w) + scale * direction, _wide(w)))
+
+
+def restore_(params: TensorList, old_params: TensorList) -> None:
+    for w, old in zip(params, old_params, strict=True):
+        w.copy_(old)
+
+
+def recombine_(out: TensorList, recombination: Recombination) -> None:
+    for i, target in enumerate(out):
+        u = _recombined(recombination, i)
+        if recombination.ascent_norm is not None:
+            u = torch.where(recombination.ascent_norm.isfinite(), u, torch.zeros_like(u))
+        target.copy_(u)
+
+
+def sgd_(
+    params: TensorList,
+    old_params: TensorList,
+    momentum_buffers: TensorList | None,
+    recombination: Recombination,
+    options: SgdOptions,
+) -> None:
+    for i, (w, old) in enumerate(zip(params, old_params, strict=True)):
+        u = _recombined(recombination, i)
+        if options.maximize:
+            u = -u
+        if options.weight_decay != 0:
+            u = u + options.weight_decay * _wide(old)
+        if momentum_buffers is not None:
+            buffer = momentum_buffers[i]
+            if options.init_momentum:
+                kept, new = torch.zeros_like(u), u
+            else:
+                kept = _wide(buffer)
+                new = options.momentum * kept + (1 - options.dampening) * u
+            u = u + options.momentum * new if options.nesterov else new
+            buffer.copy_(_unless_skipped(recombination, new, kept))
+        updated = _wide(old) - options.lr * u
+        w.copy_(_unless_skipped(recombination, updated, _wide(old)))
+
+
+def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
+    sums = torch.zeros(5, dtype=torch.float64, device=first_grads[0].device)
+    for first, second in zip(first_grads, second_grads, strict=True):
+        g1, g2 = first.double(), second.double()
+        sums += torch.stack(
+            [
+                (g1 * g1).sum(),
+                (g2 * g2).sum(),
+                (g1 * g2).sum(),
+                (g2.abs() > g1.abs()).sum(),
+                (g1 * g2 > 0).sum(),
+            ]
+        )
+    return Comparison(sums=sums, numel=sum(g.numel() for g in first_grads))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def _recombined(recombination: Recombination, i: int) -> Tensor:
+    magnitude = _wide(recombination.magnitude[i])
+    if recombination.sign is not None:
+        return magnitude.abs() * _wide(recombination.sign[i]).sign()
+    if recombination.numerator is not None and recombination.denominator is not None:
+        numerator, denominator = (
+            norm if norm.dim() == 0 else norm[i]
+            for norm in (recombination.numerator, recombination.denominator)
+        )
+        return numerator / (denominator + recombination.eps) * magnitude
+    return magnitude
+
+
+def _unless_skipped(recombination: Recombination, updated: Tensor, kept: Tensor) -> Tensor:
+    if recombination.ascent_norm is None:
+        return updated
+    return torch.where(recombination.ascent_norm.isfinite(), updated, kept)

@@ -1,0 +1,564 @@
+"""The ops of the SAM family on lists of tensors: validated, and handed to one backend.
+
+Lists that go together have equal length; tensor i of each has the same shape, dtype, device and
+dense layout (strides). All tensors of a call share one device and one dtype out of float32,
+bfloat16, float16 and float64. Arithmetic is in float32 (float64 for float64 tensors) and rounded
+when it is stored; norms are float32 (float64). Nothing here makes the host wait for the device.
+
+Every function takes `backend`: "auto" (the fastest that can serve), "native", "foreach" or
+"reference"; and `validate`: False skips the checks of the tensors, for callers that have made them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from samkernels import backends
+from samkernels.backends import Backend, Comparison, Norms, Recombination, SgdOptions, TensorList
+
+__all__ = [
+    "GRANULARITIES",
+    "RULES",
+    "Comparison",
+    "GradientStatistics",
+    "Norms",
+    "compare",
+    "gradient_statistics",
+    "norms",
+    "perturb_",
+    "recombine_",
+    "restore_",
+    "sgd_",
+    "total_norm",
+]
+
+RULES = ("sam", "samdirection", "sammagnitude")
+GRANULARITIES = ("element", "tensor", "global")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class GradientStatistics(NamedTuple):
+    """How g1 and g2 compare over all elements; tensors of shape () on the device."""
+
+    first_grad_norm: Tensor  # ||g1||_2
+    second_grad_norm: Tensor  # ||g2||_2
+    weight_norm: Tensor  # ||w||_2 of the restored weights, before the update
+    cosine: Tensor  # g1.g2 / (||g1|| ||g2||)
+    share_second_larger: Tensor  # share of elements with |g2| > |g1|
+    share_signs_agree: Tensor  # share of elements with g1 * g2 > 0
+
+
+def norms(
+    tensors: TensorList,
+    weights: TensorList | None = None,
+    *,
+    backend: str = "auto",
+    validate: bool = True,
+) -> Norms:
+    """L2 norms of all tensors together and of each one: ||s * x||_2, s = |weights| if given, else
+    1.
+
+    Args:
+        tensors, weights: lists of n tensors (see the top of this module).
+
+    Returns:
+        total: shape (); per_tensor: shape (n,). Not finite if an element is not.
+
+    Raises:
+        TypeError, ValueError: see `perturb_`.
+    """
+    lists = {"tensors": tensors} if weights is None else {"tensors": tensors, "weights": weights}
+    return _backend_for(backend, lists, (), validate).norms(tensors, weights)
+
+
+def total_norm(parts: TensorList) -> Tensor:
+    """The norm of everything, sqrt(sum of squares), from the norms of its parts; shape (), on
+    parts[0].device."""
+    if not parts:
+        raise ValueError("parts is empty: give at least one norm")
+    if len(parts) == 1:
+        return parts[0]
+    device = parts[0].device
+    return torch.linalg.vector_norm(torch.stack([p.to(device, non_blocking=True) for p in parts]))
+
+
+def perturb_(
+    params: TensorList,
+    grads: TensorList,
+    old_params: TensorList,
+    *,
+    rho: float,
+    norm: Tensor | None = None,
+    adaptive: bool = False,
+    maximize: bool = False,
+    eps: float = 1e-12,
+    backend: str = "auto",
+    validate: bool = True,
+) -> Tensor:
+    """Save w in old_params, then move each parameter to w + e(w), in place.
+
+    e(w) = rho * s^2 * g / (n + eps),  n = ||s * g||_2 over all tensors,  s = |w| if adaptive, else
+    1.
+    An n that is zero or not finite perturbs nothing: without a gradient there is no direction, and
+        one nan
+    would reach every weight.
+
+    Args:
+        params, grads, old_params: lists of n tensors. old_params is overwritten with w.
+        rho: radius >= 0, in units of ||w||_2; dimensionless if adaptive.
+        norm: n, if it is known or spans more than these tensors; shape (), on their device.
+        maximize: move to w - e(w): the neighbour that is worst for an objective that is maximized.
+        eps: added to n, in the units of n.
+
+    Returns:
+        n: shape (), on the parameters' device.
+
+    Raises:
+        TypeError: something that is no tensor, or of a dtype that is not supported.
+        ValueError: lengths, shapes, dtypes, devices or layouts differ, a tensor is sparse, tensors
+            overlap that are written, or rho or eps is negative or not finite. Raised before
+            anything is written.
+        RuntimeError: the backend that was named cannot serve these tensors.
+
+    Source: Foret et al., arXiv:2010.01412; adaptive: Kwon et al., arXiv:2102.11600, as in
+        davda54/sam.
+    """
+    _check_non_negative("rho", rho)
+    _check_non_negative("eps", eps)
+    lists = {"params": params, "grads": grads, "old_params": old_params}
+    chosen = _backend_for(backend, lists, ("params", "old_params"), validate)
+    if norm is None:
+        norm = chosen.norms(grads, params if adaptive else None).total
+    elif validate:
+        _check_norm("norm", norm, params, ())
+    signed_rho = -rho if maximize else rho
+    chosen.perturb_(
+        params, grads, old_params, norm=norm, rho=signed_rho, adaptive=adaptive, eps=eps
+    )
+    return norm
+
+
+def restore_(
+    params: TensorList,
+    old_params: TensorList,
+    *,
+    backend: str = "auto",
+    validate: bool = True,
+) -> None:
+    """params = old_params, bit for bit, in place.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `perturb_`.
+    """
+    lists = {"params": params, "old_params": old_params}
+    _backend_for(backend, lists, ("params",), validate).restore_(params, old_params)
+
+
+def recombine_(
+    grads: TensorList,
+    first_grads: TensorList | None = None,
+    *,
+    rule: str,
+    granularity: str = "element",
+    first_norm: Tensor | None = None,
+    second_norm: Tensor | None = None,
+    ascent_norm: Tensor | None = None,
+    eps: float = 1e-12,
+    backend: str = "auto",
+    validate: bool = True,
+) -> None:
+    """Overwrite g2 (`grads`) with u, which takes the gradient's place in the base optimizer.
+
+    rule            u, granularity "element"     u, "tensor" and "global"
+    "sam"           g2                           g2
+    "samdirection"  |g1| * sign(g2)              n1 / (n2 + eps) * g2
+    "sammagnitude"  |g2| * sign(g1)              n2 / (n1 + eps) * g1
+
+    n1 and n2 are the L2 norms of g1 and g2, per tensor or over all tensors; sign(0) = 0.
+
+    Args:
+        grads, first_grads: g2 and g1, lists of n tensors; g1 is not needed for "sam".
+        first_norm, second_norm: n1 and n2 where they are known: shape () for "global", (n,) for
+            "tensor".
+        ascent_norm: the norm that the perturbation was made with, shape (). Where it is not finite,
+            u = 0.
+        eps: added to the norm that divides.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `perturb_`; also an unknown rule or granularity, or
+            a missing g1.
+    """
+    lists = {"grads": grads}
+    if first_grads is not None:
+        lists["first_grads"] = first_grads
+    chosen = _backend_for(backend, lists, ("grads",), validate)
+    recombination = _recombination(
+        chosen,
+        grads,
+        first_grads,
+        rule=rule,
+        granularity=granularity,
+        first_norm=first_norm,
+        second_norm=second_norm,
+        ascent_norm=ascent_norm,
+        eps=eps,
+        validate=validate,
+    )
+    if recombination.magnitude is not grads or ascent_norm is not None or recombination.sign:
+        chosen.recombine_(grads, recombination)
+
+
+def sgd_(
+    params: TensorList,
+    old_params: TensorList,
+    grads: TensorList,
+    momentum_buffers: TensorList | None = None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    init_momentum: bool = False,
+    rule: str = "sam",
+    granularity: str = "element",
+    first_grads: TensorList | None = None,
+    first_norm: Tensor | None = None,
+    second_norm: Tensor | None = None,
+    ascent_norm: Tensor | None = None,
+    eps: float = 1e-12,
+    backend: str = "auto",
+    validate: bool = True,
+) -> None:
+    """Restore, recombine and update in one pass: torch.optim.SGD on w = old_params with u for its
+    gradient.
+
+    u as in `recombine_`;  u = -u if maximize;  u += weight_decay * w
+    buf = u if init_momentum, else momentum * buf + (1 - dampening) * u
+    d = u + momentum * buf if nesterov, else buf (u without momentum);  params = w - lr * d
+
+    Args:
+        params: overwritten; old_params: w, may be params itself; grads: g2. Lists of n tensors.
+        momentum_buffers: buf, updated; needed if momentum is not 0.
+        init_momentum: buf holds nothing yet.
+        rule, granularity, first_grads, first_norm, second_norm, eps: see `recombine_`.
+        ascent_norm: the norm that the perturbation was made with, shape (). Where it is not finite,
+            the step is
+            skipped on the device: params = old_params, and buf stays (0 if init_momentum).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `recombine_`.
+
+    Source: torch.optim.SGD.
+    """
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay), ("lr", lr)):
+        _check_non_negative(name, value)
+    if nesterov and (momentum == 0 or dampening != 0):
+        raise ValueError("nesterov=True: momentum must be above 0 and dampening 0")
+    if momentum != 0 and momentum_buffers is None:
+        raise ValueError(f"momentum={momentum}: give momentum_buffers, one per parameter")
+    lists = {"params": params, "old_params": old_params, "grads": grads}
+    if first_grads is not None:
+        lists["first_grads"] = first_grads
+    if momentum == 0:
+        momentum_buffers = None
+    if momentum_buffers is not None:
+        lists["momentum_buffers"] = momentum_buffers
+    chosen = _backend_for(backend, lists, ("params", "momentum_buffers"), validate)
+    recombination = _recombination(
+        chosen,
+        grads,
+        first_grads,
+        rule=rule,
+        granularity=granularity,
+        first_norm=first_norm,
+        second_norm=second_norm,
+        ascent_norm=ascent_norm,
+        eps=eps,
+        validate=validate,
+    )
+    options = SgdOptions(
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        init_momentum=init_momentum,
+    )
+    chosen.sgd_(params, old_params, momentum_buffers, recombination, options)
+
+
+def compare(
+    first_grads: TensorList,
+    second_grads: TensorList,
+    *,
+    backend: str = "auto",
+    validate: bool = True,
+) -> Comparison:
+    """Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|] and [g1 * g2 > 0], read once.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `perturb_`.
+    """
+    lists = {"first_grads": first_grads, "second_grads": second_grads}
+    return _backend_for(backend, lists, (), validate).compare(first_grads, second_grads)
+
+
+def gradient_statistics(
+    comparisons: Sequence[Comparison], weight_norms: TensorList
+) -> GradientStatistics:
+    """Statistics over several lists, from what `compare` and `norms` gave for each."""
+    device = comparisons[0].sums.device
+    sums = torch.stack([c.sums.to(device, non_blocking=True) for c in comparisons]).sum(0)
+    numel = max(1, sum(c.numel for c in comparisons))
+    first_norm, second_norm = sums[0].sqrt(), sums[1].sqrt()
+    statistics = (
+        first_norm,
+        second_norm,
+        total_norm(weight_norms),
+        sums[2] / (first_norm * second_norm),
+        sums[3] / numel,
+        sums[4] / numel,
+    )
+    return GradientStatistics(*(value.float() for value in statistics))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlap, in whatever order of
+    dimensions.
+
+    Not so for wrappers such as DTensor, whose memory is elsewhere.
+    """
+    if type(tensor) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor):
+        return False
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of equal shape keep their elements in the same order; strides of size-1
+    dims are moot."""
+    if a.stride() == b.stride() or a.numel() == 0:
+        return True
+    pairs = zip(a.stride(), b.stride(), a.shape, strict=True)
+    return all(stride_a == stride_b or size == 1 for stride_a, stride_b, size in pairs)
+
+
+def _recombination(
+    chosen: Backend,
+    grads: TensorList,
+    first_grads: TensorList | None,
+    *,
+    rule: str,
+    granularity: str,
+    first_norm: Tensor | None,
+    second_norm: Tensor | None,
+    ascent_norm: Tensor | None,
+    eps: float,
+    validate: bool,
+) -> Recombination:
+    check_choice("rule", rule, RULES)
+    check_choice("granularity", granularity, GRANULARITIES)
+    _check_non_negative("eps", eps)
+    if validate and ascent_norm is not None:
+        _check_norm("ascent_norm", ascent_norm, grads, ())
+    if rule == "sam":
+        return Recombination(magnitude=grads, ascent_norm=ascent_norm)
+    if first_grads is None:
+        raise ValueError(f'first_grads is missing: rule="{rule}" needs the first gradients')
+    if granularity == "element":
+        magnitude, sign = (first_grads, grads) if rule == "samdirection" else (grads, first_grads)
+        return Recombination(magnitude=magnitude, sign=sign, ascent_norm=ascent_norm)
+
+    if validate:
+        shape = () if granularity == "global" else (len(grads),)
+        for name, norm in (("first_norm", first_norm), ("second_norm", second_norm)):
+            if norm is not None:
+                _check_norm(name, norm, grads, shape)
+    field = "total" if granularity == "global" else "per_tensor"
+    n1 = first_norm if first_norm is not None else getattr(chosen.norms(first_grads, None), field)
+    n2 = second_norm if second_norm is not None else getattr(chosen.norms(grads, None), field)
+    if rule == "samdirection":
+        return Recombination(grads, None, n1, n2, eps, ascent_norm)
+    return Recombination(first_grads, None, n2, n1, eps, ascent_norm)
+
+
+def _backend_for(
+    backend: str, lists: Mapping[str, TensorList], written: Sequence[str], validate: bool
+) -> Backend:
+    backends.check_name(backend)
+    if validate:
+        _check_lists(lists, written)
+    first_list = next(iter(lists.values()))
+    dense = not validate or all(is_dense(t) for t in first_list)
+    first = first_list[0]
+    return backends.choose(backend, first.device, first.dtype, dense)[1]
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless value is one of the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, allowed))}")
+
+
+def _check_non_negative(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {type(value).__name__}: give a number")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value}: give a finite number >= 0")
+
+
+def _check_norm(name: str, norm: Tensor, tensors: TensorList, shape: tuple[int, ...]) -> None:
+    if not isinstance(norm, Tensor):
+        raise TypeError(f"{name} is {type(norm).__name__}: give a torch.Tensor")
+    dtype = torch.float64 if tensors[0].dtype is torch.float64 else torch.float32
+    if norm.shape != shape or norm.dtype is not dtype or norm.device != tensors[0].device:
+        raise ValueError(
+            f"{name} has shape {tuple(norm.shape)}, {norm.dtype} on {norm.device}: give shape "
+            f"{shape}, {dtype} on {tensors[0].device}"
+        )
+    if not norm.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: give {name}.contiguous()")
+
+
+def _check_lists(lists: Mapping[str, TensorList], written: Sequence[str]) -> None:
+    """Names the list, the tensor's index and its shape in every error."""
+    first_name, first_list = next(iter(lists.items()))
+    for name, tensors in lists.items():
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name} is {type(tensors).__name__}: give a list of tensors")
+        if len(tensors) != len(first_list):
+            raise ValueError(
+                f"{name} has {len(tensors)} tensors and {first_name} has {len(first_list)}: "
+                "give lists of equal length"
+            )
+        for i, tensor in enumerate(tensors):
+            check_tensor(f"{name}[{i}]", tensor)
+    if not first_list:
+        raise ValueError(f"{first_name} is empty: give at least one tensor")
+
+    for i, expected in enumerate(first_list):
+        if expected.device != first_list[0].device or expected.dtype != first_list[0].dtype:
+            raise ValueError(
+                f"{first_name}[{i}] is {expected.dtype} on {expected.device} and {first_name}[0] "
+                f"is {first_list[0].dtype} on {first_list[0].device}: call once per device and "
+                "dtype"
+            )
+        for name, tensors in lists.items():
+            check_matches(f"{name}[{i}]", tensors[i], f"{first_name}[{i}]", expected)
+    _check_overlap(lists, written)
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise unless `tensor` is a strided tensor of a supported dtype without overlap inside."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is {type(tensor).__name__}: give a torch.Tensor")
+    shape = tuple(tensor.shape)
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"{name} of shape {shape} is sparse ({tensor.layout}): only dense tensors are "
+            "supported; for an embedding, set sparse=False"
+        )
+    if tensor.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{name} of shape {shape} is {tensor.dtype}: give one of {allowed}")
+    if _overlaps_itself(tensor):
+        raise ValueError(
+            f"{name} of shape {shape} and strides {tensor.stride()} overlaps itself in memory: "
+            "give a copy (.contiguous())"
+        )
+
+
+def check_disjoint(name: str, tensors: TensorList) -> None:
+    """Raise ValueError if two of the tensors share memory, or are the same."""
+    _check_overlap({name: tensors}, (name,))
+
+
+def check_matches(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless shape, dtype, device and layout are those of another tensor."""
+    for what, value, expected in (
+        ("shape", tuple(tensor.shape), tuple(other.shape)),
+        ("dtype", tensor.dtype, other.dtype),
+        ("device", tensor.device, other.device),
+    ):
+        if value != expected:
+            raise ValueError(
+                f"{name} has {what} {value} and {other_name} has {expected}: they must agree "
+                f"(shape {tuple(tensor.shape)})"
+            )
+    if not same_layout(tensor, other):
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()} and "
+            f"{other_name} has {other.stride()}: they must agree "
+            f"(torch.empty_like({other_name}).copy_(..) makes them)"
+        )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _check_overlap(lists: Mapping[str, TensorList], written: Sequence[str]) -> None:
+    """No tensor that is written may share memory with another one.
+
+    One that is read may be the very tensor at the same index of a list that is written. Tensors
+    with gaps (slices)
+    are told apart by their first address only: their ranges may interleave.
+    """
+    ranges: dict[tuple[int, int, int], tuple[str, bool]] = {}
+    for list_name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            start = tensor.data_ptr()
+            size = tensor.numel() if is_dense(tensor) else min(1, tensor.numel())
+            if size == 0:
+                continue
+            key = (start, start + size * tensor.element_size(), i)
+            name, is_written = f"{list_name}[{i}]", list_name in written
+            other_name, other_written = ranges.get(key, (name, False))
+            if is_written and other_written:
+                _raise_overlap(other_name, name, tensor)
+            ranges[key] = (name, is_written or other_written)
+
+    end_of_any = end_of_written = 0
+    last_any = last_written = ""
+    for (start, end, i), (name, is_written) in sorted(ranges.items()):
+        if start < end_of_written:
+            _raise_overlap(last_written, name, next(iter(lists.values()))[i])
+        if is_written and start < end_of_any:
+            _raise_overlap(last_any, name, next(iter(lists.values()))[i])
+        if end > end_of_any:
+            end_of_any, last_any = end, name
+        if is_written and end > end_of_written:
+            end_of_written, last_written = end, name
+
+
+def _raise_overlap(name: str, other_name: str, tensor: Tensor) -> None:
+    raise ValueError(
+        f"{name} and {other_name} (shape {tuple(tensor.shape)}) overlap in memory: "
+        "give tensors of their own"
+    )

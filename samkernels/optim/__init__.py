@@ -1,0 +1,7 @@
+"""The optimizers."""
+
+from samkernels.optim.sam import SAM
+from samkernels.optim.samdirection import SAMDirection
+from samkernels.optim.sammagnitude import SAMMagnitude
+
+__all__ = ["SAM", "SAMDirection", "SAMMagnitude"]

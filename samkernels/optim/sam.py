@@ -1,0 +1,649 @@
+"""SAM: the two-step protocol, its state, and the hand-over to samkernels.ops. No arithmetic on
+tensors in here."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from samkernels import backends, ops
+
+
+@dataclass
+class _Bucket:
+    """Parameters of one group that share device, dtype and backend, with their gradients."""
+
+    group: dict[str, Any]
+    backend: str
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+
+    def bring(self, norm: Tensor | None) -> Tensor | None:
+        """A norm over all buckets, on this one's device."""
+        return None if norm is None else norm.to(self.params[0].device, non_blocking=True)
+
+    def select(self, keep: Callable[[Tensor], bool]) -> _Bucket:
+        """The part whose parameters satisfy `keep`; the bucket itself if all do."""
+        indices = [i for i, p in enumerate(self.params) if keep(p)]
+        if len(indices) == len(self.params):
+            return self
+        params = [self.params[i] for i in indices]
+        return _Bucket(self.group, self.backend, params, [self.grads[i] for i in indices])
+
+
+@dataclass
+class _Perturbation:
+    """What the second step, or a restore, needs to know of the first one."""
+
+    old_params: dict[Tensor, Tensor] = field(default_factory=dict)  # exactly what was perturbed
+    first_grads: dict[Tensor, Tensor] = field(default_factory=dict)  # empty if nobody will read g1
+    ascent_norm: Tensor | None = None  # n
+    first_norm: Tensor | None = None  # n1 over all parameters, if a granularity needs it
+    first_norms_per_tensor: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)
+
+    def first_norm_per_tensor(self, params: list[Tensor]) -> Tensor | None:
+        """n1 of each parameter, if the first step had just this list."""
+        for measured, norms in self.first_norms_per_tensor:
+            if len(measured) == len(params) and all(map(operator.is_, measured, params)):
+                return norms
+        return None
+
+
+class SAM(Optimizer):
+    """Sharpness-Aware Minimization around a base optimizer, with fused kernels.
+
+    First step:   n = ||s * g1||_2 over all parameters of all groups,  e(w) = rho * s^2 * g1 / (n +
+        1e-12),
+                  w <- w + e(w);  s = 1, or |w| if adaptive. rho is each group's own.
+    Second step:  w comes back bit for bit, and the base optimizer steps from it with u = g2, the
+        gradient at
+                  w + e(w), in the gradient's place.
+
+    With torch.optim.SGD as base, restore, recombination and update are one kernel; any other
+    optimizer class finds u in `.grad` and makes its own step. An n that is zero perturbs nothing.
+    An n that is not finite perturbs nothing
+    either, and the step is skipped without the host noticing: SGD leaves weights and momentum as
+        they were, other
+    base optimizers step with u = 0. With maximize=True the perturbation goes against g1, so that
+    maximizing f is minimizing -f.
+
+    Usage:
+        loss_fn(model(x), y).backward()
+        optimizer.first_step()                     # takes the gradients over: .grad is None now
+        loss_fn(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)      # or optimizer.step()
+
+    Memory: one copy of the parameters beside the base optimizer's state.
+
+    Args:
+        params: parameters or parameter groups, as for any torch.optim optimizer; a group may set
+            its own rho, adaptive, and whatever the base optimizer knows.
+        base_optimizer: a class, called as base_optimizer(param_groups, **base_options).
+        rho: radius >= 0 of the neighbourhood, in units of ||w||_2; dimensionless if adaptive.
+        adaptive: ASAM's perturbation, as in davda54/sam.
+        backend: "auto" takes, per device and dtype, the fastest that can serve (see `backends`);
+            "native", "foreach" or "reference" insists on one.
+        track_statistics: fill `statistics` in each second step.
+        base_options: lr, momentum, weight_decay and so on.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names
+            it.
+        RuntimeError: the backend that was named cannot serve a parameter.
+
+    Source: Foret et al., arXiv:2010.01412; adaptive: Kwon et al., arXiv:2102.11600.
+    """
+
+    # How u is made of g1 and g2: one of ops.RULES.
+    _rule = "sam"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer] = torch.optim.SGD,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        *,
+        backend: str = "auto",
+        track_statistics: bool = False,
+        **base_options: Any,
+    ) -> None:
+        self._init(
+            params,
+            base_optimizer,
+            {"rho": rho, "adaptive": adaptive},
+            base_options,
+            backend=backend,
+            track_statistics=track_statistics,
+        )
+
+    def _init(
+        self,
+        params: ParamsT,
+        base_optimizer: type[Optimizer],
+        defaults: dict[str, Any],
+        base_options: dict[str, Any],
+        *,
+        backend: str,
+        track_statistics: bool,
+    ) -> None:
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+            raise TypeError(
+                f"base_optimizer is {base_optimizer!r}: give a class such as torch.optim.SGD, and "
+                "its options as keyword arguments"
+            )
+        backends.check_name(backend)
+        _check_options(defaults, "")
+        self._backend = backend
+        self.track_statistics = track_statistics
+        self._statistics: ops.GradientStatistics | None = None
+        self._perturbation: _Perturbation | None = None
+        self._scratch: dict[Tensor, Tensor] = {}  # room for old_params, kept from step to step
+        self._served_by: dict[tuple[torch.device, torch.dtype, bool], str] = {}
+        super().__init__(params, defaults)
+        # One list of groups and one state for both: a scheduler that changes lr here changes it
+        # there.
+        self.base_optimizer = base_optimizer(self.param_groups, **base_options)
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self.defaults = {**self.base_optimizer.defaults, **self.defaults}
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Keep w and move to w + e(w). Takes `.grad` over: it is None afterwards.
+
+        Args:
+            zero_grad: accepted because davda54/sam has it; the gradients are taken over in any
+                case, since a second backward that adds to them would give g1 + g2.
+
+        Raises:
+            RuntimeError: called twice, or no parameter has a gradient.
+            ValueError: a gradient is sparse.
+        """
+        if self._perturbation is not None:
+            raise RuntimeError(
+                "first_step was called twice: call backward and second_step() (or step()) first, "
+                "or restore() to undo the perturbation"
+            )
+        buckets = self._buckets()
+        if not buckets:
+            raise RuntimeError(
+                "first_step found no gradient: call loss.backward() before it, and leave out "
+                "zero_grad() between the two"
+            )
+        perturbation = self._measure(buckets)
+        keeps_first_grads = self._rule != "sam" or self.track_statistics
+        self._perturbation = perturbation
+        try:
+            for bucket in buckets:
+                self._perturb(bucket, perturbation)
+                if keeps_first_grads:
+                    perturbation.first_grads.update(zip(bucket.params, bucket.grads, strict=True))
+        except BaseException:
+            self.restore()
+            raise
+        for bucket in buckets:
+            for p in bucket.params:
+                p.grad = None
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Bring w back and step the base optimizer from it with u. The same as step() after
+        first_step().
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+
+        Raises:
+            RuntimeError: first_step was not called, or no parameter has a gradient. The weights are
+                restored.
+        """
+        if self._perturbation is None:
+            raise RuntimeError(
+                "second_step was called without first_step: call first_step() before it"
+            )
+        self.step()  # not _second_step(): schedulers, hooks and scalers watch step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The second step; with a closure, the whole of SAM.
+
+        Args:
+            closure: computes the loss, calls backward on it and returns it. It is called once, at w
+                + e(w), if
+                gradients are present: they are g1. If none are, it is called twice, at w and at w +
+                    e(w).
+
+        Returns:
+            The loss at w if the closure was called there, else None. A step with a closure leaves
+            no gradients.
+
+        Raises:
+            RuntimeError: no first step was made and there is no closure; or see first_step and
+                second_step.
+        """
+        if closure is None:
+            if self._perturbation is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}.step() needs two gradients: call first_step() after "
+                    "the first backward and step() after the second, or give step() a closure"
+                )
+            self._second_step()
+            return None
+
+        if self._perturbation is not None:
+            raise RuntimeError(
+                "step(closure) makes both steps itself, but first_step was called: call step() "
+                "without closure, or leave first_step out"
+            )
+        loss = None
+        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            with torch.enable_grad():
+                loss = closure()
+        with self.perturbed(), torch.enable_grad():
+            closure()
+        self._second_step()
+        self.zero_grad()
+        return loss
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Undo first_step: w comes back bit for bit and g1 is dropped. Does nothing if nothing is
+        perturbed."""
+        perturbation, self._perturbation = self._perturbation, None
+        if perturbation is not None:
+            self._restore(perturbation.old_params)
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """first_step() on entry; if the body raises, the weights are restored. Go on with
+        second_step() or step().
+
+        Usage:
+            with optimizer.perturbed():
+                loss_fn(model(x), y).backward()
+            optimizer.step()
+        """
+        self.first_step()
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    # -- what can be asked -------------------------------------------------------------------------
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are at w + e(w): after first_step, before second_step."""
+        return self._perturbation is not None
+
+    @property
+    def statistics(self) -> ops.GradientStatistics | None:
+        """How g1 and g2 of the last step compare, as tensors on the device; None without
+        track_statistics."""
+        return self._statistics
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Which backend serves the parameters, by device and dtype: {"cuda:0 float32":
+        "native"}."""
+        served = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                dtype = str(p.dtype).removeprefix("torch.")
+                served[f"{p.device} {dtype}"] = self._backend_of(p)
+        return served
+
+    # -- groups and checkpoints --------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim; the group may set its own rho and adaptive.
+
+        Raises:
+            TypeError, ValueError: an option or a parameter is of the wrong kind; the message names
+                it.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is {type(param_group).__name__}: give a dict")
+        index = len(self.param_groups)
+        _check_options(param_group, f" of parameter group {index}")
+        super().add_param_group(param_group)
+        try:
+            for i, p in enumerate(param_group["params"]):
+                ops.check_tensor(f"params[{i}] of parameter group {index}", p)
+                self._backend_of(p)
+            ops.check_disjoint("params", self._all_params())
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state_dict, with rho and the like in its groups.
+
+        Raises:
+            RuntimeError: between first_step and second_step, when the weights of the model are
+                perturbed ones.
+        """
+        self._require_unperturbed("state_dict")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of the base optimizer, whose groups know no rho: ours
+        is kept.
+
+        Raises:
+            RuntimeError: between first_step and second_step.
+            ValueError: groups or momentum buffers do not fit the parameters, or rho is out of
+                range.
+        """
+        self._require_unperturbed("load_state_dict")
+        for i, group in enumerate(state_dict["param_groups"]):
+            _check_options(group, f" of parameter group {i} in state_dict")
+        self._check_state(state_dict)
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_unperturbed("copying or pickling")
+        own = ("base_optimizer", "_backend", "track_statistics")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        previous_groups = self.__dict__.get("param_groups", [])
+        super().__setstate__(state)
+        self.__dict__.setdefault("_statistics", None)
+        self.__dict__.setdefault("_perturbation", None)
+        self.__dict__.setdefault("_scratch", {})
+        self.__dict__.setdefault("_served_by", {})
+        for group, previous in zip(self.param_groups, previous_groups, strict=False):
+            for key, value in previous.items():
+                group.setdefault(key, value)
+        # Groups and state are new objects: share them again.
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
+
+    # -- private -----------------------------------------------------------------------------------
+
+    def _require_unperturbed(self, what: str) -> None:
+        if self._perturbation is not None:
+            raise RuntimeError(
+                f"{what} between first_step and second_step: the model holds perturbed weights "
+                "now. Call second_step() or restore() first."
+            )
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for i, (index, p) in enumerate(zip(saved, self._all_params(), strict=False)):
+            buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
+            if isinstance(buffer, Tensor) and buffer.shape != p.shape:
+                raise ValueError(
+                    f"state_dict: the momentum_buffer of parameter {i} has shape "
+                    f"{tuple(buffer.shape)} and the parameter has {tuple(p.shape)}: load the "
+                    "checkpoint of the same model"
+                )
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _backend_of(self, p: Tensor) -> str:
+        key = (p.device, p.dtype, ops.is_dense(p))
+        if key not in self._served_by:
+            self._served_by[key] = backends.choose(self._backend, *key)[0]
+        return self._served_by[key]
+
+    def _buckets(self) -> list[_Bucket]:
+        """All parameters that have a gradient. Checks the gradients, and gives them their
+        parameter's layout."""
+        buckets: dict[tuple[int, torch.device, torch.dtype, str], _Bucket] = {}
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                grad = p.grad
+                if grad is None:
+                    continue
+                if grad.layout is not torch.strided:
+                    ops.check_tensor(f"params[{i}].grad of parameter group {index}", grad)
+                if not ops.same_layout(grad, p) and ops.is_dense(p):
+                    grad = p.grad = _laid_out_like(p, grad)
+                key = (index, p.device, p.dtype, self._backend_of(p))
+                if key not in buckets:
+                    buckets[key] = _Bucket(group, key[-1])
+                buckets[key].params.append(p)
+                buckets[key].grads.append(grad)
+        return list(buckets.values())
+
+    def _measure(self, buckets: list[_Bucket]) -> _Perturbation:
+        """The norms of g1 that the two steps need; nothing is perturbed yet."""
+        perturbation = _Perturbation()
+        needs_first_norms = any(_granularity(bucket) != "element" for bucket in buckets)
+        ascent_norms, first_norms = [], []
+        for bucket in buckets:
+            adaptive = bucket.group["adaptive"]
+            weights = bucket.params if adaptive else None
+            norms = ops.norms(bucket.grads, weights, backend=bucket.backend, validate=False)
+            ascent_norms.append(norms.total)
+            if needs_first_norms:
+                if adaptive:
+                    norms = ops.norms(bucket.grads, backend=bucket.backend, validate=False)
+                first_norms.append(norms.total)
+                perturbation.first_norms_per_tensor.append((bucket.params, norms.per_tensor))
+        perturbation.ascent_norm = ops.total_norm(ascent_norms)
+        if first_norms:
+            perturbation.first_norm = ops.total_norm(first_norms)
+        return perturbation
+
+    def _perturb(self, bucket: _Bucket, perturbation: _Perturbation) -> None:
+        old_params = [self._scratch_for(p) for p in bucket.params]
+        ops.perturb_(
+            bucket.params,
+            bucket.grads,
+            old_params,
+            rho=bucket.group["rho"],
+            norm=bucket.bring(perturbation.ascent_norm),
+            adaptive=bucket.group["adaptive"],
+            maximize=bucket.group.get("maximize", False),
+            backend=bucket.backend,
+            validate=False,
+        )
+        perturbation.old_params.update(zip(bucket.params, old_params, strict=True))
+
+    def _scratch_for(self, p: Tensor) -> Tensor:
+        scratch = self._scratch.get(p)
+        if scratch is None or not _fits(scratch, p):
+            scratch = self._scratch[p] = torch.empty_like(p, requires_grad=False)
+        return scratch
+
+    def _restore(self, old_params: dict[Tensor, Tensor]) -> None:
+        lists: dict[tuple[torch.device, torch.dtype, str], list[Tensor]] = {}
+        for p, old in old_params.items():
+            # A parameter that was cast or laid out anew in between still gets its values back.
+            backend = self._backend_of(p) if _fits(old, p) else "foreach"
+            lists.setdefault((p.device, p.dtype, backend), []).append(p)
+        for (_, _, backend), params in lists.items():
+            sources = [old_params[p] for p in params]
+            ops.restore_(params, sources, backend=backend, validate=False)
+
+    def _second_step(self) -> None:
+        perturbation = self._perturbation
+        assert perturbation is not None
+        try:
+            self._finish(perturbation)
+        except BaseException:
+            self.restore()
+            raise
+        self._perturbation = None
+
+    def _finish(self, perturbation: _Perturbation) -> None:
+        buckets = self._buckets()
+        if not buckets:
+            raise RuntimeError(
+                "second_step found no gradient: call loss.backward() at the perturbed weights "
+                "before it. The weights were restored."
+            )
+        for i, p in enumerate(self._all_params()):
+            old = perturbation.old_params.get(p, p)
+            if not _fits(old, p):
+                raise RuntimeError(
+                    f"parameter {i} of shape {tuple(p.shape)} changed its shape, dtype, device or "
+                    "layout between first_step and second_step. The weights were restored."
+                )
+        both = [bucket.select(perturbation.first_grads.__contains__) for bucket in buckets]
+        both = [bucket for bucket in both if bucket.params]
+        if self.track_statistics and both:
+            self._statistics = self._compare(both, perturbation)
+
+        # Without g1 there is nothing to recombine: as torch.optim does without a gradient, leave it
+        # alone.
+        updated = buckets if self._rule == "sam" else both
+        second_norm = None
+        if any(_granularity(bucket) == "global" for bucket in updated):
+            second_norm = ops.total_norm(
+                [
+                    ops.norms(bucket.grads, backend=bucket.backend, validate=False).total
+                    for bucket in updated
+                ]
+            )
+
+        if all(self._is_fused(bucket.group) for bucket in updated):
+            done = {p for bucket in updated for p in bucket.params}
+            self._restore({p: o for p, o in perturbation.old_params.items() if p not in done})
+            for bucket in updated:
+                self._update_with_sgd(bucket, perturbation, second_norm)
+        else:
+            self._restore(perturbation.old_params)
+            for bucket in updated:
+                options = self._recombination(bucket, perturbation, second_norm)
+                ops.recombine_(bucket.grads, **options, backend=bucket.backend, validate=False)
+            self._step_base({p for bucket in updated for p in bucket.params})
+
+    def _is_fused(self, group: dict[str, Any]) -> bool:
+        # Hyperparameters on the device are left to torch.optim.SGD: reading them here would make
+        # the host wait.
+        on_device = any(isinstance(v, Tensor) and v.device.type != "cpu" for v in group.values())
+        return (
+            type(self.base_optimizer) is torch.optim.SGD
+            and not group["differentiable"]
+            and not on_device
+        )
+
+    def _recombination(
+        self, bucket: _Bucket, perturbation: _Perturbation, second_norm: Tensor | None
+    ) -> dict[str, Any]:
+        granularity = _granularity(bucket)
+        options: dict[str, Any] = {
+            "rule": self._rule,
+            "granularity": granularity,
+            "ascent_norm": bucket.bring(perturbation.ascent_norm),
+        }
+        if self._rule != "sam":
+            options["first_grads"] = [perturbation.first_grads[p] for p in bucket.params]
+            if granularity == "global":
+                options["first_norm"] = bucket.bring(perturbation.first_norm)
+                options["second_norm"] = bucket.bring(second_norm)
+            elif granularity == "tensor":
+                options["first_norm"] = perturbation.first_norm_per_tensor(bucket.params)
+        return options
+
+    def _update_with_sgd(
+        self, bucket: _Bucket, perturbation: _Perturbation, second_norm: Tensor | None
+    ) -> None:
+        group = bucket.group
+        hyperparameters: dict[str, Any] = {
+            name: float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")
+        }
+
+        parts = [(bucket, False)]
+        if hyperparameters["momentum"] != 0:
+            has_buffer = lambda p: self.state[p].get("momentum_buffer") is not None  # noqa: E731
+            parts = [
+                (bucket.select(lambda p: not has_buffer(p)), True),
+                (bucket.select(has_buffer), False),
+            ]
+        for part, init_momentum in parts:
+            if not part.params:
+                continue
+            buffers = None
+            if hyperparameters["momentum"] != 0:
+                buffers = [self._momentum_buffer(p) for p in part.params]
+            ops.sgd_(
+                part.params,
+                [perturbation.old_params.get(p, p) for p in part.params],
+                part.grads,
+                buffers,
+                **hyperparameters,
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                init_momentum=init_momentum,
+                **self._recombination(part, perturbation, second_norm),
+                backend=part.backend,
+                validate=False,
+            )
+            for p, buffer in zip(part.params, buffers or (), strict=False):
+                self.state[p]["momentum_buffer"] = buffer
+
+    def _momentum_buffer(self, p: Tensor) -> Tensor:
+        buffer = self.state[p].get("momentum_buffer")
+        if buffer is None:
+            return torch.empty_like(p, requires_grad=False)
+        return buffer if _fits(buffer, p) else _laid_out_like(p, buffer)
+
+    def _step_base(self, updated: set[Tensor]) -> None:
+        hidden = {p: p.grad for p in self._all_params() if p not in updated and p.grad is not None}
+        for p in hidden:
+            p.grad = None
+        try:
+            self.base_optimizer.step()
+        finally:
+            for p, grad in hidden.items():
+                p.grad = grad
+
+    def _compare(
+        self, buckets: list[_Bucket], perturbation: _Perturbation
+    ) -> ops.GradientStatistics:
+        comparisons, weight_norms = [], []
+        for bucket in buckets:
+            first_grads = [perturbation.first_grads[p] for p in bucket.params]
+            old_params = [perturbation.old_params[p] for p in bucket.params]
+            options: dict[str, Any] = {"backend": bucket.backend, "validate": False}
+            comparisons.append(ops.compare(first_grads, bucket.grads, **options))
+            weight_norms.append(ops.norms(old_params, **options).total)
+        return ops.gradient_statistics(comparisons, weight_norms)
+
+
+def _granularity(bucket: _Bucket) -> str:
+    return bucket.group.get("granularity", "element")
+
+
+def _fits(tensor: Tensor, p: Tensor) -> bool:
+    return (
+        tensor.shape == p.shape
+        and tensor.dtype == p.dtype
+        and tensor.device == p.device
+        and (tensor.stride() == p.stride() or ops.same_layout(tensor, p) or not ops.is_dense(p))
+    )
+
+
+def _laid_out_like(p: Tensor, tensor: Tensor) -> Tensor:
+    return torch.empty_like(p, requires_grad=False).copy_(tensor)
+
+
+def _check_options(options: dict[str, Any], where: str) -> None:
+    rho = options.get("rho", 0.0)
+    if isinstance(rho, bool) or not isinstance(rho, (int, float)):
+        raise TypeError(f"rho{where} is {type(rho).__name__}: give a number")
+    if not (math.isfinite(rho) and rho >= 0):
+        raise ValueError(f"rho={rho}{where}: give a finite number >= 0")
+    adaptive = options.get("adaptive", False)
+    if not isinstance(adaptive, bool):
+        raise TypeError(f"adaptive{where} is {type(adaptive).__name__}: give True or False")
+    if "granularity" in options:
+        ops.check_choice(f"granularity{where}", options["granularity"], ops.GRANULARITIES)

@@ -1,0 +1,172 @@
+"""The lockstep check passes right optimizers and catches wrong ones."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.config import Config
+from train.errors import DivergedError, VerificationError
+from train.models import build_model
+from train.optimizers import build_optimizer
+from train.verify import TOLERANCE, Lockstep, relative_deviation
+
+SAM_FAMILY = ("sam", "samdirection", "sammagnitude")
+
+
+def config(opt_name: str = "sam", **keys: Any) -> Config:
+    return Config(opt_name=opt_name, **{"rho": 0.1, "lr": 0.1, "wd": 0.001, **keys})
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("resnet_small", 1, 10)
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(16, 1, 8, 8, generator=generator)
+    return images, torch.randint(0, 10, (16,), generator=generator)
+
+
+def take_steps(
+    wrong: Callable[[nn.Module], Any],
+    right: Config,
+    steps: int = 5,
+    each: Callable[[], object] = lambda: None,
+) -> tuple[Lockstep, nn.Module]:
+    """Steps with the optimizer that `wrong` makes, against the reference for `right`."""
+    model = network()
+    lockstep = Lockstep(
+        model, wrong(model), lambda params: build_optimizer(params, right, backend="reference")
+    )
+    for step in range(steps):
+        images, labels = batch(step)
+        F.cross_entropy(model(images), labels).backward()
+        lockstep.first_step()
+        F.cross_entropy(model(images), labels).backward()
+        lockstep.second_step(zero_grad=True)
+        each()
+    return lockstep, model
+
+
+def made(settings: Config) -> Callable[[nn.Module], Any]:
+    return lambda model: build_optimizer(model.parameters(), settings)
+
+
+@pytest.mark.parametrize("granularity", ["element", "tensor", "global"])
+@pytest.mark.parametrize("opt_name", SAM_FAMILY)
+def test_right_optimizers_pass(opt_name: str, granularity: str) -> None:
+    settings = config(opt_name, granularity=granularity, nesterov=True)
+    lockstep, _ = take_steps(made(settings), settings, steps=20)
+    summary = lockstep.summary()
+    assert (summary["steps"], summary["tolerance"]) == (20, TOLERANCE)
+    assert 0 <= summary["value"] <= TOLERANCE
+
+
+def test_adaptive_passes() -> None:
+    settings = config(adaptive=True, rho=0.5)
+    lockstep, _ = take_steps(made(settings), settings)
+    assert lockstep.summary()["value"] <= TOLERANCE
+
+
+def test_the_twin_follows_the_schedule() -> None:
+    settings = config()
+    optimizer: list[Any] = []
+
+    def make(model: nn.Module) -> Any:
+        optimizer.append(build_optimizer(model.parameters(), settings))
+        return optimizer[0]
+
+    def halve() -> None:
+        optimizer[0].param_groups[0]["lr"] /= 2
+
+    lockstep, _ = take_steps(make, settings, each=halve)
+    assert lockstep.steps == 5
+
+
+def test_lockstep_changes_nothing_in_the_training() -> None:
+    settings = config()
+    _, checked = take_steps(made(settings), settings)
+    model = network()
+    optimizer = build_optimizer(model.parameters(), settings)
+    for step in range(5):
+        images, labels = batch(step)
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.first_step()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.second_step(zero_grad=True)
+    pairs = zip(model.parameters(), checked.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "phase"),
+    [
+        (config(rho=1.0), config(rho=0.1), "perturbation"),
+        (config(rho=0.0), config(rho=0.1), "perturbation"),
+        (config(adaptive=True), config(), "perturbation"),
+        (config("samdirection"), config("sammagnitude"), "update"),
+        (config("sammagnitude"), config("samdirection"), "update"),
+        (config("sam"), config("samdirection"), "update"),
+        (config("samdirection", granularity="tensor"), config("samdirection"), "update"),
+        (config(wd=0.0), config(wd=0.001), "update"),
+        (config(momentum=0.0), config(momentum=0.9), "update"),
+        (config(nesterov=True), config(), "update"),
+    ],
+)
+def test_wrong_optimizers_are_caught(wrong: Config, right: Config, phase: str) -> None:
+    with pytest.raises(VerificationError, match=f"after the {phase}, parameter '.*' deviates"):
+        take_steps(made(wrong), right)
+
+
+def test_an_optimizer_that_never_restores_is_caught() -> None:
+    def never_restoring(model: nn.Module) -> Any:
+        optimizer = build_optimizer(model.parameters(), config())
+        params = list(model.parameters())
+        second_step = optimizer.second_step
+
+        def keep_the_perturbation(zero_grad: bool = False) -> None:
+            perturbed = [p.detach().clone() for p in params]
+            second_step(zero_grad=False)
+            after = [p.detach().clone() for p in params]
+            optimizer.zero_grad()
+            restored = copy.deepcopy(originals)
+            with torch.no_grad():
+                for p, w, e, old in zip(params, after, perturbed, restored, strict=True):
+                    p.copy_(e + (w - old))
+
+        first_step = optimizer.first_step
+        originals: list[Tensor] = []
+
+        def remember() -> None:
+            originals[:] = [p.detach().clone() for p in params]
+            first_step()
+
+        optimizer.first_step, optimizer.second_step = remember, keep_the_perturbation
+        return optimizer
+
+    with pytest.raises(VerificationError, match="step 1: after the update"):
+        take_steps(never_restoring, config())
+
+
+def test_non_finite_gradients_are_named() -> None:
+    settings = config()
+
+    def poisoned(model: nn.Module) -> Any:
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+        return build_optimizer(model.parameters(), settings)
+
+    with pytest.raises(DivergedError, match=r"step 1: the gradient of 'features\..*not finite"):
+        take_steps(poisoned, settings)
+
+
+def test_relative_deviation() -> None:
+    assert relative_deviation(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == 0.1
+    assert relative_deviation(torch.tensor([0.0, 2.0]), torch.zeros(2)) == 2.0
+    assert relative_deviation(torch.zeros(2), torch.zeros(2)) == 0.0

@@ -1,0 +1,48 @@
+"""`python -m train`: one training run."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from train.config import describe_keys, from_command_line
+from train.errors import DriverError
+
+USAGE = """\
+python -m train [--experiment=NAME] [--KEY=VALUE ...]
+
+Trains one model. NAME is a file of train/configs (default: default); its keys, and the flags that
+override them, with the values they have where neither says otherwise:
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run and print the table; the exit code of the process."""
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE + describe_keys())
+        return 0
+    config = from_command_line(arguments)
+    # Here, so that a typing error is answered before torch is imported.
+    from train import results
+    from train.progress import make_console
+    from train.run import run
+
+    console = make_console()
+    result = run(config, console)
+    results.print_table(console, [result])
+    console.print(f"written to {config.folder}", soft_wrap=True)
+    return 0
+
+
+def guarded(command: Callable[[Sequence[str]], int]) -> int:
+    """Run a command; what the user can act on is one sentence on stderr, not a traceback."""
+    try:
+        return command(sys.argv[1:])
+    except DriverError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,124 @@
+"""The lockstep check: the first steps of a run, compared with the reference backend as it runs."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.errors import DivergedError, VerificationError
+from train.optimizers import TwoPassOptimizer
+
+TOLERANCE = 1e-5  # fp32: some tens of roundings, far below any wrong formula
+
+
+@dataclass
+class Deviation:
+    """The largest deviation seen, and where."""
+
+    value: float = 0.0
+    parameter: str = ""
+    step: int = 0
+    phase: str = ""
+
+
+def relative_deviation(value: Tensor, reference: Tensor) -> float:
+    """||value - reference||_2 / ||reference||_2 in float64; the numerator where that norm is 0."""
+    difference = (value.double() - reference.double()).norm()
+    norm = reference.double().norm()
+    return float(difference if norm == 0 else difference / norm)
+
+
+class Lockstep:
+    """Stands in for an optimizer and takes each step with a reference twin as well.
+
+    The twin owns copies of the parameters and keeps them over all steps, so errors add up as they
+    do in training. Both get the same g1 and g2: the gradients that the real optimizer's weights
+    give.
+
+    Args:
+        model: its parameters are those of the optimizer.
+        optimizer: the one to check.
+        make_reference: makes the twin from a list of parameters.
+        tolerance: of the relative deviation of each parameter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: TwoPassOptimizer,
+        make_reference: Callable[[list[nn.Parameter]], TwoPassOptimizer],
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        self.optimizer = optimizer
+        self.tolerance = tolerance
+        self.steps = 0
+        self.largest = Deviation()
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in named]
+        self._params = [p for _, p in named]
+        self._twins = [nn.Parameter(p.detach().clone()) for p in self._params]
+        self._reference = make_reference(self._twins)
+
+    def first_step(self) -> None:
+        """Perturb both, then compare.
+
+        Raises:
+            DivergedError: a gradient is not finite.
+            VerificationError: a parameter deviates by more than the tolerance, or is not finite.
+        """
+        self._copy_gradients()
+        self.optimizer.first_step()
+        self._reference.first_step()
+        self._compare("perturbation")
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Update both, then compare.
+
+        Raises:
+            VerificationError: as first_step.
+        """
+        # The scheduler knows the real optimizer only. Nothing else is copied: a wrong rho or
+        # momentum in the real one has to show.
+        groups = zip(self._reference.param_groups, self.optimizer.param_groups, strict=True)
+        for twin_group, group in groups:
+            twin_group["lr"] = group["lr"]
+        self._copy_gradients()
+        self.optimizer.second_step(zero_grad=zero_grad)
+        self._reference.second_step(zero_grad=True)
+        self._compare("update")
+        self.steps += 1
+
+    def restore(self) -> None:
+        """Undo the perturbation of both."""
+        self.optimizer.restore()
+        self._reference.restore()
+
+    def summary(self) -> dict[str, Any]:
+        """Steps taken, tolerance, and the largest deviation with its place."""
+        return {"steps": self.steps, "tolerance": self.tolerance, **asdict(self.largest)}
+
+    def _copy_gradients(self) -> None:
+        for name, param, twin in zip(self._names, self._params, self._twins, strict=True):
+            # Said here: it would pass for an error of the optimizer otherwise.
+            if param.grad is not None and not param.grad.isfinite().all():
+                raise DivergedError(
+                    f"step {self.steps + 1}: the gradient of '{name}' is not finite: the run is "
+                    "stopped; a smaller lr or rho may help"
+                )
+            twin.grad = None if param.grad is None else param.grad.detach().clone()
+
+    @torch.no_grad()
+    def _compare(self, phase: str) -> None:
+        step = self.steps + 1
+        for name, param, twin in zip(self._names, self._params, self._twins, strict=True):
+            value = relative_deviation(param, twin)
+            # Written so that nan fails too.
+            if not value <= self.tolerance:
+                raise VerificationError(
+                    f"step {step}: after the {phase}, parameter '{name}' deviates from the "
+                    f"reference backend by {value:.2e} (relative), allowed {self.tolerance:.0e}"
+                )
+            if value > self.largest.value:
+                self.largest = Deviation(value, name, step, phase)
