@@ -156,9 +156,9 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), py::arg("magnitude"), py::arg("sign"), py::arg("numerator"),
            py::arg("denominator"), py::arg("per_tensor"), py::arg("eps"), py::arg("ascent_norm"));
   py::class_<SgdOptions>(m, "SgdOptions")
-      .def(py::init<float, float, float, float, bool, bool, bool, bool>(), py::kw_only(), py::arg("lr"),
+      .def(py::init<float, float, float, float, float, bool, bool, bool>(), py::kw_only(), py::arg("lr"),
            py::arg("momentum"), py::arg("one_minus_dampening"), py::arg("weight_decay"),
-           py::arg("nesterov"), py::arg("maximize"), py::arg("has_momentum"), py::arg("init_momentum"));
+           py::arg("gradient_sign"), py::arg("nesterov"), py::arg("has_momentum"), py::arg("init_momentum"));
 
   m.def(
       "norms",

@@ -92,7 +92,7 @@ struct RecombineArgs {
 };
 
 // torch.optim.SGD on the restored weights, reading w from old_params:
-//   u = -u if maximize;  u += weight_decay * w
+//   u = gradient_sign * u + weight_decay * w
 //   buf = u if init_momentum else momentum * buf + (1 - dampening) * u
 //   d = u + momentum * buf if nesterov else buf;  params = w - lr * d
 // A skipped step restores params and leaves buf (0 if init_momentum).
@@ -101,8 +101,8 @@ struct SgdOptions {
   float momentum;
   float one_minus_dampening;
   float weight_decay;
+  float gradient_sign;  // -1 to maximize, else 1
   bool nesterov;
-  bool maximize;
   bool has_momentum;
   bool init_momentum;
 };

@@ -57,12 +57,19 @@ static inline SAMKERNELS_HOST_DEVICE float WithSign(float magnitude, float sign)
   return fabsf(magnitude) * Sign(sign);
 }
 
-// The new weight; buf is read unless init_momentum, and written if has_momentum.
+enum class Momentum { kNone, kInit, kRunning };
+
+static inline SAMKERNELS_HOST_DEVICE Momentum MomentumOf(const SgdOptions& o) {
+  return !o.has_momentum ? Momentum::kNone : o.init_momentum ? Momentum::kInit : Momentum::kRunning;
+}
+
+// The new weight; buf is read if it is running, and written unless there is none.
+template <Momentum kMomentum>
 static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, float w, float u, float& buf) {
-  if (o.maximize) u = -u;
+  u = o.gradient_sign * u;
   if (o.weight_decay != 0.0f) u = u + o.weight_decay * w;
-  if (o.has_momentum) {
-    buf = o.init_momentum ? u : o.momentum * buf + o.one_minus_dampening * u;
+  if (kMomentum != Momentum::kNone) {
+    buf = kMomentum == Momentum::kInit ? u : o.momentum * buf + o.one_minus_dampening * u;
     u = o.nesterov ? u + o.momentum * buf : buf;
   }
   return w - o.lr * u;

@@ -33,8 +33,8 @@ class SgdOptions:
         momentum: float,
         one_minus_dampening: float,
         weight_decay: float,
+        gradient_sign: float,
         nesterov: bool,
-        maximize: bool,
         has_momentum: bool,
         init_momentum: bool,
     ) -> None: ...
