@@ -36,7 +36,7 @@ int main() {
   endif()
 
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known)
-  set(archs)
+  set(archs "")
   foreach(arch 80 86 89 90 100 120)
     if(known MATCHES "compute_${arch}[^0-9]")
       list(APPEND archs ${arch}-real)

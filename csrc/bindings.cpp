@@ -1,7 +1,8 @@
 // The Python module samkernels._C. The only file that knows pybind11.
 //
-// Lists arrive as Python lists of addresses (tensor.data_ptr()), with the element counts beside them. Whoever calls
-// has checked shapes, dtypes, devices and layouts (samkernels/ops.py); here only lengths and null addresses are.
+// Lists arrive as Python lists of addresses (tensor.data_ptr()), with the element counts beside
+// them. Whoever calls has checked shapes, dtypes, devices and layouts (samkernels/ops.py); here
+// only lengths and null addresses are.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -137,7 +138,7 @@ PYBIND11_MODULE(_C, m) {
     if (reason == nullptr) return std::nullopt;
     return reason;
 #else
-    return "the core was built without CUDA (install again where nvcc is found)";
+    return "the core was built without CUDA";
 #endif
   });
   m.def(
@@ -151,30 +152,26 @@ PYBIND11_MODULE(_C, m) {
   m.attr("COMPARE_SUMS") = kCompareSums;
 
   py::class_<PyRecombination>(m, "Recombination")
-      .def(py::init<Addresses, std::optional<Addresses>, std::uintptr_t, std::uintptr_t, bool, float,
-                    std::uintptr_t>(),
+      .def(py::init<Addresses, std::optional<Addresses>, std::uintptr_t, std::uintptr_t, bool,
+                    float, std::uintptr_t>(),
            py::kw_only(), py::arg("magnitude"), py::arg("sign"), py::arg("numerator"),
            py::arg("denominator"), py::arg("per_tensor"), py::arg("eps"), py::arg("ascent_norm"));
   py::class_<SgdOptions>(m, "SgdOptions")
-      .def(py::init<float, float, float, float, float, bool, bool, bool>(), py::kw_only(), py::arg("lr"),
-           py::arg("momentum"), py::arg("one_minus_dampening"), py::arg("weight_decay"),
-           py::arg("gradient_sign"), py::arg("nesterov"), py::arg("has_momentum"), py::arg("init_momentum"));
+      .def(py::init<float, float, float, float, float, bool, bool, bool>(), py::kw_only(),
+           py::arg("lr"), py::arg("momentum"), py::arg("one_minus_dampening"),
+           py::arg("weight_decay"), py::arg("gradient_sign"), py::arg("nesterov"),
+           py::arg("has_momentum"), py::arg("init_momentum"));
 
-  m.def(
-      "norms",
-      [](const Target& target, const std::vector<int64_t>& numel, DType dtype, const Addresses& x,
-         const std::optional<Addresses>& weights, std::uintptr_t workspace, std::uintptr_t per_tensor,
-         std::uintptr_t total) {
-        const Shapes shapes(numel, dtype, *target.ops);
-        const NormsArgs args = {shapes.tensors(),
-                                shapes.List("x", x),
-                                shapes.Optional("weights", weights),
-                                Pointer<void>(workspace),
-                                Pointer<float>(per_tensor),
-                                Pointer<float>(total)};
-        py::gil_scoped_release release;
-        target.ops->norms(args, target.execution);
-      });
+  m.def("norms", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
+                    const Addresses& x, const std::optional<Addresses>& weights,
+                    std::uintptr_t workspace, std::uintptr_t per_tensor, std::uintptr_t total) {
+    const Shapes shapes(numel, dtype, *target.ops);
+    const NormsArgs args = {
+        shapes.tensors(),         shapes.List("x", x),        shapes.Optional("weights", weights),
+        Pointer<void>(workspace), Pointer<float>(per_tensor), Pointer<float>(total)};
+    py::gil_scoped_release release;
+    target.ops->norms(args, target.execution);
+  });
   m.def("perturb", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
                       const Addresses& params, const Addresses& grads, const Addresses& old_params,
                       std::uintptr_t norm, float rho, float eps, bool adaptive) {
@@ -201,7 +198,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("recombine", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
                         const PyRecombination& recombination, const Addresses& out) {
     const Shapes shapes(numel, dtype, *target.ops);
-    const RecombineArgs args = {shapes.tensors(), recombination.For(shapes), shapes.List("out", out)};
+    const RecombineArgs args = {shapes.tensors(), recombination.For(shapes),
+                                shapes.List("out", out)};
     py::gil_scoped_release release;
     target.ops->recombine(args, target.execution);
   });

@@ -1,8 +1,9 @@
 // Entry points of the core. Torch-free: tensors are addresses and element counts.
 //
-// An op works on lists of tensors. Lists are walked together: tensor i has tensors.numel[i] elements of
-// tensors.dtype in every list, densely packed, in the same order. Arithmetic is in fp32, sums in fp32 or
-// better. [in] is read, [out] is overwritten; addresses are host or device memory, as the table of ops says.
+// An op works on lists of tensors. Lists are walked together: tensor i has tensors.numel[i]
+// elements of tensors.dtype in every list, densely packed, in the same order. Arithmetic is in
+// fp32, sums in fp32 or better. [in] is read, [out] is overwritten; addresses are host or device
+// memory, as the table of ops says.
 #pragma once
 
 #include <cstdint>
@@ -72,8 +73,8 @@ struct RestoreArgs {
 
 // What takes the gradient's place:
 //   u = |magnitude| * sign(sign)                                         if `sign` is given, else
-//   u = (numerator / (denominator + eps)) * magnitude                    if `numerator` is given, else
-//   u = magnitude.
+//   u = (numerator / (denominator + eps)) * magnitude                    if `numerator` is given,
+//   else u = magnitude.
 struct Recombination {
   ReadOnlyList magnitude;    // [in]
   ReadOnlyList sign;         // [in] or null
@@ -81,7 +82,8 @@ struct Recombination {
   const float* denominator;  // [in] as numerator
   int norm_stride;           // 0: one norm for all tensors; 1: one per tensor
   float eps;
-  const float* ascent_norm;  // [in] [1] or null. Not finite: the step is skipped (see RecombineArgs, SgdArgs).
+  const float* ascent_norm;  // [in] [1] or null. Not finite: the step is skipped (see
+                             // RecombineArgs, SgdArgs).
 };
 
 // out = u; 0 where the step is skipped.

@@ -1,9 +1,10 @@
-// The arithmetic of perturb, recombine and update, per element, in fp32. Written once: the CPU and the CUDA
-// ops call these functions. Contraction into fused multiply-adds is switched off in the build, so that both
-// give the same bits from the same inputs.
+// The arithmetic of perturb, recombine and update, per element, in fp32. Written once: the CPU and
+// the CUDA ops call these functions. Contraction into fused multiply-adds is switched off in the
+// build, so that both give the same bits from the same inputs.
 //
-// `static`: the CPU ops are compiled once per instruction set, and an inline function shared between those
-// objects would let the linker pick the version that the processor at hand does not have.
+// `static`: the CPU ops are compiled once per instruction set, and an inline function shared
+// between those objects would let the linker pick the version that the processor at hand does not
+// have.
 #pragma once
 
 #include <math.h>
@@ -29,8 +30,8 @@ static inline SAMKERNELS_HOST_DEVICE float Sign(float x) {
   return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f);
 }
 
-// 0 stands for "perturb nothing": without a gradient there is no direction, and a gradient that is not finite
-// would put nan into every weight.
+// 0 stands for "perturb nothing": without a gradient there is no direction, and a gradient that is
+// not finite would put nan into every weight.
 static inline SAMKERNELS_HOST_DEVICE float PerturbScale(float norm, float rho, float eps) {
   return norm > 0.0f && norm <= kLargestFloat ? rho / (norm + eps) : 0.0f;
 }
@@ -65,7 +66,8 @@ static inline SAMKERNELS_HOST_DEVICE Momentum MomentumOf(const SgdOptions& o) {
 
 // The new weight; buf is read if it is running, and written unless there is none.
 template <Momentum kMomentum>
-static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, float w, float u, float& buf) {
+static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, float w, float u,
+                                                      float& buf) {
   u = o.gradient_sign * u;
   if (o.weight_decay != 0.0f) u = u + o.weight_decay * w;
   if (kMomentum != Momentum::kNone) {

@@ -1,6 +1,6 @@
-// How the CPU ops walk their lists: chunks are shared out among threads, and a chunk is worked through in
-// blocks that fit into the L1 cache. A block is loaded as fp32, computed on, and stored in the tensors' dtype;
-// the ops themselves see only fp32.
+// How the CPU ops walk their lists: chunks are shared out among threads, and a chunk is worked
+// through in blocks that fit into the L1 cache. A block is loaded as fp32, computed on, and stored
+// in the tensors' dtype; the ops themselves see only fp32.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ constexpr int64_t kBlockSize = 512;
 // Less work than this is done before a second thread has woken up.
 constexpr int64_t kParallelNumel = 32768;
 
-// Above this traffic an op writes past the caches: what it writes would not stay in them until it is read
-// again, and a cached write first reads the line from memory.
+// Above this traffic an op writes past the caches: what it writes would not stay in them until it
+// is read again, and a cached write first reads the line from memory.
 constexpr int64_t kStreamingBytes = int64_t{16} << 20;
 
 static inline bool IsStreaming(const Tensors& tensors, int num_lists) {

@@ -1,5 +1,5 @@
-// The ops on host memory. These files are compiled once per instruction set, with SAMKERNELS_CPU_VARIANT
-// (baseline, avx2) as the name of the namespace.
+// The ops on host memory. These files are compiled once per instruction set, with
+// SAMKERNELS_CPU_VARIANT (baseline, avx2) as the name of the namespace.
 #pragma once
 
 #include "../ops.h"

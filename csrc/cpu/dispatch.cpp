@@ -1,4 +1,5 @@
-// Picks the instruction set at run time, so that one build runs on every processor of its architecture.
+// Picks the instruction set at run time, so that one build runs on every processor of its
+// architecture.
 #include "../ops.h"
 
 namespace samkernels {

@@ -53,8 +53,8 @@ static inline float ToFloat(Float16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return FromBits(sign | 0x7f800000u | (magnitude & 0x03ffu) << 13);
-  // A float whose exponent field is that of the half; the product corrects the bias, and is exact for
-  // subnormal halves too.
+  // A float whose exponent field is that of the half; the product corrects the bias, and is exact
+  // for subnormal halves too.
   const float scaled = FromBits(magnitude << 13) * FromBits(0x77800000u);  // 2^112
   return FromBits(sign | BitsOf(scaled));
 }

@@ -9,24 +9,27 @@ static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
   const Tensors& tensors = args.tensors;
   const bool streaming = IsStreaming(tensors, 4);
   const float scale = PerturbScale(*args.norm, args.rho, args.eps);
-  ForEachChunk(tensors, execution.num_threads, [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
-    T* params = At<T>(args.params, tensor, begin);
-    T* old_params = At<T>(args.old_params, tensor, begin);
-    const T* grads = At<T>(args.grads, tensor, begin);
-    ForEachBlock(n, [&](int64_t offset, int64_t count) {
-      float staging[2][kBlockSize];
-      float perturbed[kBlockSize];
-      const float* w = LoadBlock(params + offset, staging[0], count);
-      const float* g = LoadBlock(grads + offset, staging[1], count);
-      if (args.adaptive) {
-        for (int64_t i = 0; i < count; ++i) perturbed[i] = Perturbed(w[i], g[i], scale, true);
-      } else {
-        for (int64_t i = 0; i < count; ++i) perturbed[i] = Perturbed(w[i], g[i], scale, false);
-      }
-      StoreBytes(old_params + offset, params + offset, count * sizeof(T), streaming);
-      if (scale != 0.0f) StoreBlock(params + offset, perturbed, count, streaming);
-    });
-  });
+  ForEachChunk(tensors, execution.num_threads,
+               [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
+                 T* params = At<T>(args.params, tensor, begin);
+                 T* old_params = At<T>(args.old_params, tensor, begin);
+                 const T* grads = At<T>(args.grads, tensor, begin);
+                 ForEachBlock(n, [&](int64_t offset, int64_t count) {
+                   float staging[2][kBlockSize];
+                   float perturbed[kBlockSize];
+                   const float* w = LoadBlock(params + offset, staging[0], count);
+                   const float* g = LoadBlock(grads + offset, staging[1], count);
+                   if (args.adaptive) {
+                     for (int64_t i = 0; i < count; ++i)
+                       perturbed[i] = Perturbed(w[i], g[i], scale, true);
+                   } else {
+                     for (int64_t i = 0; i < count; ++i)
+                       perturbed[i] = Perturbed(w[i], g[i], scale, false);
+                   }
+                   StoreBytes(old_params + offset, params + offset, count * sizeof(T), streaming);
+                   if (scale != 0.0f) StoreBlock(params + offset, perturbed, count, streaming);
+                 });
+               });
 }
 
 void Perturb(const PerturbArgs& args, const Execution& execution) {

@@ -15,14 +15,16 @@ static void RecombineOf(const RecombineArgs& args, const Execution& execution) {
                  T* out = At<T>(args.out, tensor, begin);
                  ForEachBlock(n, [&](int64_t offset, int64_t count) {
                    float u[kBlockSize] = {};
-                   if (!skipped) RecombineBlock<T>(r, coefficient, tensor, begin + offset, count, u);
+                   if (!skipped)
+                     RecombineBlock<T>(r, coefficient, tensor, begin + offset, count, u);
                    StoreBlock(out + offset, u, count, streaming);
                  });
                });
 }
 
 void Recombine(const RecombineArgs& args, const Execution& execution) {
-  DispatchDType(args.tensors.dtype, [&](auto zero) { RecombineOf<decltype(zero)>(args, execution); });
+  DispatchDType(args.tensors.dtype,
+                [&](auto zero) { RecombineOf<decltype(zero)>(args, execution); });
 }
 
 }  // namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT

@@ -7,8 +7,8 @@
 namespace samkernels::cpu {
 
 template <typename T>
-static inline void RecombineBlock(const Recombination& r, float coefficient, int64_t tensor, int64_t begin,
-                                  int64_t n, float* u) {
+static inline void RecombineBlock(const Recombination& r, float coefficient, int64_t tensor,
+                                  int64_t begin, int64_t n, float* u) {
   float staging[2][kBlockSize];
   const float* magnitude = LoadBlock(At<const T>(r.magnitude, tensor, begin), staging[0], n);
   if (r.sign) {

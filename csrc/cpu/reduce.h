@@ -1,5 +1,6 @@
-// Sums in double, in an order that depends on the tensors only: not on the number of threads, nor on the
-// instruction set. Elements go round kLanes accumulators, lanes are added in order, then chunks, then tensors.
+// Sums in double, in an order that depends on the tensors only: not on the number of threads, nor
+// on the instruction set. Elements go round kLanes accumulators, lanes are added in order, then
+// chunks, then tensors.
 #pragma once
 
 #include "blocks.h"
@@ -8,7 +9,8 @@ namespace samkernels::cpu {
 
 constexpr int kLanes = 16;
 
-// Adds f(i), i = 0 .. n - 1, to the lanes, round robin. n is a multiple of kLanes except in a chunk's last block.
+// Adds f(i), i = 0 .. n - 1, to the lanes, round robin. n is a multiple of kLanes except in a
+// chunk's last block.
 template <typename F>
 static inline void AddToLanes(double* lanes, int64_t n, const F& f) {
   double sums[kLanes];
@@ -29,10 +31,11 @@ static inline double SumLanes(const double* lanes) {
 }
 
 // The sum of one tensor's chunks: partials[chunk * stride + k].
-static inline double SumOfTensor(const Tensors& tensors, const double* partials, int64_t tensor, int stride,
-                                 int k) {
+static inline double SumOfTensor(const Tensors& tensors, const double* partials, int64_t tensor,
+                                 int stride, int k) {
   double sum = 0.0;
-  for (int64_t chunk = tensors.first_chunk[tensor]; chunk < tensors.first_chunk[tensor + 1]; ++chunk) {
+  for (int64_t chunk = tensors.first_chunk[tensor]; chunk < tensors.first_chunk[tensor + 1];
+       ++chunk) {
     sum += partials[chunk * stride + k];
   }
   return sum;

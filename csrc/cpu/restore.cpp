@@ -7,10 +7,11 @@ void Restore(const RestoreArgs& args, const Execution& execution) {
   const Tensors& tensors = args.tensors;
   const bool streaming = IsStreaming(tensors, 2);
   const int64_t size = SizeOf(tensors.dtype);
-  ForEachChunk(tensors, execution.num_threads, [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
-    StoreBytes(At<char>(args.params, tensor, begin * size), At<char>(args.old_params, tensor, begin * size),
-               n * size, streaming);
-  });
+  ForEachChunk(tensors, execution.num_threads,
+               [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
+                 StoreBytes(At<char>(args.params, tensor, begin * size),
+                            At<char>(args.old_params, tensor, begin * size), n * size, streaming);
+               });
 }
 
 }  // namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT

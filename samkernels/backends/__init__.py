@@ -50,7 +50,7 @@ def why_unavailable(
 
 
 def choose(
-    backend: str, device: torch.device, dtype: torch.dtype, dense: bool = True
+    backend: str, device: torch.device, dtype: torch.dtype = torch.float32, dense: bool = True
 ) -> tuple[str, Backend]:
     """The name and the module of the backend that serves such tensors.
 

@@ -45,10 +45,17 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
     return _why_no_cuda() if device.type == "cuda" else None
 
 
+def build_info() -> dict[str, str]:
+    """How the core was built: compiler, openmp, cpu_variant (in use), cuda, cuda_archs; "": none."""
+    return _C.build_info()
+
+
 @lru_cache(maxsize=1)
 def _why_no_cuda() -> str | None:
-    if torch.version.cuda is None:
-        return "this PyTorch has no CUDA"
+    if not build_info()["cuda"]:
+        return "the core was built without CUDA (install again where nvcc is found)"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
     return _C.why_no_cuda()
 
 

@@ -1,0 +1,43 @@
+# make quickstart   train with every optimizer on a small real data set, checked against the reference
+# make test         the tests;  make check: lint, format and types;  make bench: the benchmarks
+# Everything runs in the virtual environment $(VENV), which is made when it is missing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CORE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+
+.PHONY: quickstart test bench check format clean
+
+quickstart: $(VENV)/.train
+	$(BIN)/python -m train.study quickstart
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build *.egg-info samkernels/*.so
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp for each extra of pyproject.toml; newer sources of the core build it again.
+$(VENV)/.%: $(BIN)/python $(CORE)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$*]"
+	$(BIN)/python -m samkernels
+	touch $@

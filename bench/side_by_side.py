@@ -1,0 +1,135 @@
+"""One SAM step on ResNet-18's parameters: all candidates in turn, round after round.
+
+    python -m bench.side_by_side [--rounds 50] [--output FILE.json]
+
+Prints for each the median and quartiles in milliseconds, the ratio to native (median of the ratios
+within a round), and the time in passes: units of reading or writing the parameters once at the
+speed of a large copy in the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import samkernels
+from bench.candidates import OPTIMIZERS, Step, resnet18_shapes, sam_step
+
+# A large copy: this many times the parameters, so that no cache holds it.
+COPY_FACTOR = 4
+WARMUP_ROUNDS = 3
+
+
+def measure(rounds: int) -> dict[str, list[float]]:
+    """Seconds of each candidate and of the pass, one value per round."""
+    shapes = resnet18_shapes()
+    steps: dict[str, Step] = {name: sam_step(name, shapes)[0] for name in OPTIMIZERS}
+    source = torch.randn(COPY_FACTOR * sum(shape.numel() for shape in shapes))
+    target = torch.empty_like(source)
+    seconds: dict[str, list[float]] = {name: [] for name in [*steps, "pass"]}
+    for i in range(WARMUP_ROUNDS + rounds):
+        for name, step in steps.items():
+            taken = _seconds(step)
+            if i >= WARMUP_ROUNDS:
+                seconds[name].append(taken)
+        taken = _seconds(lambda: target.copy_(source))
+        if i >= WARMUP_ROUNDS:
+            seconds["pass"].append(taken / (2 * COPY_FACTOR))
+        print(f"\rround {i + 1} of {WARMUP_ROUNDS + rounds}", end="", flush=True)
+    print()
+    return seconds
+
+
+def summarize(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """A row per candidate."""
+    rows = []
+    for name in OPTIMIZERS:
+        low, median, high = statistics.quantiles(seconds[name], n=4)
+        rows.append(
+            {
+                "name": name,
+                "median_ms": 1e3 * median,
+                "quartiles_ms": [1e3 * low, 1e3 * high],
+                "times_native": _median_ratio(seconds[name], seconds["native"]),
+                "passes": _median_ratio(seconds[name], seconds["pass"]),
+            }
+        )
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """What a figure has to come with."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "commit": commit.stdout.strip() or None,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "samkernels": samkernels.__version__,
+    }
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _median_ratio(values: list[float], units: list[float]) -> float:
+    return statistics.median(v / u for v, u in zip(values, units, strict=True))
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def main() -> None:
+    """Measure, print the table, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    seconds = measure(arguments.rounds)
+    rows = summarize(seconds)
+    print(f"{'':33}{'ms':>8}{'quartiles':>16}{'x native':>10}{'passes':>8}")
+    for row in rows:
+        quartiles = "{:.1f} to {:.1f}".format(*row["quartiles_ms"])
+        print(
+            f"{row['name']:33}{row['median_ms']:8.1f}{quartiles:>16}"
+            f"{row['times_native']:10.2f}{row['passes']:8.1f}"
+        )
+    if arguments.output:
+        result = {
+            "what": "one SAM step on the parameters of ResNet-18 (62 tensors, 11.2 M, fp32), CPU",
+            "command": f"python -m bench.side_by_side --rounds {arguments.rounds}",
+            "environment": environment(),
+            "pass_ms": 1e3 * statistics.median(seconds["pass"]),
+            "rows": rows,
+        }
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+#include "../update_math.h"
+#include "cuda_ops.h"
+#include "reduce.cuh"
+#include "vectors.cuh"
+
+namespace samkernels::cuda {
+
+// Lists: g1, g2.
+template <typename T>
+struct CompareFunctor {
+  static constexpr int kSums = kCompareSums;
+  double* sums_out;
+
+  template <typename ChunkT>
+  __device__ void accumulate(const ChunkT& chunk, double (&sums)[kSums]) const {
+    const T* first = chunk.template At<const T>(0);
+    const T* second = chunk.template At<const T>(1);
+    int second_larger = 0;
+    int signs_agree = 0;
+    ForEachVector<T>(chunk.n, IsAligned(first) && IsAligned(second), [&](int i, auto width) {
+      const auto firsts = Load<width>(first + i);
+      const auto seconds = Load<width>(second + i);
+#pragma unroll
+      for (int j = 0; j < width; ++j) {
+        const double a = ToFloat(firsts.lane[j]);
+        const double b = ToFloat(seconds.lane[j]);
+        sums[0] += a * a;
+        sums[1] += b * b;
+        sums[2] += a * b;
+        second_larger += fabs(b) > fabs(a);
+        signs_agree += a * b > 0.0;
+      }
+    });
+    sums[3] += second_larger;
+    sums[4] += signs_agree;
+  }
+
+  __device__ void finish_tensor(int64_t, const double (&)[kSums]) const {}
+
+  __device__ void finish_total(const double (&sums)[kSums]) const {
+    for (int k = 0; k < kSums; ++k) sums_out[k] = sums[k];
+  }
+};
+
+void Compare(const CompareArgs& args, const Execution& execution) {
+  const ReadOnlyList lists[] = {args.first_grads, args.second_grads};
+  DispatchDType(args.tensors.dtype, [&](auto zero) {
+    Reduce(args.tensors, lists, CompareFunctor<decltype(zero)>{args.sums}, args.workspace,
+           execution.stream);
+  });
+}
+
+}  // namespace samkernels::cuda

@@ -1,0 +1,24 @@
+#include "cuda_ops.h"
+#include "multi_tensor_apply.cuh"
+
+namespace samkernels {
+
+const OpTable& CudaOps() {
+  static const OpTable table = {"cuda",        cuda::kChunkSize, cuda::Norms, cuda::Perturb,
+                                cuda::Restore, cuda::Recombine,  cuda::Sgd,   cuda::Compare};
+  return table;
+}
+
+// Asks the runtime for the code of one kernel: that needs a driver, a device, and an architecture
+// that was compiled for it, but launches nothing.
+const char* WhyNoCuda() {
+  int count = 0;
+  cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count == 0) error = cudaErrorNoDevice;
+  if (error == cudaSuccess) error = cuda::KernelImageError();
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or a later check would find it
+  return cudaGetErrorString(error);
+}
+
+}  // namespace samkernels

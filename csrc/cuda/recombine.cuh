@@ -1,0 +1,28 @@
+// u (ops.h: Recombination) from lanes, shared by recombine and the fused updates.
+#pragma once
+
+#include "../update_math.h"
+#include "vectors.cuh"
+
+namespace samkernels::cuda {
+
+// kSigned: u = |magnitude| * sign(sign), else u = coefficient * magnitude (ops.h). `sign` may be
+// anything then.
+template <bool kSigned>
+__device__ __forceinline__ float Recombined(float magnitude, float sign, float coefficient,
+                                            bool is_scaled) {
+  if (kSigned) return WithSign(magnitude, sign);
+  return is_scaled ? coefficient * magnitude : magnitude;
+}
+
+// The lists of an op, with the magnitude first and the sign last, if there is one.
+template <typename F>
+void DispatchSigned(const Recombination& recombination, const F& f) {
+  if (recombination.sign) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
+
+}  // namespace samkernels::cuda

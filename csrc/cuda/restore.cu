@@ -1,0 +1,31 @@
+#include "cuda_ops.h"
+#include "vectors.cuh"
+
+namespace samkernels::cuda {
+
+template <typename T>
+struct RestoreFunctor {
+  enum List { kParams, kOldParams, kLists };
+
+  __device__ void operator()(const Chunk<kLists>& chunk) const {
+    T* params = chunk.template At<T>(kParams);
+    const T* old_params = chunk.template At<const T>(kOldParams);
+    ForEachVector<T>(chunk.n, IsAligned(params) && IsAligned(old_params), [&](int i, auto width) {
+      Store<width>(params + i, Load<width>(old_params + i));
+    });
+  }
+};
+
+void Restore(const RestoreArgs& args, const Execution& execution) {
+  const ReadOnlyList lists[] = {args.params, args.old_params};
+  DispatchDType(args.tensors.dtype, [&](auto zero) {
+    MultiTensorApply(args.tensors, lists, RestoreFunctor<decltype(zero)>{}, execution.stream);
+  });
+}
+
+cudaError_t KernelImageError() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, MultiTensorApplyKernel<RestoreFunctor<float>, 2>);
+}
+
+}  // namespace samkernels::cuda
