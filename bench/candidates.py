@@ -13,7 +13,7 @@ from bench.peers import EagerSAM, ForeachSAM
 from train.models.resnet import resnet18
 
 RHO = 0.05
-SGD_OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+SGD_OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 Step = Callable[[], None]
 
@@ -43,7 +43,7 @@ def sam_step(name: str, shapes: list[torch.Size], seed: int = 0) -> tuple[Step, 
     def draw(scale: float) -> list[Tensor]:
         return [torch.randn(shape, generator=generator) * scale for shape in shapes]
 
-    params = [torch.nn.Parameter(w) for w in draw(0.05)]
+    params: list[Tensor] = [torch.nn.Parameter(w) for w in draw(0.05)]
     first_grads, second_grads = draw(0.01), draw(0.01)
     optimizer = OPTIMIZERS[name](params)
 

@@ -6,6 +6,8 @@ that they compute the same.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from torch import Tensor
 class EagerSAM:
     """One tensor at a time, with torch.optim.SGD as it comes: the usual GitHub implementation."""
 
-    def __init__(self, params: list[Tensor], rho: float, **sgd_options: float) -> None:
+    def __init__(self, params: list[Tensor], rho: float, **sgd_options: Any) -> None:
         self.params = params
         self.rho = rho
         self.base_optimizer = torch.optim.SGD(params, **sgd_options)
@@ -38,7 +40,7 @@ class EagerSAM:
 class ForeachSAM:
     """torch._foreach_* for the perturbation and the restore, and torch.optim.SGD(fused=True)."""
 
-    def __init__(self, params: list[Tensor], rho: float, **sgd_options: float) -> None:
+    def __init__(self, params: list[Tensor], rho: float, **sgd_options: Any) -> None:
         self.params = params
         self.rho = rho
         self.base_optimizer = torch.optim.SGD(params, **sgd_options, fused=True)

@@ -46,7 +46,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
 
 
 def build_info() -> dict[str, str]:
-    """How the core was built: compiler, openmp, cpu_variant (in use), cuda, cuda_archs; "": none."""
+    """How the core was built: compiler, openmp, cpu_variant (in use), cuda, cuda_archs."""
     return _C.build_info()
 
 

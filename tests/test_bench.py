@@ -1,0 +1,35 @@
+"""The benchmarks compare equals: every candidate's SAM step moves the parameters to the same place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.candidates import OPTIMIZERS, sam_step
+from bench.side_by_side import summarize
+
+SHAPES = [torch.Size(shape) for shape in [(8, 3, 3, 3), (8,), (10, 8), (10,)]]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_candidates_compute_the_same(name: str) -> None:
+    step, params = sam_step(name, SHAPES)
+    reference_step, reference_params = sam_step("reference", SHAPES)
+    before = [p.detach().clone() for p in reference_params]
+    for _ in range(3):
+        step()
+        reference_step()
+    for p, expected, start in zip(params, reference_params, before, strict=True):
+        assert not torch.equal(expected, start)
+        # A few roundings of weights of order 0.1.
+        torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_summary_divides_within_rounds() -> None:
+    seconds = {name: [2.0, 4.0, 8.0] for name in OPTIMIZERS}
+    seconds["native"] = [1.0, 2.0, 4.0]
+    seconds["pass"] = [0.1, 0.2, 0.4]
+    rows = {row["name"]: row for row in summarize(seconds)}
+    assert rows["native"]["passes"] == pytest.approx(10)
+    assert rows["foreach"]["times_native"] == pytest.approx(2)
+    assert rows["foreach"]["median_ms"] == pytest.approx(4000)
