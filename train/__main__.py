@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     console = make_console()
     result = run(config, console)
     results.print_table(console, [result])
-    console.print(f"written to {config.folder}", soft_wrap=True)
+    console.print(f"written to {config.folder}", soft_wrap=True, markup=False)
     return 0
 
 

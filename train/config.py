@@ -55,11 +55,12 @@ class Config:
     batch_size: int = _key(256, "images per step", low=2, high=100_000)
     seed: int = _key(0, "of the weights, the order and the augmentation", high=2**31 - 1)
     device: str = _key("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    threads: int = _key(0, "CPU threads; 0: torch's choice, all cores", high=4096)
     verify_steps: int = _key(
         20, "first steps of a SAM run that are compared with the reference backend", high=1_000_000
     )
     sharpness_samples: int = _key(
-        1024, "training images for lambda_max of the best checkpoint; 0: no sharpness", high=10**9
+        1024, "training images for lambda_max of the best checkpoint; 0: leave it out", high=10**9
     )
     output_dir: str = _key("", "folder of the results; empty: runs/ and a name from the keys")
 
@@ -135,18 +136,18 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
                 f"{name}={value} is neither true nor false: allowed true, false; "
                 f"nearest {nearest(str(value).lower(), ('true', 'false'))}"
             ) from None
-    low, high = meta["low"], meta["high"]
+    low, high = (f"{meta[bound]:.15g}" for bound in ("low", "high"))
     kind = "a whole number" if field.type is int else "a number"
     try:
         number = _int(value) if field.type is int else _float(value)
     except (TypeError, ValueError):
         raise ConfigError(
-            f"{name}={value} is not {kind}: allowed {low:g} to {high:g}; default {field.default}"
+            f"{name}={value} is not {kind}: allowed {low} to {high}; default {field.default}"
         ) from None
-    if not low <= number <= high:
+    if not meta["low"] <= number <= meta["high"]:
         raise ConfigError(
-            f"{name}={value} is out of range: allowed {low:g} to {high:g}; "
-            f"nearest {low if number < low else high:g}"
+            f"{name}={value} is out of range: allowed {low} to {high}; "
+            f"nearest {low if number < meta['low'] else high}"
         )
     return number
 
@@ -241,7 +242,7 @@ def describe_keys() -> str:
     for field in FIELDS.values():
         allowed = ", ".join(field.metadata["choices"])
         if field.type in (int, float):
-            allowed = f"{field.metadata['low']:g} to {field.metadata['high']:g}"
+            allowed = f"{field.metadata['low']:.15g} to {field.metadata['high']:.15g}"
         shown = str(field.default).lower() if field.type is bool else field.default
         detail = f" [{allowed}]" if allowed else ""
         lines.append(f"  --{field.name}={shown}  {field.metadata['help']}{detail}")

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from train.config import Config
@@ -202,6 +200,10 @@ def load_dataset(config: Config, device: torch.device) -> Dataset:
 
 def _digits(data_root: str) -> Dataset:
     """scikit-learn's 1797 digits of 8x8 pixels in 0..16: 1000 / 297 / 500, stratified."""
+    # Here, because scikit-learn takes a second to import and CIFAR-100 does not need it.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     rest, test = train_test_split(
         range(len(labels)), test_size=500, stratify=labels, random_state=SPLIT_SEED

@@ -13,8 +13,6 @@ from train.config import Config
 class TwoPassOptimizer(Protocol):
     """What the training step uses of samkernels' optimizers."""
 
-    param_groups: list[dict[str, Any]]
-
     def first_step(self) -> None:
         """Take the gradients over and move the weights to w + e(w)."""
 
@@ -60,4 +58,7 @@ def build_optimizer(
 
 def backend_names(optimizer: Any) -> dict[str, str]:
     """Which backend serves which tensors, such as {"cpu float32": "native"}."""
-    return dict(getattr(optimizer, "backends", {"all": "torch.optim.SGD"}))
+    if isinstance(optimizer, torch.optim.SGD):
+        first = optimizer.param_groups[0]["params"][0]
+        return {f"{first.device} {str(first.dtype).removeprefix('torch.')}": "torch.optim.SGD"}
+    return dict(optimizer.backends)

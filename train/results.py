@@ -72,7 +72,7 @@ def describe_device(device: torch.device) -> str:
     """The GPU's name, or the CPU's architecture and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+    return f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
 
 
 def row(result: Mapping[str, Any]) -> list[str]:
@@ -154,11 +154,11 @@ def write_report(
     first = results[0]
     differing = [k for k in first["config"] if len({str(r["config"][k]) for r in results}) > 1]
     common = {k: v for k, v in first["config"].items() if k not in differing}
-    backends = {tuple(r["backends"].items()) for r in results if r["verification"]}
+    backends = [f"{name} ({key})" for r in results for key, name in r["backends"].items()]
     conditions = [
         f"- device: {first['device']}",
         *(f"- {name}: {version}" for name, version in first["versions"].items()),
-        *(f"- backend: {key}: {name}" for pairs in sorted(backends) for key, name in pairs),
+        f"- optimizer steps by: {', '.join(dict.fromkeys(backends))}",
         f"- parameters of the model: {first['parameters']:,}",
         "- configuration: " + ", ".join(f"{key}={value}" for key, value in common.items()),
     ]

@@ -107,6 +107,8 @@ class Training:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.device = pick_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         # Plain fp32, as in the report and as the comparison with the reference needs it.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -119,6 +121,7 @@ class Training:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.epochs)
         self.timer = StepTimer(self.device)
         self.lockstep: Lockstep | None = None
+        self.verification: dict[str, Any] | None = None
         if config.opt_name != "sgd" and config.verify_steps:
             self.lockstep = Lockstep(
                 self.model,
@@ -170,6 +173,8 @@ class Training:
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
         val_loss, self.val_accuracy = evaluate(self.model, self.dataset, self.dataset.val)
+        if not math.isfinite(val_loss):
+            raise DivergedError(f"the validation loss is not finite after epoch {number}")
         return {
             "epoch": number,
             "lr": lr,
@@ -183,14 +188,17 @@ class Training:
     def _step(self, images: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
         if self.config.opt_name == "sgd":
             return sgd_step(self.model, self.optimizer, images, labels, self.timer)
-        optimizer = self.optimizer
-        if self.lockstep and self.done < self.config.verify_steps:
-            optimizer = self.lockstep
-        return sam_step(self.model, optimizer, images, labels, self.timer)
+        if self.lockstep is None:
+            return sam_step(self.model, self.optimizer, images, labels, self.timer)
+        taken = sam_step(self.model, self.lockstep, images, labels, self.timer)
+        self.verification = self.lockstep.summary()
+        if self.lockstep.steps == self.config.verify_steps:
+            self.lockstep = None  # with the twin's weights and state
+        return taken
 
     def _counted(self, epoch: int) -> bool:
         """Whether the next step's time counts: not while verified, nor while warming up."""
-        verified = self.config.verify_steps if self.lockstep else 0
+        verified = 0 if self.config.opt_name == "sgd" else self.config.verify_steps
         warm = epoch > 1 or (self.config.epochs == 1 and self.done >= verified + WARMUP_STEPS)
         return warm and self.done >= verified
 
@@ -219,7 +227,13 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     training = Training(config)
     dataset, model = training.dataset, training.model
-    best = config.folder / "best.pt"
+    best, finished = config.folder / "best.pt", config.folder / "result.json"
+    try:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        # Of an earlier run into the same folder: it would not belong to the new files.
+        finished.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir={config.folder} cannot be written: {error}") from None
     history: list[dict[str, float]] = []
     best_entry: dict[str, float] = {}
     with RunProgress(console, config.run_name, config.epochs, training.steps_per_epoch) as progress:
@@ -234,7 +248,6 @@ def run(config: Config, console: Console) -> dict[str, Any]:
                 )
     model.load_state_dict(torch.load(best, map_location=training.device)["model"])
     test_loss, test_accuracy = evaluate(model, dataset, dataset.test)
-    lockstep = training.lockstep
     result = {
         "name": config.run_name,
         "config": dataclasses.asdict(config),
@@ -251,12 +264,12 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             **training.timer.summary(),
             "seconds": time.perf_counter() - started,
         },
-        "verification": lockstep.summary() if lockstep else None,
+        "verification": training.verification,
         "history": history,
     }
     results.write_all(config.folder, f"{config.run_name} on {config.dataset}", [result])
     # Last: where it is, the run is complete.
-    results.write_json(config.folder / "result.json", result)
+    results.write_json(finished, result)
     return result
 
 

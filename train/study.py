@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     results.write_all(folder, title, finished, text)
     results.write_json(folder / "result.json", {"study": name, "runs": finished})
     results.print_table(console, finished)
-    console.print(f"written to {folder}", soft_wrap=True)
+    console.print(f"written to {folder}", soft_wrap=True, markup=False)
     return 0
 
 

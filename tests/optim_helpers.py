@@ -1,0 +1,131 @@
+"""What the tests of the optimizers share: the optimizers, small models, gradients on demand."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samkernels import SAM, SAMDirection, SAMMagnitude
+
+BACKENDS = ("native", "foreach", "reference")
+OPTIMIZERS = (SAM, SAMDirection, SAMMagnitude)
+
+# Every optimizer with each of its granularities, as (class, keyword arguments).
+VARIANTS = [
+    pytest.param(SAM, {}, id="SAM"),
+    *(
+        pytest.param(cls, {"granularity": granularity}, id=f"{cls.__name__}-{granularity}")
+        for cls in (SAMDirection, SAMMagnitude)
+        for granularity in ("element", "tensor", "global")
+    ),
+]
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A copy of the elements as integers: nan equals nan, and 0.0 differs from -0.0."""
+    copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return copy.view(INTEGERS[copy.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def snapshot(params: Iterable[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def unchanged(params: Iterable[Tensor], before: Sequence[Tensor]) -> bool:
+    return all(same_bits(p, b) for p, b in zip(params, before, strict=True))
+
+
+class ConvNet(nn.Module):
+    """Convolutions, batch norm and a linear layer: 372 parameters in 8 tensors."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.conv1 = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+            self.norm1 = nn.BatchNorm2d(4)
+            self.conv2 = nn.Conv2d(4, 6, 3, stride=2, bias=False)
+            self.norm2 = nn.BatchNorm2d(6)
+            self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        x = self.norm2(self.conv2(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+    def groups(self) -> list[list[nn.Parameter]]:
+        """Weights, and what usually gets another weight decay: normalisation and biases."""
+        parameters = list(self.parameters())
+        return [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]]
+
+
+def images(seed: int, size: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 3, 7, 7, generator=generator)
+    return x, torch.randint(4, (size,), generator=generator)
+
+
+def linear(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    """58 parameters in 4 tensors."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    return model.to(dtype)
+
+
+def set_gradients(params: Iterable[Tensor], seed: int, scale: float = 1.0) -> list[Tensor]:
+    """Random gradients in `.grad`, instead of a backward pass; returns copies of them."""
+    generator = torch.Generator().manual_seed(seed)
+    copies = []
+    for p in params:
+        grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+        p.grad = torch.empty_like(p, requires_grad=False).copy_(grad)
+        copies.append(p.grad.clone())
+    return copies
+
+
+def take_step(optimizer: SAM, seed: int) -> None:
+    """A whole SAM step with random gradients for all parameters."""
+    params = parameters_of(optimizer)
+    set_gradients(params, 2 * seed)
+    optimizer.first_step()
+    set_gradients(params, 2 * seed + 1)
+    optimizer.second_step(zero_grad=True)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=dtype))
+
+
+def through_a_file(content: Any) -> Any:
+    """What a checkpoint goes through."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def count_calls(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
+    """The function, and a list that grows by one with each call."""
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(len(calls))
+        return function(*args, **kwargs)
+
+    return counted, calls

@@ -1,0 +1,1012 @@
+"""Every op on every backend, device and dtype, against the reference in float64.
+
+The bounds are derived: each op states how many roundings its result has been through, and
+helpers.assert_near turns that into an error. An op returns norms; what depends on a norm is compared
+given the norm that the backend found, and the norm is compared on its own.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from samkernels import ops
+from tests.helpers import (
+    CHUNK_SIZE,
+    DEVICES,
+    LAYOUTS,
+    LISTS,
+    MANY_CHUNKS,
+    SETTINGS,
+    Setting,
+    Slot,
+    assert_equal,
+    assert_guards_intact,
+    assert_near,
+    assert_same_bits,
+    bits,
+    copies,
+    doubles,
+    make_list,
+    rejects,
+    unit_roundoff,
+)
+
+# Roundings on the longest way to a result. A scalar option counts one: it is rounded to float32.
+PERTURB_ROUNDINGS = 8  # rho, + eps, rho / n (two as a reciprocal), w * w, * g, * scale, w +
+RECOMBINE_ROUNDINGS = 6  # n1, n2, + eps, n1 / n2 (two), * g
+SGD_ROUNDINGS = RECOMBINE_ROUNDINGS + 12  # 4 scalars; decay 2, momentum 2, Nesterov 2, update 2
+
+RHO = 0.05
+PERTURBATIONS = {
+    "plain": {},
+    "adaptive": {"adaptive": True},
+    "maximize": {"maximize": True},
+    "adaptive-maximize": {"adaptive": True, "maximize": True},
+}
+RULES = [
+    ("sam", "element"),
+    *((r, g) for r in ("samdirection", "sammagnitude") for g in ops.GRANULARITIES),
+]
+SGD_OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "decay": {"weight_decay": 0.1},
+    "maximize": {"weight_decay": 0.1, "maximize": True},
+    "init": {"momentum": 0.9, "dampening": 0.3, "init_momentum": True},
+    "init-nesterov": {"momentum": 0.9, "nesterov": True, "init_momentum": True},
+    "momentum": {"momentum": 0.9},
+    "dampening": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+}
+
+every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
+every_list = pytest.mark.parametrize("slots", LISTS.values(), ids=LISTS)
+every_perturbation = pytest.mark.parametrize("options", PERTURBATIONS.values(), ids=PERTURBATIONS)
+every_rule = pytest.mark.parametrize(("rule", "granularity"), RULES)
+NATIVE_CPU = [s for s in SETTINGS if s.backend == "native" and s.device == "cpu"]
+native_on_cpu = pytest.mark.parametrize("setting", NATIVE_CPU, ids=str)
+
+
+class Lists:
+    """The tensor lists of a step, in a setting. The weights in `params` are perturbed ones."""
+
+    def __init__(self, slots: list[Slot], setting: Setting) -> None:
+        self.old_params, self.params, self.first_grads, self.grads, self.momentum_buffers = (
+            make_list(slots, setting.dtype, setting.device, seed) for seed in range(5)
+        )
+
+    def assert_guards_intact(self) -> None:
+        assert_guards_intact(*vars(self).values())
+
+
+def norm_roundings(setting: Setting, numel: int) -> float:
+    """2 where squares are summed in float64: the product with the weight, and the result.
+
+    foreach sums in the dtype's own arithmetic: the errors of n additions are independent, and add
+    up to sqrt(n) roundings (Higham and Mary, SIAM J. Sci. Comput. 41, 2019), which the root halves.
+    """
+    sums_in_double = setting.backend != "foreach" and setting.dtype is not torch.float64
+    return 2 if sums_in_double else 2 + math.sqrt(numel)
+
+
+def total_numel(tensors: list[Tensor]) -> int:
+    return sum(t.numel() for t in tensors)
+
+
+# Comparisons: run the op that is given, and the reference beside it.
+
+
+def check_perturb(
+    perturb: Callable[..., Tensor], slots: list[Slot], setting: Setting, **options: Any
+) -> None:
+    lists = Lists(slots, setting)
+    w, g = lists.params, lists.first_grads
+    before, wide, wide_grads = copies(w), doubles(w), doubles(g)
+    grads_before = copies(g)
+    norm = perturb(w, g, lists.old_params, rho=RHO, backend=setting.backend, **options)
+    assert norm.shape == ()
+    expected = copies(wide)
+    ops.perturb_(
+        expected,
+        wide_grads,
+        copies(wide),
+        rho=RHO,
+        norm=norm.double(),
+        backend="reference",
+        **options,
+    )
+    sizes = [a.abs() + (e - a).abs() for a, e in zip(wide, expected, strict=True)]
+    assert_near(w, expected, sizes, PERTURB_ROUNDINGS)
+    assert_same_bits(lists.old_params, before)
+    assert_same_bits(g, grads_before)
+    lists.assert_guards_intact()
+
+
+def check_recombine(
+    recombine: Callable[..., None], slots: list[Slot], setting: Setting, **options: Any
+) -> None:
+    lists = Lists(slots, setting)
+    first_before = copies(lists.first_grads)
+    expected, wide_first = doubles(lists.grads), doubles(lists.first_grads)
+    recombine(lists.grads, lists.first_grads, backend=setting.backend, **options)
+    ops.recombine_(expected, wide_first, backend="reference", **options)
+    if options.get("granularity", "element") == "element":
+        assert_equal(lists.grads, expected)
+    else:
+        roundings = RECOMBINE_ROUNDINGS + 2 * norm_roundings(setting, total_numel(expected))
+        assert_near(lists.grads, expected, [e.abs() for e in expected], roundings)
+    assert_same_bits(lists.first_grads, first_before)
+    lists.assert_guards_intact()
+
+
+def check_sgd(
+    sgd: Callable[..., None], slots: list[Slot], setting: Setting, **options: Any
+) -> None:
+    lists = Lists(slots, setting)
+    unwritten = copies([*lists.old_params, *lists.grads, *lists.first_grads])
+    w, u, buf, first = map(
+        doubles, (lists.old_params, lists.grads, lists.momentum_buffers, lists.first_grads)
+    )
+    new, new_buf = copies(w), copies(buf)
+    sgd(
+        lists.params,
+        lists.old_params,
+        lists.grads,
+        lists.momentum_buffers,
+        lr=0.1,
+        first_grads=lists.first_grads,
+        backend=setting.backend,
+        **options,
+    )
+    ops.sgd_(new, w, u, new_buf, lr=0.1, first_grads=first, backend="reference", **options)
+
+    recombination = {key: options[key] for key in ("rule", "granularity") if key in options}
+    if recombination:
+        ops.recombine_(u, first, backend="reference", **recombination)
+    momentum, decay = options.get("momentum", 0), options.get("weight_decay", 0)
+    buf_sizes = [
+        u_.abs() + decay * w_.abs() + momentum * b_.abs()
+        for u_, w_, b_ in zip(u, w, buf, strict=True)
+    ]
+    sizes = [w_.abs() + 0.1 * (1 + momentum) * size for w_, size in zip(w, buf_sizes, strict=True)]
+    roundings: float = SGD_ROUNDINGS
+    if options.get("granularity", "element") != "element":
+        roundings += 2 * norm_roundings(setting, total_numel(w))
+    assert_near(lists.params, new, sizes, roundings)
+    if momentum == 0:
+        assert_equal(lists.momentum_buffers, buf)
+    else:
+        assert_near(lists.momentum_buffers, new_buf, buf_sizes, roundings)
+    assert_same_bits([*lists.old_params, *lists.grads, *lists.first_grads], unwritten)
+    lists.assert_guards_intact()
+
+
+# Every op, list of tensors and setting
+
+
+@every_setting
+@every_list
+@pytest.mark.parametrize("weighted", [False, True])
+def test_norms(slots: list[Slot], setting: Setting, weighted: bool) -> None:
+    lists = Lists(slots, setting)
+    x, weights = lists.grads, lists.params if weighted else None
+    total, per_tensor = ops.norms(x, weights, backend=setting.backend)
+    wide_weights = doubles(lists.params) if weighted else None
+    expected = ops.norms(doubles(x), wide_weights, backend="reference")
+    for actual, e in ((total, expected.total), (per_tensor, expected.per_tensor)):
+        assert actual.dtype is (torch.float64 if setting.dtype is torch.float64 else torch.float32)
+        assert actual.device.type == setting.device
+        assert_near([actual], [e], [e], norm_roundings(setting, total_numel(x)))
+    lists.assert_guards_intact()
+
+
+@every_setting
+@every_list
+@every_perturbation
+def test_perturb(slots: list[Slot], setting: Setting, options: dict[str, Any]) -> None:
+    check_perturb(ops.perturb_, slots, setting, **options)
+
+
+@every_setting
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_perturb_returns_the_norm(setting: Setting, adaptive: bool) -> None:
+    lists = Lists(LAYOUTS, setting)
+    weights = lists.params if adaptive else None
+    expected = ops.norms(lists.grads, weights, backend=setting.backend).total
+    norm = ops.perturb_(
+        lists.params,
+        lists.grads,
+        lists.old_params,
+        rho=RHO,
+        adaptive=adaptive,
+        backend=setting.backend,
+    )
+    assert_same_bits([norm], [expected])
+
+
+@every_setting
+@every_perturbation
+def test_perturb_with_a_known_norm(setting: Setting, options: dict[str, Any]) -> None:
+    norm = torch.tensor(3.0, dtype=torch.float32, device=setting.device)
+    norm = norm.double() if setting.dtype is torch.float64 else norm
+
+    def perturb(*args: Any, **kwargs: Any) -> Tensor:
+        returned = ops.perturb_(*args, norm=norm, **kwargs)
+        assert returned is norm
+        return returned
+
+    check_perturb(perturb, LAYOUTS, setting, **options)
+
+
+@every_setting
+@every_list
+def test_restore_bit_for_bit(slots: list[Slot], setting: Setting) -> None:
+    lists = Lists(slots, setting)
+    generator = torch.Generator().manual_seed(0)
+    for old in lists.old_params:  # any bits: nan payloads, -0.0, subnormal numbers
+        pattern = torch.randint(-(2**63), 2**63 - 1, old.shape, generator=generator)
+        old.copy_(pattern.to(bits(old).dtype).view(setting.dtype).to(setting.device))
+    before = [bits(old) for old in lists.old_params]
+    ops.restore_(lists.params, lists.old_params, backend=setting.backend)
+    for params in (lists.params, lists.old_params):
+        assert all(torch.equal(bits(p), b) for p, b in zip(params, before, strict=True))
+    lists.assert_guards_intact()
+
+
+@every_setting
+@pytest.mark.parametrize("value", [-0.0, math.nan, math.inf, "payload", "subnormal"])
+def test_perturb_saves_any_value_and_restore_returns_it(
+    setting: Setting, value: float | str
+) -> None:
+    lists = Lists([Slot((17,), offset=1), Slot(())], setting)
+    info = torch.finfo(setting.dtype)
+    for w in lists.params:
+        if value == "payload":  # a nan with all bits of its payload set
+            minus_one = torch.full_like(bits(w), -1)
+            w.copy_(minus_one.view(setting.dtype))
+        else:
+            w.fill_(info.smallest_normal * info.eps if value == "subnormal" else value)
+    before = copies(lists.params)
+    old = lists.old_params
+    ops.perturb_(lists.params, lists.grads, old, rho=RHO, backend=setting.backend)
+    assert_same_bits(old, before)
+    ops.restore_(lists.params, old, backend=setting.backend)
+    assert_same_bits(lists.params, before)
+
+
+@every_setting
+@every_list
+@every_rule
+def test_recombine(slots: list[Slot], setting: Setting, rule: str, granularity: str) -> None:
+    check_recombine(ops.recombine_, slots, setting, rule=rule, granularity=granularity)
+
+
+@every_setting
+@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
+@every_rule
+def test_sgd(setting: Setting, options: dict[str, Any], rule: str, granularity: str) -> None:
+    check_sgd(ops.sgd_, LAYOUTS, setting, rule=rule, granularity=granularity, **options)
+
+
+@every_setting
+@every_list
+@pytest.mark.parametrize("options", ["maximize", "init", "nesterov"])
+def test_sgd_on_every_list(slots: list[Slot], setting: Setting, options: str) -> None:
+    recombination = {"rule": "sammagnitude", "granularity": "tensor"}
+    check_sgd(ops.sgd_, slots, setting, **SGD_OPTIONS[options], **recombination)
+
+
+@every_setting
+def test_sgd_without_old_params_of_their_own(setting: Setting) -> None:
+    lists, in_place = Lists(LAYOUTS, setting), Lists(LAYOUTS, setting)
+    for one, params in ((lists, lists.params), (in_place, in_place.old_params)):
+        ops.sgd_(params, one.old_params, one.grads, lr=0.1, backend=setting.backend)
+    assert_same_bits(in_place.old_params, lists.params)
+
+
+@every_setting
+@pytest.mark.parametrize("granularity", ["tensor", "global"])
+@pytest.mark.parametrize("rule", ["samdirection", "sammagnitude"])
+def test_known_norms_are_used(setting: Setting, rule: str, granularity: str) -> None:
+    lists = Lists(LAYOUTS, setting)
+    wide = torch.float64 if setting.dtype is torch.float64 else torch.float32
+    shape = () if granularity == "global" else (len(LAYOUTS),)
+    generator = torch.Generator().manual_seed(0)
+    first_norm, second_norm = torch.rand(2, *shape, generator=generator).add(0.5).to(wide)
+    ratios = first_norm / second_norm if rule == "samdirection" else second_norm / first_norm
+    magnitude = lists.grads if rule == "samdirection" else lists.first_grads
+    expected = [
+        ratio * m
+        for ratio, m in zip(
+            ratios.double().expand(len(LAYOUTS)).unbind(), doubles(magnitude), strict=True
+        )
+    ]
+    ops.recombine_(
+        lists.grads,
+        lists.first_grads,
+        rule=rule,
+        granularity=granularity,
+        first_norm=first_norm.to(setting.device),
+        second_norm=second_norm.to(setting.device),
+        eps=0,
+        backend=setting.backend,
+    )
+    # The ratio above was rounded as well: one more.
+    sizes = [e.abs() for e in expected]
+    assert_near(lists.grads, expected, sizes, RECOMBINE_ROUNDINGS + 1)
+
+
+@every_setting
+@every_list
+def test_compare(slots: list[Slot], setting: Setting) -> None:
+    lists = Lists(slots, setting)
+    sums, numel = ops.compare(lists.first_grads, lists.grads, backend=setting.backend)
+    first, second = doubles(lists.first_grads), doubles(lists.grads)
+    expected = ops.compare(first, second, backend="reference")
+    assert sums.dtype is torch.float64 and sums.device.type == setting.device
+    assert numel == expected.numel == total_numel(first)
+    sizes = expected.sums.clone()
+    sizes[2] = sum(((a * b).abs().sum() for a, b in zip(first, second, strict=True)), sizes[2] * 0)
+    sizes[3:] = 0  # counts are exact
+    # A product is rounded, and foreach sums in float32: twice the roundings of a norm.
+    roundings = 2 * norm_roundings(setting, numel)
+    bound = roundings * unit_roundoff(setting.dtype) * sizes
+    assert bool(((sums - expected.sums).abs() <= bound).all())
+
+
+# Bits: native does the reference's arithmetic
+
+
+def norm_of(value: float, setting: Setting) -> Tensor:
+    return torch.tensor(value, device=setting.device)
+
+
+@native_on_cpu
+@every_list
+@every_perturbation
+def test_native_perturbs_as_the_reference_bit_for_bit(
+    slots: list[Slot], setting: Setting, options: dict[str, Any]
+) -> None:
+    results = []
+    for backend in ("native", "reference"):
+        lists = Lists(slots, setting)
+        # Not a number with a short reciprocal: one division differs from a reciprocal's product.
+        norm = norm_of(7.3, setting)
+        ops.perturb_(
+            lists.params,
+            lists.grads,
+            lists.old_params,
+            rho=RHO,
+            norm=norm,
+            backend=backend,
+            **options,
+        )
+        results.append(lists.params)
+    assert_equal(*results)
+
+
+@native_on_cpu
+@every_list
+@every_rule
+def test_native_recombines_as_the_reference_bit_for_bit(
+    slots: list[Slot], setting: Setting, rule: str, granularity: str
+) -> None:
+    results = []
+    for backend in ("native", "reference"):
+        lists = Lists(slots, setting)
+        ops.recombine_(
+            lists.grads,
+            lists.first_grads,
+            rule=rule,
+            granularity=granularity,
+            ascent_norm=norm_of(1.0, setting),
+            backend=backend,
+            **known_norms(rule, granularity, len(slots)),
+        )
+        results.append(lists.grads)
+    assert_equal(*results)
+
+
+@native_on_cpu
+@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
+@every_rule
+def test_native_updates_as_the_reference_bit_for_bit(
+    setting: Setting, options: dict[str, Any], rule: str, granularity: str
+) -> None:
+    slots = LAYOUTS + LISTS["offsets"]
+    results = []
+    for backend in ("native", "reference"):
+        lists = Lists(slots, setting)
+        ops.sgd_(
+            lists.params,
+            lists.old_params,
+            lists.grads,
+            lists.momentum_buffers,
+            lr=0.1,
+            rule=rule,
+            granularity=granularity,
+            first_grads=lists.first_grads,
+            backend=backend,
+            **known_norms(rule, granularity, len(slots)),
+            **options,
+        )
+        results.append(lists.params + lists.momentum_buffers)
+    assert_equal(*results)
+
+
+def known_norms(rule: str, granularity: str, length: int) -> dict[str, Tensor]:
+    if rule == "sam" or granularity == "element":
+        return {}
+    shape = () if granularity == "global" else (length,)
+    generator = torch.Generator().manual_seed(0)
+    first_norm, second_norm = torch.rand(2, *shape, generator=generator) + 0.5
+    return {"first_norm": first_norm, "second_norm": second_norm}
+
+
+@pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@native_on_cpu
+def test_native_with_streaming_stores_and_threads_bit_for_bit(
+    setting: Setting, threads: int
+) -> None:
+    # restore_ moves the fewest bytes: two lists of 9 MiB are above the 16 MiB from which the
+    # stores stream (kStreamingBytes). Odd offsets: streams begin and end with single elements.
+    numel = 9 * 2**20 // torch.finfo(setting.dtype).bits * 8
+    slots = [Slot((numel - 600_000,), offset=1), Slot((17,), offset=2), Slot((600_000,), offset=3)]
+    lists, plain = Lists(slots, setting), Lists(slots, setting)
+    for one, backend in ((lists, "native"), (plain, "reference")):
+        before = copies(one.params)
+        # A scale that is exact, so that only the elements' arithmetic is compared.
+        norm = norm_of(2.0, setting)
+        ops.perturb_(
+            one.params, one.grads, one.old_params, rho=0.5, norm=norm, eps=0, backend=backend
+        )
+        assert_same_bits(one.old_params, before)
+        ops.recombine_(one.grads, one.first_grads, rule="samdirection", backend=backend)
+        perturbed = copies(one.params)
+        ops.sgd_(
+            one.params,
+            one.old_params,
+            one.grads,
+            one.momentum_buffers,
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.1,
+            nesterov=True,
+            backend=backend,
+        )
+        ops.restore_(one.old_params, perturbed, backend=backend)
+        assert_same_bits(one.old_params, perturbed)
+    for name, tensors in vars(lists).items():
+        assert_equal(tensors, getattr(plain, name))
+    lists.assert_guards_intact()
+
+
+# Values that are not finite, large, small or zero
+
+PLANTS = {  # tensor, element
+    "first": (0, 0),
+    "middle": (1, CHUNK_SIZE // 2 + 1),
+    "last-chunk": (1, MANY_CHUNKS - 3),
+    "last": (2, -1),
+}
+PLANT_SLOTS = [Slot((17,), offset=1), Slot((MANY_CHUNKS,)), Slot((5, 7), order=(1, 0), offset=3)]
+
+
+def plant(tensors: list[Tensor], where: str, value: float) -> None:
+    tensor, element = PLANTS[where]
+    tensors[tensor].view(-1)[element] = value if tensors[tensor].is_contiguous() else math.nan
+
+
+def with_negative_zeros(tensors: list[Tensor]) -> None:
+    """-0.0 at every zero: 0.0 added to it gives 0.0, of other bits."""
+    for tensor in tensors:
+        tensor.copy_(torch.where(tensor == 0, -0.0, tensor.double()))
+
+
+@every_setting
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", PLANTS)
+def test_norms_of_gradients_that_are_not_finite(setting: Setting, where: str, value: float) -> None:
+    grads = Lists(PLANT_SLOTS, setting).grads
+    plant(grads, where, value)
+    total, per_tensor = ops.norms(grads, backend=setting.backend)
+    planted = torch.arange(len(grads)) == PLANTS[where][0]
+    assert not total.isfinite()
+    assert torch.equal(per_tensor.isfinite().cpu(), ~planted)
+
+
+@every_setting
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", PLANTS)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_gradient_that_is_not_finite_does_not_touch_the_weights(
+    setting: Setting, where: str, value: float, adaptive: bool
+) -> None:
+    lists = Lists(PLANT_SLOTS, setting)
+    plant(lists.first_grads, where, value)
+    with_negative_zeros(lists.params)
+    before = copies(lists.params)
+    norm = ops.perturb_(
+        lists.params,
+        lists.first_grads,
+        lists.old_params,
+        rho=RHO,
+        adaptive=adaptive,
+        backend=setting.backend,
+    )
+    assert not norm.isfinite()
+    assert_same_bits(lists.params, before)
+    assert_same_bits(lists.old_params, before)
+    lists.assert_guards_intact()
+
+
+@every_setting
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
+@pytest.mark.parametrize("rule", ops.RULES)
+def test_sgd_skips_a_step_whose_norm_is_not_finite(
+    setting: Setting, norm: float, options: dict[str, Any], rule: str
+) -> None:
+    lists = Lists(PLANT_SLOTS, setting)
+    for tensors in (lists.old_params, lists.momentum_buffers):
+        with_negative_zeros(tensors)
+    for where in PLANTS:
+        plant(lists.first_grads, where, math.nan)
+        plant(lists.grads, where, math.inf)
+    old, buffers = copies(lists.old_params), copies(lists.momentum_buffers)
+    ops.sgd_(
+        lists.params,
+        lists.old_params,
+        lists.grads,
+        lists.momentum_buffers,
+        lr=0.1,
+        rule=rule,
+        first_grads=lists.first_grads,
+        ascent_norm=ascent_norm(norm, setting),
+        backend=setting.backend,
+        **options,
+    )
+    assert_same_bits(lists.params, old)
+    if "init_momentum" in options:
+        buffers = [torch.zeros_like(b) for b in buffers]
+    assert_same_bits(lists.momentum_buffers, buffers)
+    lists.assert_guards_intact()
+
+
+@every_setting
+@every_rule
+@pytest.mark.parametrize("options", ["plain", "nesterov", "init"])
+def test_a_finite_ascent_norm_changes_nothing(
+    setting: Setting, rule: str, granularity: str, options: str
+) -> None:
+    def sgd(*args: Any, **kwargs: Any) -> None:
+        ops.sgd_(*args, ascent_norm=ascent_norm(1.5, setting), **kwargs)
+
+    recombination = {"rule": rule, "granularity": granularity}
+    check_sgd(sgd, LAYOUTS, setting, **recombination, **SGD_OPTIONS[options])
+
+
+@every_setting
+@every_rule
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_recombine_gives_zero_where_the_norm_is_not_finite(
+    setting: Setting, rule: str, granularity: str, norm: float
+) -> None:
+    lists = Lists(PLANT_SLOTS, setting)
+    for where in PLANTS:
+        plant(lists.first_grads, where, math.inf)
+        plant(lists.grads, where, math.nan)
+    ops.recombine_(
+        lists.grads,
+        lists.first_grads,
+        rule=rule,
+        granularity=granularity,
+        ascent_norm=ascent_norm(norm, setting),
+        backend=setting.backend,
+    )
+    assert_equal(lists.grads, [torch.zeros_like(g) for g in lists.grads])
+    lists.assert_guards_intact()
+
+
+def ascent_norm(value: float, setting: Setting) -> Tensor:
+    dtype = torch.float64 if setting.dtype is torch.float64 else torch.float32
+    return torch.tensor(value, dtype=dtype, device=setting.device)
+
+
+@every_setting
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_zero_gradients_perturb_nothing(setting: Setting, adaptive: bool) -> None:
+    lists = Lists(PLANT_SLOTS, setting)
+    with_negative_zeros(lists.params)
+    before = copies(lists.params)
+    zeros = [torch.zeros_like(g) for g in lists.grads]
+    norm = ops.perturb_(
+        lists.params,
+        zeros,
+        lists.old_params,
+        rho=RHO,
+        adaptive=adaptive,
+        backend=setting.backend,
+    )
+    assert norm.item() == 0
+    assert_same_bits(lists.params, before)
+    assert_same_bits(lists.old_params, before)
+
+
+# Squares of these leave the range of the tensors' dtype, or of float32; the norms do not.
+EXTREME_VALUES = {
+    torch.float16: (60000.0, 6e-8),
+    torch.bfloat16: (1e30, 1e-30),
+    torch.float32: (1e25, 1e-25),
+    torch.float64: (1e140, 1e-140),
+}
+
+
+@every_setting
+@pytest.mark.parametrize("which", [0, 1], ids=["large", "small"])
+def test_norms_of_extreme_gradients(setting: Setting, which: int) -> None:
+    numel = 10_000
+    value = EXTREME_VALUES[setting.dtype][which]
+    grads = [torch.full((numel,), value, dtype=setting.dtype, device=setting.device)] * 2
+    total, per_tensor = ops.norms(grads, backend=setting.backend)
+    exact = grads[0][0].double() * math.sqrt(numel)
+    roundings = norm_roundings(setting, 2 * numel)
+    expected = torch.stack([exact, exact, exact * math.sqrt(2)])
+    assert_near([torch.stack([*per_tensor, total])], [expected], [expected], roundings)
+
+
+@every_setting
+@pytest.mark.parametrize("which", [0, 1], ids=["large", "small"])
+def test_extreme_gradients_perturb_by_rho(setting: Setting, which: int) -> None:
+    value = EXTREME_VALUES[setting.dtype][which]
+    grads = [torch.full((16,), value, dtype=setting.dtype, device=setting.device)]
+    params = [torch.zeros_like(grads[0])]
+    ops.perturb_(params, grads, copies(params), rho=1.0, eps=0, backend=setting.backend)
+    expected = torch.full_like(grads[0], 0.25, dtype=torch.float64)  # ||e(w)|| = rho
+    roundings = PERTURB_ROUNDINGS + norm_roundings(setting, 16)
+    assert_near(params, [expected], [expected], roundings)
+
+
+@every_setting
+@pytest.mark.parametrize("which", [0, 1], ids=["large", "small"])
+def test_comparison_of_extreme_gradients(setting: Setting, which: int) -> None:
+    value = EXTREME_VALUES[setting.dtype][which]
+    first = torch.full((16,), value, dtype=setting.dtype, device=setting.device)
+    second = first / 2
+    sums, _ = ops.compare([first], [second], backend=setting.backend)
+    a, b = first.double(), second.double()
+    expected = torch.stack(
+        [(a * a).sum(), (b * b).sum(), (a * b).sum(), *a.new_tensor([0.0, 16.0])]
+    )
+    roundings = 2 * norm_roundings(setting, 16)
+    # The dtype of the sums is float64 whatever the setting.
+    bound = roundings * unit_roundoff(setting.dtype) * expected
+    assert bool(((sums - expected).abs() <= bound).all())
+
+
+# Memory
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_with_gaps(device: str, backend: str, dtype: torch.dtype) -> None:
+    slots = [Slot((17,), gap=2), Slot((5, 7), order=(1, 0), gap=3, offset=1), Slot((3,), gap=2)]
+    setting = Setting(device, backend, dtype)
+    # The bounds are those of foreach, which "auto" takes for slices.
+    bounds = setting._replace(backend="foreach") if backend == "auto" else setting
+
+    def on_backend(op: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: op(*args, **{**options, "backend": backend})
+
+    check_perturb(on_backend(ops.perturb_), slots, bounds, adaptive=True)
+    check_recombine(on_backend(ops.recombine_), slots, bounds, rule="samdirection")
+    check_sgd(on_backend(ops.sgd_), slots, bounds, rule="sammagnitude", **SGD_OPTIONS["nesterov"])
+
+
+@every_setting
+def test_interleaved_slices_of_one_storage(setting: Setting) -> None:
+    if setting.backend == "native":
+        pytest.skip("native takes no slices with gaps")
+    storage = torch.arange(1.0, 9.0, dtype=setting.dtype, device=setting.device)
+    params = [storage[0::2], storage[1::2]]
+    grads = [torch.ones_like(p) for p in params]
+    ops.sgd_(params, params, grads, lr=1, backend=setting.backend)
+    assert torch.equal(storage, torch.arange(8.0, dtype=setting.dtype, device=setting.device))
+
+
+@every_setting
+def test_lazily_negated_gradients(setting: Setting) -> None:
+    # PyTorch keeps the sign in a bit of the tensor, not in its memory (`x.conj().imag`).
+    lists = Lists(LAYOUTS, setting)
+    lazy = [torch._neg_view(g) for g in lists.grads]
+    expected = copies(lists.params)
+    ops.sgd_(
+        expected, lists.old_params, lists.grads, lr=0.1, maximize=True, backend=setting.backend
+    )
+    ops.sgd_(lists.params, lists.old_params, lazy, lr=0.1, backend="auto")
+    sizes = [
+        w.double().abs() + 0.1 * g.double().abs()
+        for w, g in zip(lists.old_params, lists.grads, strict=True)
+    ]
+    assert_near(lists.params, doubles(expected), sizes, SGD_ROUNDINGS)
+
+
+@every_setting
+def test_tuples_and_unchecked_calls_do_the_same(setting: Setting) -> None:
+    results = []
+    for container, options in ((list, {}), (tuple, {}), (list, {"validate": False})):
+        lists = Lists(LAYOUTS, setting)
+        w, old, g1, g2, buf = map(
+            container,
+            (
+                lists.params,
+                lists.old_params,
+                lists.first_grads,
+                lists.grads,
+                lists.momentum_buffers,
+            ),
+        )
+        backend = {"backend": setting.backend, **options}
+        norms = ops.norms(g1, w, **backend)
+        norm = ops.perturb_(w, g1, old, rho=RHO, **backend)
+        sums = ops.compare(g1, g2, **backend).sums
+        ops.recombine_(g2, g1, rule="sammagnitude", **backend)
+        ops.sgd_(w, old, g2, buf, lr=0.1, momentum=0.9, **backend)
+        ops.restore_(old, w, **backend)
+        results.append([*norms, norm, sums, *w, *old, *g2, *buf])
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+# Determinism
+
+
+@every_setting
+def test_the_same_bits_again(setting: Setting) -> None:
+    assert_same_bits(one_step(setting), one_step(setting))
+
+
+@native_on_cpu
+def test_native_gives_the_same_bits_for_any_number_of_threads(setting: Setting) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = one_step(setting)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert_same_bits(one_step(setting), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_step(setting: Setting) -> list[Tensor]:
+    """All that a step writes, on lists that are long enough for threads."""
+    lists = Lists(LISTS["sizes"] + LAYOUTS, setting)
+    w, old = lists.params, lists.old_params
+    options = {"backend": setting.backend}
+    norm = ops.perturb_(w, lists.first_grads, old, rho=RHO, adaptive=True, **options)
+    norms = ops.norms(lists.grads, **options)
+    sums = ops.compare(lists.first_grads, lists.grads, **options).sums
+    ops.sgd_(
+        w,
+        old,
+        lists.grads,
+        lists.momentum_buffers,
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=0.1,
+        rule="sammagnitude",
+        granularity="tensor",
+        first_grads=lists.first_grads,
+        **options,
+    )
+    return [norm, *norms, sums, *w, *old, *lists.momentum_buffers]
+
+
+# Autograd
+
+
+@every_setting
+def test_version_counters_of_what_is_written(setting: Setting) -> None:
+    lists = Lists(LAYOUTS, setting)
+    w, old, g1, g2, buf = (
+        lists.params,
+        lists.old_params,
+        lists.first_grads,
+        lists.grads,
+        lists.momentum_buffers,
+    )
+    backend = {"backend": setting.backend}
+    calls: list[tuple[Callable[[], Any], list[Tensor]]] = [
+        (lambda: ops.norms(g1, w, **backend), []),
+        (lambda: ops.perturb_(w, g1, old, rho=RHO, **backend), [*w, *old]),
+        (lambda: ops.restore_(w, old, **backend), w),
+        (lambda: ops.recombine_(g2, g1, rule="samdirection", **backend), g2),
+        (lambda: ops.sgd_(w, old, g2, lr=0.1, **backend), w),
+        (lambda: ops.sgd_(w, old, g2, buf, lr=0.1, momentum=0.9, **backend), [*w, *buf]),
+        (lambda: ops.compare(g1, g2, **backend), []),
+    ]
+    everything = [*w, *old, *g1, *g2, *buf]
+    for call, written in calls:
+        versions = [t._version for t in everything]
+        call()
+        addresses = {id(t) for t in written}
+        for tensor, version in zip(everything, versions, strict=True):
+            assert (tensor._version > version) == (id(tensor) in addresses)
+
+
+@every_setting
+@pytest.mark.parametrize("op", ["perturb_", "restore_", "sgd_"])
+def test_autograd_refuses_a_backward_through_overwritten_weights(setting: Setting, op: str) -> None:
+    w = torch.nn.Parameter(torch.ones(3, dtype=setting.dtype, device=setting.device))
+    old, g = torch.zeros_like(w), torch.ones_like(w)
+    loss = (w * w).sum()  # saves w
+    backend = {"backend": setting.backend}
+    with torch.no_grad():
+        if op == "perturb_":
+            ops.perturb_([w], [g], [old], rho=RHO, **backend)
+        elif op == "restore_":
+            ops.restore_([w], [old], **backend)
+        else:
+            ops.sgd_([w], [old], [g], lr=0.1, **backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# Random lists
+
+
+def slots_of_any_layout() -> st.SearchStrategy[Slot]:
+    shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5, 16]), max_size=4).map(tuple)
+    long_vectors = st.integers(0, 3 * CHUNK_SIZE).map(lambda n: (n,))
+    return st.one_of(shapes, long_vectors).flatmap(
+        lambda shape: st.builds(
+            Slot,
+            st.just(shape),
+            st.permutations(range(len(shape))).map(tuple),
+            st.integers(0, 7),
+        )
+    )
+
+
+random_lists = given(
+    slots=st.lists(slots_of_any_layout(), min_size=1, max_size=6),
+    setting=st.sampled_from(SETTINGS),
+    data=st.data(),
+)
+# Derandomised: CI tries the same lists each time.
+reproducible = hypothesis_settings(max_examples=50, deadline=None, derandomize=True)
+
+
+@reproducible
+@random_lists
+def test_perturb_and_restore_of_random_lists(
+    slots: list[Slot], setting: Setting, data: st.DataObject
+) -> None:
+    options = data.draw(st.sampled_from(list(PERTURBATIONS.values())))
+
+    def perturb(
+        params: list[Tensor], grads: list[Tensor], old_params: list[Tensor], **kwargs: Any
+    ) -> Tensor:
+        before = copies(params)
+        norm = ops.perturb_(params, grads, old_params, **kwargs)
+        perturbed = copies(params)
+        ops.restore_(params, old_params, backend=setting.backend)
+        assert_same_bits(params, before)
+        ops.restore_(params, perturbed, backend=setting.backend)
+        return norm
+
+    check_perturb(perturb, slots, setting, **options)
+
+
+@reproducible
+@random_lists
+def test_sgd_of_random_lists(slots: list[Slot], setting: Setting, data: st.DataObject) -> None:
+    rule, granularity = data.draw(st.sampled_from(RULES))
+    options = data.draw(st.sampled_from(list(SGD_OPTIONS.values())))
+    check_sgd(ops.sgd_, slots, setting, rule=rule, granularity=granularity, **options)
+
+
+# Mutants: the comparisons above reject wrong code
+
+SWAPPED = {"samdirection": "sammagnitude", "sammagnitude": "samdirection"}
+
+
+def perturb_with(**wrong: Any) -> Callable[..., Tensor]:
+    return lambda *args, **options: ops.perturb_(*args, **{**options, **wrong})
+
+
+def perturb_without_backup(
+    params: list[Tensor], grads: list[Tensor], old_params: list[Tensor], **options: Any
+) -> Tensor:
+    return ops.perturb_(params, grads, copies(old_params), **options)
+
+
+PERTURB_MUTANTS: dict[str, Callable[..., Tensor]] = {
+    "rho=0": perturb_with(rho=0.0),
+    "ten times rho": perturb_with(rho=10 * RHO),
+    "negative rho": perturb_with(maximize=True),
+    "adaptive": perturb_with(adaptive=True),
+    "no backup": perturb_without_backup,
+}
+
+
+@every_setting
+@pytest.mark.parametrize("mutant", PERTURB_MUTANTS.values(), ids=PERTURB_MUTANTS)
+def test_wrong_perturbations_are_rejected(setting: Setting, mutant: Callable[..., Tensor]) -> None:
+    assert rejects(lambda: check_perturb(mutant, LAYOUTS, setting))
+
+
+@every_setting
+def test_a_perturbation_that_is_slightly_too_far_is_rejected(setting: Setting) -> None:
+    # 1% of e(w) is below the rounding of bf16 for most weights, and above it for some.
+    mutant = perturb_with(rho=1.01 * RHO)
+    assert rejects(lambda: check_perturb(mutant, LISTS["sizes"], setting))
+
+
+@every_setting
+@pytest.mark.parametrize("granularity", ops.GRANULARITIES)
+@pytest.mark.parametrize("rule", SWAPPED)
+def test_swapped_rules_are_rejected(setting: Setting, rule: str, granularity: str) -> None:
+    def swapped(op: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args, **options: op(*args, **{**options, "rule": SWAPPED[rule]})
+
+    options = {"rule": rule, "granularity": granularity}
+    assert rejects(lambda: check_recombine(swapped(ops.recombine_), LAYOUTS, setting, **options))
+    assert rejects(lambda: check_sgd(swapped(ops.sgd_), LAYOUTS, setting, **options))
+
+
+def sgd_without_restore(
+    params: list[Tensor], old_params: list[Tensor], *args: Any, **options: Any
+) -> None:
+    ops.sgd_(params, params, *args, **options)
+
+
+def sgd_with_decay_of_perturbed_weights(
+    params: list[Tensor],
+    old_params: list[Tensor],
+    grads: list[Tensor],
+    *args: Any,
+    weight_decay: float,
+    **options: Any,
+) -> None:
+    decayed = [g + weight_decay * w for g, w in zip(grads, params, strict=True)]
+    ops.sgd_(params, old_params, decayed, *args, **options)
+
+
+def sgd_with(**wrong: Any) -> Callable[..., None]:
+    return lambda *args, **options: ops.sgd_(*args, **{**options, **wrong})
+
+
+SGD_MUTANTS: dict[str, Callable[..., None]] = {
+    "no restore": sgd_without_restore,
+    "decay of the perturbed weights": sgd_with_decay_of_perturbed_weights,
+    "no decay": sgd_with(weight_decay=0.0),
+    "no dampening": sgd_with(dampening=0.0),
+    "nesterov": sgd_with(nesterov=True, dampening=0.0),
+    "momentum restarted": sgd_with(init_momentum=True),
+    "ascent": sgd_with(maximize=True),
+    "nothing": lambda *args, **options: None,
+}
+
+
+@every_setting
+@pytest.mark.parametrize("mutant", SGD_MUTANTS.values(), ids=SGD_MUTANTS)
+def test_wrong_updates_are_rejected(setting: Setting, mutant: Callable[..., None]) -> None:
+    options = SGD_OPTIONS["dampening"]
+    check_sgd(ops.sgd_, LAYOUTS, setting, **options)
+    assert rejects(lambda: check_sgd(mutant, LAYOUTS, setting, **options))

@@ -1,0 +1,125 @@
+"""The build's switches, by configuring only; and what `python -m samkernels` says of the result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from samkernels.backends import native
+
+ROOT = Path(__file__).parents[1]
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
+
+
+def configure(build: Path, *options: str, path: str | None = None) -> subprocess.CompletedProcess:
+    command = [
+        "cmake",
+        "-S",
+        ROOT,
+        "-B",
+        build,
+        "-G",
+        "Ninja",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    # The test environment's cmake and ninja, whether or not it is activated.
+    path = path or os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}
+    environment.pop("CUDACXX", None)
+    return subprocess.run(
+        [*command, *options],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def path_without_nvcc(tmp_path: Path) -> str:
+    """A PATH with the build tools and nothing else."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for tool in (
+        "cmake",
+        "ninja",
+        "c++",
+        "cc",
+        "gcc",
+        "g++",
+        "ar",
+        "ranlib",
+        "ld",
+        "as",
+        "nm",
+        "strip",
+    ):
+        found = shutil.which(tool, path=search)
+        if found:
+            (tools / tool).symlink_to(found)
+    return str(tools)
+
+
+def test_off_builds_for_the_cpu(tmp_path: Path) -> None:
+    result = configure(tmp_path, "-DSAMKERNELS_CUDA=OFF")
+    assert result.returncode == 0, result.stdout
+    assert "samkernels: CPU build (SAMKERNELS_CUDA=OFF)" in result.stdout
+
+
+def test_auto_without_nvcc_builds_for_the_cpu(tmp_path: Path, path_without_nvcc: str) -> None:
+    result = configure(tmp_path / "build", path=path_without_nvcc)
+    if "samkernels: CUDA build" in result.stdout:
+        pytest.skip("CMake finds nvcc outside of PATH")
+    assert result.returncode == 0, result.stdout
+    assert "samkernels: CPU build (no nvcc was found)" in result.stdout
+
+
+def test_on_without_nvcc_says_what_is_missing(tmp_path: Path, path_without_nvcc: str) -> None:
+    result = configure(tmp_path / "build", "-DSAMKERNELS_CUDA=ON", path=path_without_nvcc)
+    if "samkernels: CUDA build" in result.stdout:
+        pytest.skip("CMake finds nvcc outside of PATH")
+    assert result.returncode != 0
+    message = " ".join(result.stdout.split())  # CMake breaks lines
+    assert "nvcc is missing from PATH" in message
+
+
+def test_unknown_switch_is_an_error(tmp_path: Path) -> None:
+    result = configure(tmp_path, "-DSAMKERNELS_CUDA=MAYBE")
+    assert result.returncode != 0
+    assert "give AUTO, ON or OFF" in result.stdout
+
+
+@needs_nvcc
+def test_given_architectures_are_taken(tmp_path: Path) -> None:
+    result = configure(tmp_path, "-DSAMKERNELS_CUDA=ON", "-DSAMKERNELS_CUDA_ARCHS=80;90")
+    assert result.returncode == 0, result.stdout
+    assert "architectures 80;90" in result.stdout
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible: its own is taken")
+def test_default_architectures_end_with_ptx(tmp_path: Path) -> None:
+    result = configure(tmp_path)
+    assert result.returncode == 0, result.stdout
+    # CMake's notation: "-real" is machine code only, a bare number is machine code and PTX.
+    assert "architectures 80-real;86-real;89-real;90-real;100-real;120\n" in result.stdout
+
+
+def test_report_names_every_backend() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "samkernels"], capture_output=True, text=True, check=True
+    )
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("samkernels ")
+    assert torch.__version__ in lines[0]
+    assert native.build_info()["compiler"] in lines[1]
+    for backend in ("native", "foreach", "reference"):
+        assert any(line.split() == [backend, "cpu", "available"] for line in lines)
+        assert any(line.startswith(backend) and " cuda " in line for line in lines)
