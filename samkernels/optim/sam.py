@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,63 +13,23 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels import backends, ops
-
-
-@dataclass
-class _Bucket:
-    """Parameters of one group that share device, dtype and backend, with their gradients."""
-
-    group: dict[str, Any]
-    backend: str
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-
-    def bring(self, norm: Tensor | None) -> Tensor | None:
-        """A norm over all buckets, on this one's device."""
-        return None if norm is None else norm.to(self.params[0].device, non_blocking=True)
-
-    def select(self, keep: Callable[[Tensor], bool]) -> _Bucket:
-        """The part whose parameters satisfy `keep`; the bucket itself if all do."""
-        indices = [i for i, p in enumerate(self.params) if keep(p)]
-        if len(indices) == len(self.params):
-            return self
-        params = [self.params[i] for i in indices]
-        return _Bucket(self.group, self.backend, params, [self.grads[i] for i in indices])
-
-
-@dataclass
-class _Perturbation:
-    """What the second step, or a restore, needs to know of the first one."""
-
-    old_params: dict[Tensor, Tensor] = field(default_factory=dict)  # exactly what was perturbed
-    first_grads: dict[Tensor, Tensor] = field(default_factory=dict)  # empty if nobody will read g1
-    ascent_norm: Tensor | None = None  # n
-    first_norm: Tensor | None = None  # n1 over all parameters, if a granularity needs it
-    first_norms_per_tensor: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)
-
-    def first_norm_per_tensor(self, params: list[Tensor]) -> Tensor | None:
-        """n1 of each parameter, if the first step had just this list."""
-        for measured, norms in self.first_norms_per_tensor:
-            if len(measured) == len(params) and all(map(operator.is_, measured, params)):
-                return norms
-        return None
+from samkernels.optim._lists import Bucket, Perturbation, Place, Slot, Slots, fits, laid_out_like
 
 
 class SAM(Optimizer):
     """Sharpness-Aware Minimization around a base optimizer, with fused kernels.
 
-    First step:   n = ||s * g1||_2 over all parameters of all groups,  e(w) = rho * s^2 * g1 / (n +
-        1e-12),
-                  w <- w + e(w);  s = 1, or |w| if adaptive. rho is each group's own.
+    First step:   n = ||s * g1||_2 over all parameters of all groups,
+                  e(w) = rho * s^2 * g1 / (n + 1e-12),  s = 1, or |w| if adaptive,
+                  w <- w + e(w).  rho is each group's own.
     Second step:  w comes back bit for bit, and the base optimizer steps from it with u = g2, the
-        gradient at
-                  w + e(w), in the gradient's place.
+                  gradient at w + e(w), in the gradient's place.
 
     With torch.optim.SGD as base, restore, recombination and update are one kernel; any other
-    optimizer class finds u in `.grad` and makes its own step. An n that is zero perturbs nothing.
-    An n that is not finite perturbs nothing
-    either, and the step is skipped without the host noticing: SGD leaves weights and momentum as
-        they were, other
+    optimizer class finds u in `.grad` and makes its own step.
+
+    An n that is zero perturbs nothing. An n that is not finite perturbs nothing either, and the
+    step is skipped without the host noticing: SGD leaves weights and momentum as they were, other
     base optimizers step with u = 0. With maximize=True the perturbation goes against g1, so that
     maximizing f is minimizing -f.
 
@@ -145,9 +103,8 @@ class SAM(Optimizer):
         self._backend = backend
         self.track_statistics = track_statistics
         self._statistics: ops.GradientStatistics | None = None
-        self._perturbation: _Perturbation | None = None
-        self._scratch: dict[Tensor, Tensor] = {}  # room for old_params, kept from step to step
-        self._served_by: dict[tuple[torch.device, torch.dtype, bool], str] = {}
+        self._perturbation: Perturbation | None = None
+        self._slots = Slots(backend)
         super().__init__(params, defaults)
         # One list of groups and one state for both: a scheduler that changes lr here changes it
         # there.
@@ -175,7 +132,7 @@ class SAM(Optimizer):
                 "first_step was called twice: call backward and second_step() (or step()) first, "
                 "or restore() to undo the perturbation"
             )
-        buckets = self._buckets()
+        buckets = self._slots.buckets(self.param_groups)
         if not buckets:
             raise RuntimeError(
                 "first_step found no gradient: call loss.backward() before it, and leave out "
@@ -263,7 +220,7 @@ class SAM(Optimizer):
         perturbed."""
         perturbation, self._perturbation = self._perturbation, None
         if perturbation is not None:
-            self._restore(perturbation.old_params)
+            self._restore(perturbation.slots)
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -303,7 +260,7 @@ class SAM(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 dtype = str(p.dtype).removeprefix("torch.")
-                served[f"{p.device} {dtype}"] = self._backend_of(p)
+                served[f"{p.device} {dtype}"] = self._slots.place_of(p).backend
         return served
 
     # -- groups and checkpoints --------------------------------------------------------------------
@@ -323,7 +280,7 @@ class SAM(Optimizer):
         try:
             for i, p in enumerate(param_group["params"]):
                 ops.check_tensor(f"params[{i}] of parameter group {index}", p)
-                self._backend_of(p)
+                self._slots.place_of(p)
             ops.check_disjoint("params", self._all_params())
         except Exception:
             self.param_groups.pop()
@@ -364,8 +321,7 @@ class SAM(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_perturbation", None)
-        self.__dict__.setdefault("_scratch", {})
-        self.__dict__.setdefault("_served_by", {})
+        self.__dict__.setdefault("_slots", Slots(self._backend))
         for group, previous in zip(self.param_groups, previous_groups, strict=False):
             for key, value in previous.items():
                 group.setdefault(key, value)
@@ -395,45 +351,18 @@ class SAM(Optimizer):
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
-    def _backend_of(self, p: Tensor) -> str:
-        key = (p.device, p.dtype, ops.is_dense(p))
-        if key not in self._served_by:
-            self._served_by[key] = backends.choose(self._backend, *key)[0]
-        return self._served_by[key]
-
-    def _buckets(self) -> list[_Bucket]:
-        """All parameters that have a gradient. Checks the gradients, and gives them their
-        parameter's layout."""
-        buckets: dict[tuple[int, torch.device, torch.dtype, str], _Bucket] = {}
-        for index, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                grad = p.grad
-                if grad is None:
-                    continue
-                if grad.layout is not torch.strided:
-                    ops.check_tensor(f"params[{i}].grad of parameter group {index}", grad)
-                if not ops.same_layout(grad, p) and ops.is_dense(p):
-                    grad = p.grad = _laid_out_like(p, grad)
-                key = (index, p.device, p.dtype, self._backend_of(p))
-                if key not in buckets:
-                    buckets[key] = _Bucket(group, key[-1])
-                buckets[key].params.append(p)
-                buckets[key].grads.append(grad)
-        return list(buckets.values())
-
-    def _measure(self, buckets: list[_Bucket]) -> _Perturbation:
+    def _measure(self, buckets: list[Bucket]) -> Perturbation:
         """The norms of g1 that the two steps need; nothing is perturbed yet."""
-        perturbation = _Perturbation()
-        needs_first_norms = any(_granularity(bucket) != "element" for bucket in buckets)
+        perturbation = Perturbation()
+        needs_first_norms = any(bucket.granularity != "element" for bucket in buckets)
         ascent_norms, first_norms = [], []
         for bucket in buckets:
             adaptive = bucket.group["adaptive"]
-            weights = bucket.params if adaptive else None
-            norms = ops.norms(bucket.grads, weights, backend=bucket.backend, validate=False)
+            norms = ops.norms(bucket.grads, bucket.params if adaptive else None, **bucket.options)
             ascent_norms.append(norms.total)
             if needs_first_norms:
                 if adaptive:
-                    norms = ops.norms(bucket.grads, backend=bucket.backend, validate=False)
+                    norms = ops.norms(bucket.grads, **bucket.options)
                 first_norms.append(norms.total)
                 perturbation.first_norms_per_tensor.append((bucket.params, norms.per_tensor))
         perturbation.ascent_norm = ops.total_norm(ascent_norms)
@@ -441,36 +370,28 @@ class SAM(Optimizer):
             perturbation.first_norm = ops.total_norm(first_norms)
         return perturbation
 
-    def _perturb(self, bucket: _Bucket, perturbation: _Perturbation) -> None:
-        old_params = [self._scratch_for(p) for p in bucket.params]
+    def _perturb(self, bucket: Bucket, perturbation: Perturbation) -> None:
         ops.perturb_(
             bucket.params,
             bucket.grads,
-            old_params,
+            [slot.old for slot in bucket.slots],
             rho=bucket.group["rho"],
             norm=bucket.bring(perturbation.ascent_norm),
             adaptive=bucket.group["adaptive"],
             maximize=bucket.group.get("maximize", False),
-            backend=bucket.backend,
-            validate=False,
+            **bucket.options,
         )
-        perturbation.old_params.update(zip(bucket.params, old_params, strict=True))
+        perturbation.slots.update(zip(bucket.params, bucket.slots, strict=True))
 
-    def _scratch_for(self, p: Tensor) -> Tensor:
-        scratch = self._scratch.get(p)
-        if scratch is None or not _fits(scratch, p):
-            scratch = self._scratch[p] = torch.empty_like(p, requires_grad=False)
-        return scratch
-
-    def _restore(self, old_params: dict[Tensor, Tensor]) -> None:
-        lists: dict[tuple[torch.device, torch.dtype, str], list[Tensor]] = {}
-        for p, old in old_params.items():
+    def _restore(self, slots: dict[Tensor, Slot]) -> None:
+        lists: dict[tuple[Place, str], list[Tensor]] = {}
+        for p, slot in slots.items():
             # A parameter that was cast or laid out anew in between still gets its values back.
-            backend = self._backend_of(p) if _fits(old, p) else "foreach"
-            lists.setdefault((p.device, p.dtype, backend), []).append(p)
-        for (_, _, backend), params in lists.items():
-            sources = [old_params[p] for p in params]
-            ops.restore_(params, sources, backend=backend, validate=False)
+            backend = slot.place.backend if fits(slot.old, p) else "foreach"
+            lists.setdefault((slot.place, backend), []).append(p)
+        for (_, backend), params in lists.items():
+            old_params = [slots[p].old for p in params]
+            ops.restore_(params, old_params, backend=backend, validate=False)
 
     def _second_step(self) -> None:
         perturbation = self._perturbation
@@ -482,48 +403,44 @@ class SAM(Optimizer):
             raise
         self._perturbation = None
 
-    def _finish(self, perturbation: _Perturbation) -> None:
-        buckets = self._buckets()
+    def _finish(self, perturbation: Perturbation) -> None:
+        buckets = self._slots.buckets(self.param_groups)
         if not buckets:
             raise RuntimeError(
                 "second_step found no gradient: call loss.backward() at the perturbed weights "
                 "before it. The weights were restored."
             )
-        for i, p in enumerate(self._all_params()):
-            old = perturbation.old_params.get(p, p)
-            if not _fits(old, p):
-                raise RuntimeError(
-                    f"parameter {i} of shape {tuple(p.shape)} changed its shape, dtype, device or "
-                    "layout between first_step and second_step. The weights were restored."
-                )
-        both = [bucket.select(perturbation.first_grads.__contains__) for bucket in buckets]
-        both = [bucket for bucket in both if bucket.params]
-        if self.track_statistics and both:
-            self._statistics = self._compare(both, perturbation)
+        for bucket in buckets:
+            for p, slot in zip(bucket.params, bucket.slots, strict=True):
+                if perturbation.slots.get(p, slot) is not slot:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(p.shape)} changed its shape, dtype, device "
+                        "or layout between first_step and second_step. The weights were restored."
+                    )
 
-        # Without g1 there is nothing to recombine: as torch.optim does without a gradient, leave it
-        # alone.
-        updated = buckets if self._rule == "sam" else both
+        # Without g1 there is nothing to recombine: like torch.optim without a gradient, leave the
+        # parameter alone.
+        has_both = perturbation.first_grads.__contains__
+        updated = buckets if self._rule == "sam" else _select(buckets, has_both)
+        if self.track_statistics:
+            self._statistics = self._compare(_select(buckets, has_both), perturbation)
         second_norm = None
-        if any(_granularity(bucket) == "global" for bucket in updated):
-            second_norm = ops.total_norm(
-                [
-                    ops.norms(bucket.grads, backend=bucket.backend, validate=False).total
-                    for bucket in updated
-                ]
-            )
+        if any(bucket.granularity == "global" for bucket in updated):
+            norms = [ops.norms(bucket.grads, **bucket.options).total for bucket in updated]
+            second_norm = ops.total_norm(norms)
 
+        done = {p for bucket in updated for p in bucket.params}
         if all(self._is_fused(bucket.group) for bucket in updated):
-            done = {p for bucket in updated for p in bucket.params}
-            self._restore({p: o for p, o in perturbation.old_params.items() if p not in done})
+            if len(done) < len(perturbation.slots) or not done.issuperset(perturbation.slots):
+                self._restore({p: s for p, s in perturbation.slots.items() if p not in done})
             for bucket in updated:
                 self._update_with_sgd(bucket, perturbation, second_norm)
         else:
-            self._restore(perturbation.old_params)
+            self._restore(perturbation.slots)
             for bucket in updated:
                 options = self._recombination(bucket, perturbation, second_norm)
-                ops.recombine_(bucket.grads, **options, backend=bucket.backend, validate=False)
-            self._step_base({p for bucket in updated for p in bucket.params})
+                ops.recombine_(bucket.grads, **options, **bucket.options)
+            self._step_base(done)
 
     def _is_fused(self, group: dict[str, Any]) -> bool:
         # Hyperparameters on the device are left to torch.optim.SGD: reading them here would make
@@ -536,38 +453,41 @@ class SAM(Optimizer):
         )
 
     def _recombination(
-        self, bucket: _Bucket, perturbation: _Perturbation, second_norm: Tensor | None
+        self, bucket: Bucket, perturbation: Perturbation, second_norm: Tensor | None
     ) -> dict[str, Any]:
-        granularity = _granularity(bucket)
         options: dict[str, Any] = {
             "rule": self._rule,
-            "granularity": granularity,
+            "granularity": bucket.granularity,
             "ascent_norm": bucket.bring(perturbation.ascent_norm),
         }
         if self._rule != "sam":
             options["first_grads"] = [perturbation.first_grads[p] for p in bucket.params]
-            if granularity == "global":
+            if bucket.granularity == "global":
                 options["first_norm"] = bucket.bring(perturbation.first_norm)
                 options["second_norm"] = bucket.bring(second_norm)
-            elif granularity == "tensor":
+            elif bucket.granularity == "tensor":
                 options["first_norm"] = perturbation.first_norm_per_tensor(bucket.params)
         return options
 
     def _update_with_sgd(
-        self, bucket: _Bucket, perturbation: _Perturbation, second_norm: Tensor | None
+        self, bucket: Bucket, perturbation: Perturbation, second_norm: Tensor | None
     ) -> None:
         group = bucket.group
-        hyperparameters: dict[str, Any] = {
-            name: float(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")
-        }
-
-        parts = [(bucket, False)]
-        if hyperparameters["momentum"] != 0:
-            has_buffer = lambda p: self.state[p].get("momentum_buffer") is not None  # noqa: E731
-            parts = [
-                (bucket.select(lambda p: not has_buffer(p)), True),
-                (bucket.select(has_buffer), False),
-            ]
+        names = ("lr", "momentum", "dampening", "weight_decay")
+        hyperparameters: dict[str, Any] = {name: float(group[name]) for name in names}
+        hyperparameters |= {name: group[name] for name in ("nesterov", "maximize")}
+        if hyperparameters["momentum"] == 0:
+            parts = [(bucket, False)]
+        else:
+            new = {p for p in bucket.params if self.state[p].get("momentum_buffer") is None}
+            parts = (
+                [(bucket, False)]
+                if not new
+                else [
+                    (bucket.select(new.__contains__), True),
+                    (bucket.select(lambda p: p not in new), False),
+                ]
+            )
         for part, init_momentum in parts:
             if not part.params:
                 continue
@@ -576,25 +496,29 @@ class SAM(Optimizer):
                 buffers = [self._momentum_buffer(p) for p in part.params]
             ops.sgd_(
                 part.params,
-                [perturbation.old_params.get(p, p) for p in part.params],
+                # One that was not perturbed, for want of g1, is at w already.
+                [
+                    slot.old if p in perturbation.slots else p
+                    for p, slot in zip(part.params, part.slots, strict=True)
+                ],
                 part.grads,
                 buffers,
-                **hyperparameters,
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
                 init_momentum=init_momentum,
+                **hyperparameters,
                 **self._recombination(part, perturbation, second_norm),
-                backend=part.backend,
-                validate=False,
+                **part.options,
             )
-            for p, buffer in zip(part.params, buffers or (), strict=False):
-                self.state[p]["momentum_buffer"] = buffer
+            if init_momentum:
+                for p, buffer in zip(part.params, buffers or (), strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
         buffer = self.state[p].get("momentum_buffer")
         if buffer is None:
             return torch.empty_like(p, requires_grad=False)
-        return buffer if _fits(buffer, p) else _laid_out_like(p, buffer)
+        if not fits(buffer, p):
+            buffer = self.state[p]["momentum_buffer"] = laid_out_like(p, buffer)
+        return buffer
 
     def _step_base(self, updated: set[Tensor]) -> None:
         hidden = {p: p.grad for p in self._all_params() if p not in updated and p.grad is not None}
@@ -607,33 +531,22 @@ class SAM(Optimizer):
                 p.grad = grad
 
     def _compare(
-        self, buckets: list[_Bucket], perturbation: _Perturbation
-    ) -> ops.GradientStatistics:
+        self, buckets: list[Bucket], perturbation: Perturbation
+    ) -> ops.GradientStatistics | None:
+        if not buckets:
+            return None
         comparisons, weight_norms = [], []
         for bucket in buckets:
             first_grads = [perturbation.first_grads[p] for p in bucket.params]
-            old_params = [perturbation.old_params[p] for p in bucket.params]
-            options: dict[str, Any] = {"backend": bucket.backend, "validate": False}
-            comparisons.append(ops.compare(first_grads, bucket.grads, **options))
-            weight_norms.append(ops.norms(old_params, **options).total)
+            comparisons.append(ops.compare(first_grads, bucket.grads, **bucket.options))
+            old_params = [slot.old for slot in bucket.slots]
+            weight_norms.append(ops.norms(old_params, **bucket.options).total)
         return ops.gradient_statistics(comparisons, weight_norms)
 
 
-def _granularity(bucket: _Bucket) -> str:
-    return bucket.group.get("granularity", "element")
-
-
-def _fits(tensor: Tensor, p: Tensor) -> bool:
-    return (
-        tensor.shape == p.shape
-        and tensor.dtype == p.dtype
-        and tensor.device == p.device
-        and (tensor.stride() == p.stride() or ops.same_layout(tensor, p) or not ops.is_dense(p))
-    )
-
-
-def _laid_out_like(p: Tensor, tensor: Tensor) -> Tensor:
-    return torch.empty_like(p, requires_grad=False).copy_(tensor)
+def _select(buckets: list[Bucket], keep: Callable[[Tensor], bool]) -> list[Bucket]:
+    parts = [bucket.select(keep) for bucket in buckets]
+    return [part for part in parts if part.params]
 
 
 def _check_options(options: dict[str, Any], where: str) -> None:
