@@ -15,6 +15,10 @@
 #include "chunk_plan.h"
 #include "ops.h"
 
+#ifndef SAMKERNELS_MODULE
+#define SAMKERNELS_MODULE _C
+#endif
+
 namespace py = pybind11;
 
 namespace samkernels {
@@ -111,15 +115,15 @@ struct PyRecombination {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   m.doc() = "Compiled core of samkernels. Private: use samkernels.ops.";
 
-  py::enum_<DType>(m, "DType")
+  py::enum_<DType>(m, "DType", py::module_local())
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16);
 
-  py::class_<Target>(m, "Target");
+  py::class_<Target>(m, "Target", py::module_local());
   m.def("cpu", CpuTarget, py::arg("num_threads"));
   m.def("cuda", CudaTarget, py::arg("stream"));
 
@@ -151,12 +155,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("NORMS_SUMS") = kNormsSums;
   m.attr("COMPARE_SUMS") = kCompareSums;
 
-  py::class_<PyRecombination>(m, "Recombination")
+  py::class_<PyRecombination>(m, "Recombination", py::module_local())
       .def(py::init<Addresses, std::optional<Addresses>, std::uintptr_t, std::uintptr_t, bool,
                     float, std::uintptr_t>(),
            py::kw_only(), py::arg("magnitude"), py::arg("sign"), py::arg("numerator"),
            py::arg("denominator"), py::arg("per_tensor"), py::arg("eps"), py::arg("ascent_norm"));
-  py::class_<SgdOptions>(m, "SgdOptions")
+  py::class_<SgdOptions>(m, "SgdOptions", py::module_local())
       .def(py::init<float, float, float, float, float, bool, bool, bool>(), py::kw_only(),
            py::arg("lr"), py::arg("momentum"), py::arg("one_minus_dampening"),
            py::arg("weight_decay"), py::arg("gradient_sign"), py::arg("nesterov"),

@@ -78,12 +78,18 @@ inline void Check(cudaError_t error) {
   }
 }
 
-// Launches go through this function, not through <<<>>>.
+// Launches go through this function, not through <<<>>>, so that the host can stand in
+// (csrc/emulation).
 template <typename... Args>
 void Launch(void (*kernel)(Args...), unsigned blocks, void* stream, const Args&... args) {
+#ifdef SAMKERNELS_EMULATED
+  (void)stream;
+  emulation::Launch(kernel, blocks, kThreads, args...);
+#else
   void* parameters[] = {const_cast<void*>(static_cast<const void*>(&args))...};
   Check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(kThreads),
                          parameters, 0, static_cast<cudaStream_t>(stream)));
+#endif
 }
 
 // launch(table, num_chunks, first_chunk, is_last) for as many tables as the list needs; at least

@@ -1,0 +1,197 @@
+// Stands in for the CUDA runtime, so that the very .cu files also compile for the host and run in
+// tests on machines without a GPU. Blocks run one after another, in an order shuffled by a seed;
+// the threads of a block are fibers, which switch at __syncthreads and at warp shuffles, as real
+// threads may. Not for speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#define CUDART_VERSION 13000
+#define __CUDACC__
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+// Blocks do not run at the same time, so one copy serves them all.
+#define __shared__ static
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+enum cudaError_t { cudaSuccess, cudaErrorNoDevice };
+using cudaStream_t = void*;
+struct cudaFuncAttributes {};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+namespace emulation {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStackBytes = 512 << 10;
+
+// Threads wait here until all that are expected have come.
+struct Barrier {
+  unsigned arrived = 0;
+  unsigned generation = 0;
+
+  void ReleaseIf(unsigned expected) {
+    if (arrived > 0 && arrived >= expected) {
+      arrived = 0;
+      ++generation;
+    }
+  }
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  bool done = false;
+};
+
+struct Block {
+  std::function<void()> body;
+  std::vector<Fiber> fibers;
+  std::vector<Barrier> warps;
+  std::vector<double> exchanged;
+  Barrier barrier;
+  ucontext_t scheduler;
+  unsigned alive = 0;
+  unsigned current = 0;
+  bool progressed = false;  // any fiber, in this round of the scheduler
+};
+
+inline Block* block = nullptr;
+inline dim3 thread_index, block_index, grid_size;
+
+inline void Yield() { swapcontext(&block->fibers[block->current].context, &block->scheduler); }
+
+inline void Wait(Barrier& barrier, unsigned expected) {
+  const unsigned generation = barrier.generation;
+  ++barrier.arrived;
+  block->progressed = true;
+  barrier.ReleaseIf(expected);
+  while (barrier.generation == generation) Yield();
+}
+
+inline void RunFiber() {
+  block->body();
+  Fiber& fiber = block->fibers[block->current];
+  fiber.done = true;
+  block->progressed = true;
+  --block->alive;
+  block->barrier.ReleaseIf(block->alive);  // a thread that has returned is not waited for
+  Yield();
+}
+
+// One block, thread after thread until each waits or is done, round after round.
+inline void RunBlock(Block& state, unsigned threads) {
+  block = &state;
+  state.warps.assign((threads + kWarpSize - 1) / kWarpSize, Barrier());
+  state.exchanged.assign(threads, 0.0);
+  state.barrier = Barrier();
+  state.alive = threads;
+  for (Fiber& fiber : state.fibers) {
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, RunFiber, 0);
+  }
+  while (state.alive > 0) {
+    state.progressed = false;
+    for (unsigned i = 0; i < threads; ++i) {
+      if (state.fibers[i].done) continue;
+      state.current = i;
+      thread_index.x = i;
+      swapcontext(&state.scheduler, &state.fibers[i].context);
+    }
+    if (!state.progressed) {
+      std::fprintf(stderr, "emulation: the threads of a block wait for each other forever\n");
+      std::abort();
+    }
+  }
+}
+
+inline uint64_t& Seed() {
+  static uint64_t seed = 0;
+  return seed;
+}
+
+template <typename... Args>
+void Launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, const Args&... args) {
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), std::mt19937_64(Seed()++));
+  static Block state;
+  state.fibers.resize(threads);
+  state.body = [&] { kernel(args...); };
+  grid_size.x = blocks;
+  for (unsigned index : order) {
+    block_index.x = index;
+    RunBlock(state, threads);
+  }
+}
+
+}  // namespace emulation
+
+#define threadIdx emulation::thread_index
+#define blockIdx emulation::block_index
+#define gridDim emulation::grid_size
+
+inline void __syncthreads() { emulation::Wait(emulation::block->barrier, emulation::block->alive); }
+
+// Nothing is reordered here: fences have nothing to do.
+inline void __threadfence() {}
+
+inline double __shfl_down_sync(unsigned mask, double x, int offset) {
+  using namespace emulation;
+  if (mask != 0xffffffffu) std::abort();  // only whole warps are emulated
+  const unsigned thread = threadIdx.x;
+  Barrier& warp = block->warps[thread / kWarpSize];
+  block->exchanged[thread] = x;
+  Wait(warp, kWarpSize);
+  const unsigned source = thread % kWarpSize + offset < kWarpSize ? thread + offset : thread;
+  const double result = block->exchanged[source];
+  Wait(warp, kWarpSize);
+  return result;
+}
+
+inline unsigned atomicAdd(unsigned* to, unsigned value) {
+  const unsigned before = *to;
+  *to += value;
+  return before;
+}
+
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
