@@ -13,22 +13,32 @@ from torch import Tensor
 
 
 class EagerSAM:
-    """One tensor at a time, with torch.optim.SGD as it comes: the usual GitHub implementation."""
+    """One tensor at a time, with torch.optim.SGD as it comes: what the usual SAM repositories do.
 
-    def __init__(self, params: list[Tensor], rho: float, **sgd_options: Any) -> None:
+    They handle SAM and ASAM in one expression, in which the factor of SAM is 1.0.
+    """
+
+    def __init__(
+        self, params: list[Tensor], rho: float, adaptive: bool = False, **sgd_options: Any
+    ) -> None:
         self.params = params
         self.rho = rho
+        self.adaptive = adaptive
         self.base_optimizer = torch.optim.SGD(params, **sgd_options)
         self.old_params: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
     def first_step(self) -> None:
-        norms = [p.grad.norm(p=2) for p in self.params if p.grad is not None]
+        norms = [
+            ((torch.abs(p) if self.adaptive else 1.0) * p.grad).norm(p=2)
+            for p in self.params
+            if p.grad is not None
+        ]
         scale = self.rho / (torch.norm(torch.stack(norms), p=2) + 1e-12)
         for p in self.params:
             if p.grad is not None:
                 self.old_params[p] = p.data.clone()
-                p.add_(p.grad * scale)
+                p.add_((torch.pow(p, 2) if self.adaptive else 1.0) * p.grad * scale)
 
     @torch.no_grad()
     def second_step(self) -> None:

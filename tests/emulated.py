@@ -1,4 +1,5 @@
-"""The CUDA kernels as a backend on CPU tensors: built for the host on csrc/emulation, registered as "emulated"."""
+"""The CUDA kernels as a backend on CPU tensors: built for the host on csrc/emulation, registered as
+"emulated"."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ BUILD = ROOT / "build" / "emulation"
 
 
 def build() -> Any:
-    """Configure and build the module `_emulated` (a second time only if a source is newer), and import it."""
+    """Configure and build the module `_emulated` (a second time only if a source is newer), and
+    import it."""
     cmake = [sys.executable, "-m", "cmake"]
     options = [
         f"-DPython_EXECUTABLE={sys.executable}",

@@ -25,9 +25,11 @@ constexpr int64_t kBlockSize = 512;
 // Less work than this is done before a second thread has woken up.
 constexpr int64_t kParallelNumel = 32768;
 
-// Above this traffic an op writes past the caches: what it writes would not stay in them until it
-// is read again, and a cached write first reads the line from memory.
+// Above this traffic an op writes past the caches what it has not read: it would not stay there
+// until it is read again, and a cached write first reads the line from memory. What is updated in
+// place is in the cache already; to push it past the cache was slower.
 constexpr int64_t kStreamingBytes = int64_t{16} << 20;
+constexpr bool kInPlace = false;
 
 static inline bool IsStreaming(const Tensors& tensors, int num_lists) {
   return tensors.total_numel * num_lists * SizeOf(tensors.dtype) >= kStreamingBytes;

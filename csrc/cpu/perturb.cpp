@@ -27,7 +27,7 @@ static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
                        perturbed[i] = Perturbed(w[i], g[i], scale, false);
                    }
                    StoreBytes(old_params + offset, params + offset, count * sizeof(T), streaming);
-                   if (scale != 0.0f) StoreBlock(params + offset, perturbed, count, streaming);
+                   if (scale != 0.0f) StoreBlock(params + offset, perturbed, count, kInPlace);
                  });
                });
 }

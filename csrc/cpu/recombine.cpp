@@ -7,7 +7,6 @@ namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 template <typename T>
 static void RecombineOf(const RecombineArgs& args, const Execution& execution) {
   const Recombination& r = args.recombination;
-  const bool streaming = IsStreaming(args.tensors, 3);
   const bool skipped = IsSkipped(r);
   ForEachChunk(args.tensors, execution.num_threads,
                [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
@@ -17,7 +16,7 @@ static void RecombineOf(const RecombineArgs& args, const Execution& execution) {
                    float u[kBlockSize] = {};
                    if (!skipped)
                      RecombineBlock<T>(r, coefficient, tensor, begin + offset, count, u);
-                   StoreBlock(out + offset, u, count, streaming);
+                   StoreBlock(out + offset, u, count, kInPlace);
                  });
                });
 }

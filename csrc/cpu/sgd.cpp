@@ -46,7 +46,7 @@ static void SgdOf(const SgdArgs& args, const Execution& execution) {
               break;
           }
           StoreBlock(params + offset, u, count, streaming);
-          if (buffer) StoreBlock(buffer + offset, buf, count, streaming);
+          if (buffer) StoreBlock(buffer + offset, buf, count, kInPlace);
         });
       });
 }
