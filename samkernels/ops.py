@@ -12,6 +12,7 @@ Every function takes `backend`: "auto" (the fastest that can serve), "native", "
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -62,8 +63,9 @@ def norms(
     backend: str = "auto",
     validate: bool = True,
 ) -> Norms:
-    """L2 norms of all tensors together and of each one: ||s * x||_2, s = |weights| if given, else
-    1.
+    """L2 norms of all tensors together and of each one.
+
+    ||s * x||_2,  s = |weights| if given, else 1.
 
     Args:
         tensors, weights: lists of n tensors (see the top of this module).
@@ -79,8 +81,17 @@ def norms(
 
 
 def total_norm(parts: TensorList) -> Tensor:
-    """The norm of everything, sqrt(sum of squares), from the norms of its parts; shape (), on
-    parts[0].device."""
+    """The norm of everything from the norms of its parts: sqrt(sum of squares).
+
+    Args:
+        parts: tensors of shape (); they may be on several devices.
+
+    Returns:
+        shape (), on parts[0].device.
+
+    Raises:
+        ValueError: parts is empty.
+    """
     if not parts:
         raise ValueError("parts is empty: give at least one norm")
     if len(parts) == 1:
@@ -104,11 +115,9 @@ def perturb_(
 ) -> Tensor:
     """Save w in old_params, then move each parameter to w + e(w), in place.
 
-    e(w) = rho * s^2 * g / (n + eps),  n = ||s * g||_2 over all tensors,  s = |w| if adaptive, else
-    1.
+    e(w) = rho * s^2 * g / (n + eps),  n = ||s * g||_2 over all tensors,  s = 1, or |w| if adaptive.
     An n that is zero or not finite perturbs nothing: without a gradient there is no direction, and
-        one nan
-    would reach every weight.
+    one nan would reach every weight.
 
     Args:
         params, grads, old_params: lists of n tensors. old_params is overwritten with w.
@@ -187,7 +196,7 @@ def recombine_(
         grads, first_grads: g2 and g1, lists of n tensors; g1 is not needed for "sam".
         first_norm, second_norm: n1 and n2 where they are known: shape () for "global", (n,) for
             "tensor".
-        ascent_norm: the norm that the perturbation was made with, shape (). Where it is not finite,
+        ascent_norm: the norm that the perturbation was made with, shape (). If it is not finite,
             u = 0.
         eps: added to the norm that divides.
 
@@ -211,7 +220,7 @@ def recombine_(
         eps=eps,
         validate=validate,
     )
-    if recombination.magnitude is not grads or ascent_norm is not None or recombination.sign:
+    if rule != "sam" or ascent_norm is not None:  # else u is g2 already
         chosen.recombine_(grads, recombination)
 
 
@@ -238,8 +247,7 @@ def sgd_(
     backend: str = "auto",
     validate: bool = True,
 ) -> None:
-    """Restore, recombine and update in one pass: torch.optim.SGD on w = old_params with u for its
-    gradient.
+    """Restore, recombine and update in one pass: torch.optim.SGD from w with u for its gradient.
 
     u as in `recombine_`;  u = -u if maximize;  u += weight_decay * w
     buf = u if init_momentum, else momentum * buf + (1 - dampening) * u
@@ -250,9 +258,9 @@ def sgd_(
         momentum_buffers: buf, updated; needed if momentum is not 0.
         init_momentum: buf holds nothing yet.
         rule, granularity, first_grads, first_norm, second_norm, eps: see `recombine_`.
-        ascent_norm: the norm that the perturbation was made with, shape (). Where it is not finite,
-            the step is
-            skipped on the device: params = old_params, and buf stays (0 if init_momentum).
+        ascent_norm: the norm that the perturbation was made with, shape (). If it is not finite,
+            the step is skipped on the device: params = old_params, and buf stays (0 if
+            init_momentum).
 
     Raises:
         TypeError, ValueError, RuntimeError: see `recombine_`.
@@ -419,9 +427,9 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _check_non_negative(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {type(value).__name__}: give a number")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name}={value}: give a finite number >= 0")
 
 

@@ -52,8 +52,11 @@ class Bucket:
         return self.group.get("granularity", "element")
 
     def bring(self, norm: Tensor | None) -> Tensor | None:
-        """A norm over all buckets, on this one's device."""
-        return None if norm is None else norm.to(self.place.device, non_blocking=True)
+        """A norm over all buckets, on this one's device, in the dtype that ops take it in."""
+        if norm is None:
+            return None
+        dtype = torch.float64 if self.place.dtype is torch.float64 else torch.float32
+        return norm.to(self.place.device, dtype, non_blocking=True)
 
     def select(self, keep: Callable[[Tensor], bool]) -> Bucket:
         """The part whose parameters satisfy `keep`; the bucket itself if all do."""

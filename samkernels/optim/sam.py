@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -106,8 +107,7 @@ class SAM(Optimizer):
         self._perturbation: Perturbation | None = None
         self._slots = Slots(backend)
         super().__init__(params, defaults)
-        # One list of groups and one state for both: a scheduler that changes lr here changes it
-        # there.
+        # One list of groups and one state for both: a scheduler changes the lr of both.
         self.base_optimizer = base_optimizer(self.param_groups, **base_options)
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
@@ -154,8 +154,7 @@ class SAM(Optimizer):
                 p.grad = None
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """Bring w back and step the base optimizer from it with u. The same as step() after
-        first_step().
+        """Bring w back and step the base optimizer from it: step(), after first_step().
 
         Args:
             zero_grad: clear the gradients afterwards.
@@ -177,10 +176,9 @@ class SAM(Optimizer):
         """The second step; with a closure, the whole of SAM.
 
         Args:
-            closure: computes the loss, calls backward on it and returns it. It is called once, at w
-                + e(w), if
-                gradients are present: they are g1. If none are, it is called twice, at w and at w +
-                    e(w).
+            closure: computes the loss, calls backward on it and returns it. If gradients are
+                present, they are g1, and it is called once, at w + e(w). If none are, it is called
+                twice, at w and at w + e(w).
 
         Returns:
             The loss at w if the closure was called there, else None. A step with a closure leaves
@@ -216,16 +214,14 @@ class SAM(Optimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo first_step: w comes back bit for bit and g1 is dropped. Does nothing if nothing is
-        perturbed."""
+        """Undo first_step, if it was called: w comes back bit for bit, g1 is dropped."""
         perturbation, self._perturbation = self._perturbation, None
         if perturbation is not None:
             self._restore(perturbation.slots)
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
-        """first_step() on entry; if the body raises, the weights are restored. Go on with
-        second_step() or step().
+        """first_step() on entry; if the body raises, the weights are restored.
 
         Usage:
             with optimizer.perturbed():
@@ -248,14 +244,12 @@ class SAM(Optimizer):
 
     @property
     def statistics(self) -> ops.GradientStatistics | None:
-        """How g1 and g2 of the last step compare, as tensors on the device; None without
-        track_statistics."""
+        """How g1 and g2 of the last step compare; None without track_statistics."""
         return self._statistics
 
     @property
     def backends(self) -> dict[str, str]:
-        """Which backend serves the parameters, by device and dtype: {"cuda:0 float32":
-        "native"}."""
+        """Which backend serves whom, such as {"cuda:0 float32": "native"}."""
         served = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -297,8 +291,7 @@ class SAM(Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class or of the base optimizer, whose groups know no rho: ours
-        is kept.
+        """Load a state_dict of this class, or of the base optimizer: rho and the like stay then.
 
         Raises:
             RuntimeError: between first_step and second_step.
@@ -551,9 +544,9 @@ def _select(buckets: list[Bucket], keep: Callable[[Tensor], bool]) -> list[Bucke
 
 def _check_options(options: dict[str, Any], where: str) -> None:
     rho = options.get("rho", 0.0)
-    if isinstance(rho, bool) or not isinstance(rho, (int, float)):
+    if isinstance(rho, bool) or not isinstance(rho, numbers.Real):
         raise TypeError(f"rho{where} is {type(rho).__name__}: give a number")
-    if not (math.isfinite(rho) and rho >= 0):
+    if not 0 <= float(rho) < math.inf:
         raise ValueError(f"rho={rho}{where}: give a finite number >= 0")
     adaptive = options.get("adaptive", False)
     if not isinstance(adaptive, bool):
