@@ -51,7 +51,7 @@ Target CudaTarget(std::uintptr_t stream) {
 class Shapes {
  public:
   Shapes(const std::vector<int64_t>& numel, DType dtype, const OpTable& ops)
-      : numel_(numel), plan_(numel_.data(), numel_.size(), ops.chunk_size) {
+      : numel_(Checked(numel)), plan_(numel_.data(), numel_.size(), ops.chunk_size) {
     tensors_ = {dtype,
                 static_cast<int64_t>(numel_.size()),
                 numel_.data(),
@@ -82,6 +82,13 @@ class Shapes {
   }
 
  private:
+  static const std::vector<int64_t>& Checked(const std::vector<int64_t>& numel) {
+    for (int64_t n : numel) {
+      if (n < 0) throw std::invalid_argument("numel holds a negative count");
+    }
+    return numel;
+  }
+
   const std::vector<int64_t>& numel_;
   ChunkPlan plan_;
   Tensors tensors_;
@@ -90,6 +97,12 @@ class Shapes {
 template <typename T>
 T* Pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+T* Required(const char* name, std::uintptr_t address) {
+  if (address == 0) throw std::invalid_argument(std::string(name) + " has no memory (address 0)");
+  return Pointer<T>(address);
 }
 
 // The Python side of Recombination.
@@ -170,9 +183,12 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                     const Addresses& x, const std::optional<Addresses>& weights,
                     std::uintptr_t workspace, std::uintptr_t per_tensor, std::uintptr_t total) {
     const Shapes shapes(numel, dtype, *target.ops);
-    const NormsArgs args = {
-        shapes.tensors(),         shapes.List("x", x),        shapes.Optional("weights", weights),
-        Pointer<void>(workspace), Pointer<float>(per_tensor), Pointer<float>(total)};
+    const NormsArgs args = {shapes.tensors(),
+                            shapes.List("x", x),
+                            shapes.Optional("weights", weights),
+                            Required<void>("workspace", workspace),
+                            Required<float>("per_tensor", per_tensor),
+                            Required<float>("total", total)};
     py::gil_scoped_release release;
     target.ops->norms(args, target.execution);
   });
@@ -184,7 +200,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                               shapes.List("params", params),
                               shapes.List("grads", grads),
                               shapes.List("old_params", old_params),
-                              Pointer<const float>(norm),
+                              Required<const float>("norm", norm),
                               rho,
                               eps,
                               adaptive};
@@ -229,8 +245,9 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                       std::uintptr_t workspace, std::uintptr_t sums) {
     const Shapes shapes(numel, dtype, *target.ops);
     const CompareArgs args = {shapes.tensors(), shapes.List("first_grads", first_grads),
-                              shapes.List("second_grads", second_grads), Pointer<void>(workspace),
-                              Pointer<double>(sums)};
+                              shapes.List("second_grads", second_grads),
+                              Required<void>("workspace", workspace),
+                              Required<double>("sums", sums)};
     py::gil_scoped_release release;
     target.ops->compare(args, target.execution);
   });

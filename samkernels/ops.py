@@ -56,6 +56,7 @@ class GradientStatistics(NamedTuple):
     share_signs_agree: Tensor  # share of elements with g1 * g2 > 0
 
 
+@torch.no_grad()
 def norms(
     tensors: TensorList,
     weights: TensorList | None = None,
@@ -96,10 +97,13 @@ def total_norm(parts: TensorList) -> Tensor:
         raise ValueError("parts is empty: give at least one norm")
     if len(parts) == 1:
         return parts[0]
-    device = parts[0].device
-    return torch.linalg.vector_norm(torch.stack([p.to(device, non_blocking=True) for p in parts]))
+    device, dtype = parts[0].device, parts[0].dtype
+    # Squares of float32 would overflow from 2e19 on.
+    together = torch.stack([p.to(device, torch.float64, non_blocking=True) for p in parts])
+    return torch.linalg.vector_norm(together).to(dtype)
 
 
+@torch.no_grad()
 def perturb_(
     params: TensorList,
     grads: TensorList,
@@ -154,6 +158,7 @@ def perturb_(
     return norm
 
 
+@torch.no_grad()
 def restore_(
     params: TensorList,
     old_params: TensorList,
@@ -170,6 +175,7 @@ def restore_(
     _backend_for(backend, lists, ("params",), validate).restore_(params, old_params)
 
 
+@torch.no_grad()
 def recombine_(
     grads: TensorList,
     first_grads: TensorList | None = None,
@@ -224,6 +230,7 @@ def recombine_(
         chosen.recombine_(grads, recombination)
 
 
+@torch.no_grad()
 def sgd_(
     params: TensorList,
     old_params: TensorList,
@@ -269,6 +276,7 @@ def sgd_(
     """
     for name, value in (("momentum", momentum), ("weight_decay", weight_decay), ("lr", lr)):
         _check_non_negative(name, value)
+    _check_number("dampening", dampening)
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError("nesterov=True: momentum must be above 0 and dampening 0")
     if momentum != 0 and momentum_buffers is None:
@@ -305,6 +313,7 @@ def sgd_(
     chosen.sgd_(params, old_params, momentum_buffers, recombination, options)
 
 
+@torch.no_grad()
 def compare(
     first_grads: TensorList,
     second_grads: TensorList,
@@ -344,8 +353,11 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlap, in whatever order of
     dimensions.
 
-    Not so for wrappers such as DTensor, whose memory is elsewhere.
+    Not so for wrappers such as DTensor, whose memory is elsewhere, and for views that PyTorch
+    negates when it reads them.
     """
+    if tensor.is_neg():
+        return False
     if type(tensor) not in (Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor):
         return False
     if tensor.is_contiguous():
@@ -414,9 +426,8 @@ def _backend_for(
     backends.check_name(backend)
     if validate:
         _check_lists(lists, written)
-    first_list = next(iter(lists.values()))
-    dense = not validate or all(is_dense(t) for t in first_list)
-    first = first_list[0]
+    dense = not validate or all(is_dense(t) for tensors in lists.values() for t in tensors)
+    first = next(iter(lists.values()))[0]
     return backends.choose(backend, first.device, first.dtype, dense)[1]
 
 
@@ -426,10 +437,16 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, allowed))}")
 
 
-def _check_non_negative(name: str, value: float) -> None:
+def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {type(value).__name__}: give a number")
-    if not 0 <= float(value) < math.inf:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value}: give a finite number")
+
+
+def _check_non_negative(name: str, value: float) -> None:
+    _check_number(name, value)
+    if value < 0:
         raise ValueError(f"{name}={value}: give a finite number >= 0")
 
 
@@ -543,7 +560,7 @@ def _check_overlap(lists: Mapping[str, TensorList], written: Sequence[str]) -> N
         for i, tensor in enumerate(tensors):
             start = tensor.data_ptr()
             size = tensor.numel() if is_dense(tensor) else min(1, tensor.numel())
-            if size == 0:
+            if size == 0 or start == 0:
                 continue
             key = (start, start + size * tensor.element_size(), i)
             name, is_written = f"{list_name}[{i}]", list_name in written

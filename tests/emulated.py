@@ -15,6 +15,7 @@ from typing import Any
 import pybind11
 import torch
 
+from samkernels import backends
 from samkernels.backends import native
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,13 @@ def backend() -> ModuleType:
         DTYPES={dtype: getattr(core.DType, str(dtype).split(".")[1]) for dtype in native.DTYPES},
     )
     return module
+
+
+def register() -> None:
+    """Make `backend="emulated"` known to samkernels. The last one: "auto" never takes it."""
+    if "emulated" not in backends.BACKENDS:
+        backends._MODULES["emulated"] = backend()
+        backends.BACKENDS = (*backends.BACKENDS, "emulated")
 
 
 def _load(name: str, path: Path) -> Any:

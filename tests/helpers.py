@@ -1,19 +1,23 @@
 """What the tests of the ops share: settings, guarded tensor lists, and comparisons with bounds.
 
-Every tensor lies in a storage of its own that is filled with GUARD_VALUE around it and, if it is a
-slice, between its elements: `assert_guards_intact` finds a write that went astray.
+The tensors of a list lie in one storage, with GUARD_VALUE before, behind and, if they are slices,
+between their elements: `GuardedList.assert_intact` finds a write that went astray.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from samkernels import backends
+from tests import emulated
+
+emulated.register()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -24,9 +28,9 @@ CHUNK_SIZE = 16384
 SIZES = (0, 1, 2, 3, 15, 16, 17, 511, 512, 513, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1)
 MANY_CHUNKS = 3 * CHUNK_SIZE + 5
 
-GUARD_NUMEL = 64  # whole cache lines: an offset of 0 stays aligned for every dtype
+GUARD_NUMEL = 32  # whole cache lines: an offset of 0 stays aligned for every dtype
 GUARD_VALUE = -7.25  # exact in every dtype
-INTEGER_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Setting(NamedTuple):
@@ -75,44 +79,72 @@ LAYOUTS = [
 ]
 LISTS = {
     "sizes": [Slot((n,)) for n in (*SIZES, MANY_CHUNKS)],
-    "offsets": [Slot((n,), offset=k) for k in (1, 2, 3) for n in (1, 15, 17, 513, CHUNK_SIZE + 1)],
+    "offsets": [
+        *(Slot((n,), offset=k) for k in (1, 2, 3) for n in (1, 15, 17, 513)),
+        Slot((CHUNK_SIZE + 1,), offset=3),
+    ],
     "layouts": LAYOUTS,
     "thousand": [Slot((i % 6,), offset=i % 4) for i in range(1000)],
     "empty": [Slot((0,)), Slot((3, 0))],
 }
 
 
+class GuardedList(list[Tensor]):
+    """Tensors in one storage, each with a version counter of its own."""
+
+    def __init__(self, slots: Sequence[Slot], values: Tensor) -> None:
+        places = _places(tuple(slots))
+        self.memory = values.new_full(places.inside.shape, GUARD_VALUE)
+        self.memory[places.positions.to(values.device)] = values
+        self.inside = places.inside.to(values.device)
+        storage = self.memory.untyped_storage()
+        for slot, strides, start in zip(slots, places.strides, places.starts, strict=True):
+            self.append(values.new_empty(0).set_(storage, start, slot.shape, strides))
+
+    def assert_intact(self) -> None:
+        assert bool(((self.memory == GUARD_VALUE) | self.inside).all()), "wrote around a tensor"
+
+
+class _Places(NamedTuple):
+    strides: list[list[int]]
+    starts: list[int]
+    positions: Tensor  # of all elements, in the order of the slots and of their dimensions
+    inside: Tensor  # [elements of the storage]: whether a tensor has it
+
+
+@lru_cache(maxsize=64)
+def _places(slots: tuple[Slot, ...]) -> _Places:
+    all_strides, starts, positions, room = [], [], [torch.empty(0, dtype=torch.int64)], GUARD_NUMEL
+    for slot in slots:
+        strides, stride = [0] * len(slot.shape), slot.gap
+        for dim in reversed(slot.order or range(len(slot.shape))):
+            strides[dim] = stride
+            stride *= max(1, slot.shape[dim])
+        start = room + slot.offset
+        extent = slot.gap * math.prod(slot.shape)
+        positions.append(torch.arange(start, start + extent + 1))
+        positions[-1] = positions[-1].as_strided(slot.shape, strides).flatten()
+        room = ((start + extent) // GUARD_NUMEL + 2) * GUARD_NUMEL
+        all_strides.append(strides)
+        starts.append(start)
+    inside = torch.zeros(room, dtype=torch.bool)
+    inside[torch.cat(positions)] = True
+    return _Places(all_strides, starts, torch.cat(positions), inside)
+
+
 def make_list(
     slots: Sequence[Slot], dtype: torch.dtype, device: str = "cpu", seed: int = 0
-) -> list[Tensor]:
-    """Normal values, a tenth of them 0, in storages with guards."""
-    numel = [math.prod(slot.shape) for slot in slots]
+) -> GuardedList:
+    """Normal values, a tenth of them 0."""
+    values = _normal_values(sum(math.prod(slot.shape) for slot in slots), seed)
+    return GuardedList(slots, values.to(device, dtype))
+
+
+@lru_cache(maxsize=64)
+def _normal_values(numel: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(sum(numel), generator=generator, dtype=torch.float64)
-    values *= torch.rand(sum(numel), generator=generator) > 0.1
-    parts = values.to(device, dtype).split(numel)
-    return [place(slot, part.view(slot.shape)) for slot, part in zip(slots, parts, strict=True)]
-
-
-def place(slot: Slot, values: Tensor) -> Tensor:
-    """A copy of `values`, of the slot's shape, laid out as the slot says."""
-    strides, stride = [0] * len(slot.shape), slot.gap
-    for dim in reversed(slot.order or range(len(slot.shape))):
-        strides[dim] = stride
-        stride *= max(1, slot.shape[dim])
-    room = slot.gap * values.numel() + slot.offset + 2 * GUARD_NUMEL
-    storage = values.new_full((room,), GUARD_VALUE)
-    return storage.as_strided(slot.shape, strides, GUARD_NUMEL + slot.offset).copy_(values)
-
-
-def assert_guards_intact(*lists: Iterable[Tensor]) -> None:
-    for tensors in lists:
-        for i, tensor in enumerate(tensors):
-            memory = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            memory.set_(tensor.untyped_storage())
-            around = torch.ones_like(memory, dtype=torch.bool)
-            around.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(False)
-            assert bool(((memory == GUARD_VALUE) | ~around).all()), f"wrote around tensor {i}"
+    values = torch.randn(numel, generator=generator)
+    return values * (torch.rand(numel, generator=generator) > 0.1)
 
 
 def doubles(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -124,23 +156,37 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.clone() for t in tensors]
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The elements as integers: nan payloads and the sign of 0 count."""
-    return tensor.detach().clone().view(INTEGER_OF[tensor.element_size()])
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All elements of a list, copied into one vector."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def bits(tensors: Iterable[Tensor]) -> Tensor:
+    """All elements as integers: nan payloads and the sign of 0 count."""
+    values = flat(tensors)
+    return values.view(INTEGER_OF[values.element_size()])
+
+
+def _assert_all(holds: Tensor, tensors: Sequence[Tensor], what: str) -> None:
+    """Names the tensor of the first element for which it does not hold."""
+    if not bool(holds.all()):
+        element = int(holds.logical_not().nonzero()[0])
+        ends = torch.tensor([t.numel() for t in tensors]).cumsum(0)
+        raise AssertionError(f"tensor {int((ends <= element).sum())}: {what}")
 
 
 def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    assert len(actual) == len(expected)
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert a.dtype == e.dtype
-        assert torch.equal(bits(a), bits(e)), f"tensor {i}: the bits differ"
+    assert [(a.shape, a.dtype) for a in actual] == [(e.shape, e.dtype) for e in expected]
+    for dtype in {a.dtype for a in actual}:
+        ours, theirs = ([t for t in ts if t.dtype is dtype] for ts in (actual, expected))
+        _assert_all(bits(ours) == bits(theirs), ours, "the bits differ")
 
 
 def assert_equal(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Equal values, of whatever dtypes; -0.0 equals 0.0."""
-    assert len(actual) == len(expected)
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(a.double(), e.double()), f"tensor {i}: the values differ"
+    """Equal values, of whatever dtypes and devices; -0.0 equals 0.0."""
+    assert [a.shape for a in actual] == [e.shape for e in expected]
+    ours, theirs = flat(actual).double().cpu(), flat(expected).double().cpu()
+    _assert_all(ours == theirs, actual, "the values differ")
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -160,17 +206,15 @@ def assert_near(
     those: the sum of the absolute values of the terms, so that cancellation is allowed for. bf16
     and fp16 add one rounding to the dtype: half an ulp of the result.
     """
-    assert len(actual) == len(expected) == len(sizes)
-    for i, (a, e, size) in enumerate(zip(actual, expected, sizes, strict=True)):
-        assert a.shape == e.shape
-        info = torch.finfo(a.dtype)
-        bound = roundings * unit_roundoff(a.dtype) * size + info.smallest_normal * info.eps
-        if a.dtype in (torch.bfloat16, torch.float16):
-            bound = bound + info.eps / 2 * (e.abs() + bound)
-        error = (a.double() - e).abs()
-        if not bool((error <= bound).all()):
-            worst = (error / bound).max().item()
-            raise AssertionError(f"tensor {i}: {worst:.3g} times the error that rounding explains")
+    assert [a.shape for a in actual] == [e.shape for e in expected] == [x.shape for x in sizes]
+    values, exact = flat(actual), flat(expected)
+    info = torch.finfo(values.dtype)
+    bound = roundings * unit_roundoff(values.dtype) * flat(sizes) + info.smallest_normal * info.eps
+    if values.dtype in (torch.bfloat16, torch.float16):
+        bound = bound + info.eps / 2 * (exact.abs() + bound)
+    error = (values.double() - exact).abs()
+    worst = (error / bound).max().item() if len(error) else 0
+    _assert_all(error <= bound, actual, f"{worst:.3g} times the error that rounding explains")
 
 
 def rejects(check: Callable[[], object]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +24,16 @@ VARIANTS = [
         for granularity in ("element", "tensor", "global")
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tests of tiny models: with more threads than idle cores, they would wait all the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -70,9 +80,9 @@ class ConvNet(nn.Module):
         return [[p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]]
 
 
-def images(seed: int, size: int = 6) -> tuple[Tensor, Tensor]:
+def images(seed: int, size: int = 4) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, 3, 7, 7, generator=generator)
+    x = torch.randn(size, 3, 5, 5, generator=generator)
     return x, torch.randint(4, (size,), generator=generator)
 
 

@@ -20,14 +20,14 @@ from samkernels import ops
 from tests.helpers import (
     CHUNK_SIZE,
     DEVICES,
+    INTEGER_OF,
     LAYOUTS,
     LISTS,
-    MANY_CHUNKS,
     SETTINGS,
+    GuardedList,
     Setting,
     Slot,
     assert_equal,
-    assert_guards_intact,
     assert_near,
     assert_same_bits,
     bits,
@@ -69,8 +69,21 @@ every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 every_list = pytest.mark.parametrize("slots", LISTS.values(), ids=LISTS)
 every_perturbation = pytest.mark.parametrize("options", PERTURBATIONS.values(), ids=PERTURBATIONS)
 every_rule = pytest.mark.parametrize(("rule", "granularity"), RULES)
-NATIVE_CPU = [s for s in SETTINGS if s.backend == "native" and s.device == "cpu"]
-native_on_cpu = pytest.mark.parametrize("setting", NATIVE_CPU, ids=str)
+NATIVE = [s for s in SETTINGS if s.backend == "native"]
+every_native = pytest.mark.parametrize("setting", NATIVE, ids=str)
+native_on_cpu = pytest.mark.parametrize(
+    "setting", [s for s in NATIVE if s.device == "cpu"], ids=str
+)
+on_cuda = pytest.mark.parametrize("setting", [s for s in SETTINGS if s.device == "cuda"], ids=str)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads; the tests below that are about threads set them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Lists:
@@ -82,7 +95,8 @@ class Lists:
         )
 
     def assert_guards_intact(self) -> None:
-        assert_guards_intact(*vars(self).values())
+        for tensors in vars(self).values():
+            tensors.assert_intact()
 
 
 def norm_roundings(setting: Setting, numel: int) -> float:
@@ -208,9 +222,9 @@ def test_norms(slots: list[Slot], setting: Setting, weighted: bool) -> None:
 
 @every_setting
 @every_list
-@every_perturbation
-def test_perturb(slots: list[Slot], setting: Setting, options: dict[str, Any]) -> None:
-    check_perturb(ops.perturb_, slots, setting, **options)
+@pytest.mark.parametrize("options", ["plain", "adaptive-maximize"])
+def test_perturb(slots: list[Slot], setting: Setting, options: str) -> None:
+    check_perturb(ops.perturb_, slots, setting, **PERTURBATIONS[options])
 
 
 @every_setting
@@ -248,14 +262,17 @@ def test_perturb_with_a_known_norm(setting: Setting, options: dict[str, Any]) ->
 @every_list
 def test_restore_bit_for_bit(slots: list[Slot], setting: Setting) -> None:
     lists = Lists(slots, setting)
+    # Any bits: nan payloads, -0.0, subnormal numbers.
     generator = torch.Generator().manual_seed(0)
-    for old in lists.old_params:  # any bits: nan payloads, -0.0, subnormal numbers
-        pattern = torch.randint(-(2**63), 2**63 - 1, old.shape, generator=generator)
-        old.copy_(pattern.to(bits(old).dtype).view(setting.dtype).to(setting.device))
-    before = [bits(old) for old in lists.old_params]
+    numel, size = total_numel(lists.old_params), torch.finfo(setting.dtype).bits // 8
+    integers = torch.randint(-(2**63), 2**63 - 1, (numel,), generator=generator)
+    values = integers.to(INTEGER_OF[size]).view(setting.dtype).to(setting.device)
+    lists.old_params = GuardedList(slots, values)
+    before = bits(lists.old_params)
+    assert torch.equal(before, bits([values]))
     ops.restore_(lists.params, lists.old_params, backend=setting.backend)
-    for params in (lists.params, lists.old_params):
-        assert all(torch.equal(bits(p), b) for p, b in zip(params, before, strict=True))
+    assert torch.equal(bits(lists.params), before)
+    assert torch.equal(bits(lists.old_params), before)
     lists.assert_guards_intact()
 
 
@@ -268,8 +285,8 @@ def test_perturb_saves_any_value_and_restore_returns_it(
     info = torch.finfo(setting.dtype)
     for w in lists.params:
         if value == "payload":  # a nan with all bits of its payload set
-            minus_one = torch.full_like(bits(w), -1)
-            w.copy_(minus_one.view(setting.dtype))
+            ones = torch.full_like(w, -1, dtype=INTEGER_OF[w.element_size()])
+            w.copy_(ones.view(setting.dtype))
         else:
             w.fill_(info.smallest_normal * info.eps if value == "subnormal" else value)
     before = copies(lists.params)
@@ -281,9 +298,20 @@ def test_perturb_saves_any_value_and_restore_returns_it(
 
 
 @every_setting
-@every_list
 @every_rule
-def test_recombine(slots: list[Slot], setting: Setting, rule: str, granularity: str) -> None:
+def test_recombine(setting: Setting, rule: str, granularity: str) -> None:
+    check_recombine(ops.recombine_, LAYOUTS, setting, rule=rule, granularity=granularity)
+
+
+@every_setting
+@every_list
+@pytest.mark.parametrize(
+    ("rule", "granularity"),
+    [("samdirection", "element"), ("sammagnitude", "tensor")],
+)
+def test_recombine_on_every_list(
+    slots: list[Slot], setting: Setting, rule: str, granularity: str
+) -> None:
     check_recombine(ops.recombine_, slots, setting, rule=rule, granularity=granularity)
 
 
@@ -296,10 +324,9 @@ def test_sgd(setting: Setting, options: dict[str, Any], rule: str, granularity: 
 
 @every_setting
 @every_list
-@pytest.mark.parametrize("options", ["maximize", "init", "nesterov"])
-def test_sgd_on_every_list(slots: list[Slot], setting: Setting, options: str) -> None:
+def test_sgd_on_every_list(slots: list[Slot], setting: Setting) -> None:
     recombination = {"rule": "sammagnitude", "granularity": "tensor"}
-    check_sgd(ops.sgd_, slots, setting, **SGD_OPTIONS[options], **recombination)
+    check_sgd(ops.sgd_, slots, setting, **SGD_OPTIONS["nesterov"], **recombination)
 
 
 @every_setting
@@ -346,44 +373,65 @@ def test_known_norms_are_used(setting: Setting, rule: str, granularity: str) -> 
 @every_list
 def test_compare(slots: list[Slot], setting: Setting) -> None:
     lists = Lists(slots, setting)
-    sums, numel = ops.compare(lists.first_grads, lists.grads, backend=setting.backend)
-    first, second = doubles(lists.first_grads), doubles(lists.grads)
-    expected = ops.compare(first, second, backend="reference")
-    assert sums.dtype is torch.float64 and sums.device.type == setting.device
-    assert numel == expected.numel == total_numel(first)
-    sizes = expected.sums.clone()
-    sizes[2] = sum(((a * b).abs().sum() for a, b in zip(first, second, strict=True)), sizes[2] * 0)
+    check_comparison(lists.first_grads, lists.grads, setting)
+    lists.assert_guards_intact()
+
+
+def check_comparison(first: list[Tensor], second: list[Tensor], setting: Setting) -> None:
+    sums, numel = ops.compare(first, second, backend=setting.backend)
+    g1, g2 = (torch.cat([t.flatten() for t in doubles(list_)]) for list_ in (first, second))
+    expected = torch.stack(
+        [
+            (g1 * g1).sum(),
+            (g2 * g2).sum(),
+            (g1 * g2).sum(),
+            (g2.abs() > g1.abs()).sum(),
+            (g1.sign() * g2.sign() > 0).sum(),
+        ]
+    )
+    sizes = expected.clone()
+    sizes[2] = (g1 * g2).abs().sum()
     sizes[3:] = 0  # counts are exact
-    # A product is rounded, and foreach sums in float32: twice the roundings of a norm.
-    roundings = 2 * norm_roundings(setting, numel)
-    bound = roundings * unit_roundoff(setting.dtype) * sizes
-    assert bool(((sums - expected.sums).abs() <= bound).all())
+    assert sums.dtype is torch.float64 and sums.device.type == setting.device
+    assert numel == len(g1)
+    # foreach has its sums from products, and from norms whose squares double the roundings.
+    bound = 2 * norm_roundings(setting, numel) * unit_roundoff(setting.dtype) * sizes
+    assert bool(((sums - expected).abs() <= bound).all())
 
 
-# Bits: native does the reference's arithmetic
+# Bits: native does the reference's arithmetic, on every device
 
 
-def norm_of(value: float, setting: Setting) -> Tensor:
-    return torch.tensor(value, device=setting.device)
+MIXED = [*LAYOUTS, Slot((CHUNK_SIZE + 1,), offset=1), Slot((511,))]
 
 
-@native_on_cpu
-@every_list
+def in_setting_and_in_reference(setting: Setting) -> tuple[Setting, Setting]:
+    return setting, Setting("cpu", "reference", setting.dtype)
+
+
+def known_norms(setting: Setting, rule: str, granularity: str, length: int) -> dict[str, Tensor]:
+    if rule == "sam" or granularity == "element":
+        return {}
+    shape = () if granularity == "global" else (length,)
+    generator = torch.Generator().manual_seed(0)
+    first_norm, second_norm = torch.rand(2, *shape, generator=generator).to(setting.device) + 0.5
+    return {"first_norm": first_norm, "second_norm": second_norm}
+
+
+@every_native
 @every_perturbation
 def test_native_perturbs_as_the_reference_bit_for_bit(
-    slots: list[Slot], setting: Setting, options: dict[str, Any]
+    setting: Setting, options: dict[str, Any]
 ) -> None:
     results = []
-    for backend in ("native", "reference"):
-        lists = Lists(slots, setting)
-        # Not a number with a short reciprocal: one division differs from a reciprocal's product.
-        norm = norm_of(7.3, setting)
+    for device, backend, dtype in in_setting_and_in_reference(setting):
+        lists = Lists(MIXED, Setting(device, backend, dtype))
         ops.perturb_(
             lists.params,
             lists.grads,
             lists.old_params,
             rho=RHO,
-            norm=norm,
+            norm=torch.tensor(7.5, device=device),  # RHO / 7.5 is not RHO * (1 / 7.5) in float32
             backend=backend,
             **options,
         )
@@ -391,38 +439,36 @@ def test_native_perturbs_as_the_reference_bit_for_bit(
     assert_equal(*results)
 
 
-@native_on_cpu
-@every_list
+@every_native
 @every_rule
 def test_native_recombines_as_the_reference_bit_for_bit(
-    slots: list[Slot], setting: Setting, rule: str, granularity: str
+    setting: Setting, rule: str, granularity: str
 ) -> None:
     results = []
-    for backend in ("native", "reference"):
-        lists = Lists(slots, setting)
+    for one in in_setting_and_in_reference(setting):
+        lists = Lists(MIXED, one)
         ops.recombine_(
             lists.grads,
             lists.first_grads,
             rule=rule,
             granularity=granularity,
-            ascent_norm=norm_of(1.0, setting),
-            backend=backend,
-            **known_norms(rule, granularity, len(slots)),
+            ascent_norm=ascent_norm(1.0, one),
+            backend=one.backend,
+            **known_norms(one, rule, granularity, len(MIXED)),
         )
         results.append(lists.grads)
     assert_equal(*results)
 
 
-@native_on_cpu
+@every_native
 @pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
 @every_rule
 def test_native_updates_as_the_reference_bit_for_bit(
     setting: Setting, options: dict[str, Any], rule: str, granularity: str
 ) -> None:
-    slots = LAYOUTS + LISTS["offsets"]
     results = []
-    for backend in ("native", "reference"):
-        lists = Lists(slots, setting)
+    for one in in_setting_and_in_reference(setting):
+        lists = Lists(MIXED, one)
         ops.sgd_(
             lists.params,
             lists.old_params,
@@ -432,21 +478,12 @@ def test_native_updates_as_the_reference_bit_for_bit(
             rule=rule,
             granularity=granularity,
             first_grads=lists.first_grads,
-            backend=backend,
-            **known_norms(rule, granularity, len(slots)),
+            backend=one.backend,
+            **known_norms(one, rule, granularity, len(MIXED)),
             **options,
         )
         results.append(lists.params + lists.momentum_buffers)
     assert_equal(*results)
-
-
-def known_norms(rule: str, granularity: str, length: int) -> dict[str, Tensor]:
-    if rule == "sam" or granularity == "element":
-        return {}
-    shape = () if granularity == "global" else (length,)
-    generator = torch.Generator().manual_seed(0)
-    first_norm, second_norm = torch.rand(2, *shape, generator=generator) + 0.5
-    return {"first_norm": first_norm, "second_norm": second_norm}
 
 
 @pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
@@ -469,7 +506,7 @@ def test_native_with_streaming_stores_and_threads_bit_for_bit(
     for one, backend in ((lists, "native"), (plain, "reference")):
         before = copies(one.params)
         # A scale that is exact, so that only the elements' arithmetic is compared.
-        norm = norm_of(2.0, setting)
+        norm = torch.tensor(2.0)
         ops.perturb_(
             one.params, one.grads, one.old_params, rho=0.5, norm=norm, eps=0, backend=backend
         )
@@ -499,10 +536,14 @@ def test_native_with_streaming_stores_and_threads_bit_for_bit(
 PLANTS = {  # tensor and element
     "first": (0, (0,)),
     "middle": (1, (CHUNK_SIZE // 2 + 1,)),
-    "last-chunk": (1, (MANY_CHUNKS - 3,)),
+    "last-chunk": (1, (CHUNK_SIZE + 2,)),
     "last": (2, (-1, -1)),
 }
-PLANT_SLOTS = [Slot((17,), offset=1), Slot((MANY_CHUNKS,)), Slot((5, 7), order=(1, 0), offset=3)]
+PLANT_SLOTS = [
+    Slot((17,), offset=1),
+    Slot((CHUNK_SIZE + 5,)),
+    Slot((5, 7), order=(1, 0), offset=3),
+]
 
 
 def plant(tensors: list[Tensor], where: str, value: float) -> None:
@@ -554,9 +595,11 @@ def test_a_gradient_that_is_not_finite_does_not_touch_the_weights(
 
 
 @every_setting
-@pytest.mark.parametrize("norm", [math.inf, math.nan])
 @pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize(
+    ("norm", "rule"),
+    [(math.inf, "sam"), (math.nan, "samdirection"), (math.inf, "sammagnitude")],
+)
 def test_sgd_skips_a_step_whose_norm_is_not_finite(
     setting: Setting, norm: float, options: dict[str, Any], rule: str
 ) -> None:
@@ -601,7 +644,7 @@ def test_a_finite_ascent_norm_changes_nothing(
 
 @every_setting
 @every_rule
-@pytest.mark.parametrize("norm", [math.inf, math.nan])
+@pytest.mark.parametrize("norm", [-math.inf, math.nan])
 def test_recombine_gives_zero_where_the_norm_is_not_finite(
     setting: Setting, rule: str, granularity: str, norm: float
 ) -> None:
@@ -647,54 +690,56 @@ def test_zero_gradients_perturb_nothing(setting: Setting, adaptive: bool) -> Non
 
 
 # Squares of these leave the range of the tensors' dtype, or of float32; the norms do not.
-EXTREME_VALUES = {
-    torch.float16: (60000.0, 6e-8),
+EXTREME_SCALES = {
+    torch.float16: (6e4, 1e-5),
     torch.bfloat16: (1e30, 1e-30),
     torch.float32: (1e25, 1e-25),
     torch.float64: (1e140, 1e-140),
 }
+every_extreme = pytest.mark.parametrize("which", [0, 1], ids=["large", "small"])
+
+
+def extreme_list(setting: Setting, which: int, seed: int = 0) -> list[Tensor]:
+    """Values between half the scale and the scale, of either sign."""
+    scale = EXTREME_SCALES[setting.dtype][which]
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(10_000, generator=generator, dtype=torch.float64)
+    values = scale * torch.where(values < 0.5, values - 1, values)
+    return [
+        values[:17].to(setting.device, setting.dtype),
+        values[17:].to(setting.device, setting.dtype),
+    ]
 
 
 @every_setting
-@pytest.mark.parametrize("which", [0, 1], ids=["large", "small"])
+@every_extreme
 def test_norms_of_extreme_gradients(setting: Setting, which: int) -> None:
-    numel = 10_000
-    value = EXTREME_VALUES[setting.dtype][which]
-    grads = [torch.full((numel,), value, dtype=setting.dtype, device=setting.device)] * 2
+    grads = extreme_list(setting, which)
     total, per_tensor = ops.norms(grads, backend=setting.backend)
-    exact = grads[0][0].double() * math.sqrt(numel)
-    roundings = norm_roundings(setting, 2 * numel)
-    expected = torch.stack([exact, exact, exact * math.sqrt(2)])
-    assert_near([torch.stack([*per_tensor, total])], [expected], [expected], roundings)
+    wide = doubles(grads)
+    expected = [torch.linalg.vector_norm(g) for g in (*wide, torch.cat(wide))]
+    roundings = norm_roundings(setting, 10_000)
+    assert_near([*per_tensor, total], expected, expected, roundings)
 
 
 @every_setting
-@pytest.mark.parametrize("which", [0, 1], ids=["large", "small"])
+@every_extreme
 def test_extreme_gradients_perturb_by_rho(setting: Setting, which: int) -> None:
-    value = EXTREME_VALUES[setting.dtype][which]
-    grads = [torch.full((16,), value, dtype=setting.dtype, device=setting.device)]
-    params = [torch.zeros_like(grads[0])]
-    ops.perturb_(params, grads, copies(params), rho=1.0, eps=0, backend=setting.backend)
-    expected = torch.full_like(grads[0], 0.25, dtype=torch.float64)  # ||e(w)|| = rho
-    roundings = PERTURB_ROUNDINGS + norm_roundings(setting, 16)
-    assert_near(params, [expected], [expected], roundings)
+    grads = extreme_list(setting, which)
+    params = [torch.zeros_like(g) for g in grads]
+    ops.perturb_(params, grads, copies(params), rho=64.0, eps=0, backend=setting.backend)
+    wide = doubles(grads)
+    norm = torch.linalg.vector_norm(torch.cat(wide))
+    expected = [64 * (g / norm) for g in wide]
+    roundings = PERTURB_ROUNDINGS + norm_roundings(setting, 10_000)
+    assert_near(params, expected, [e.abs() for e in expected], roundings)
 
 
 @every_setting
-@pytest.mark.parametrize("which", [0, 1], ids=["large", "small"])
+@every_extreme
 def test_comparison_of_extreme_gradients(setting: Setting, which: int) -> None:
-    value = EXTREME_VALUES[setting.dtype][which]
-    first = torch.full((16,), value, dtype=setting.dtype, device=setting.device)
-    second = first / 2
-    sums, _ = ops.compare([first], [second], backend=setting.backend)
-    a, b = first.double(), second.double()
-    expected = torch.stack(
-        [(a * a).sum(), (b * b).sum(), (a * b).sum(), *a.new_tensor([0.0, 16.0])]
-    )
-    roundings = 2 * norm_roundings(setting, 16)
-    # The dtype of the sums is float64 whatever the setting.
-    bound = roundings * unit_roundoff(setting.dtype) * expected
-    assert bool(((sums - expected).abs() <= bound).all())
+    first, second = (extreme_list(setting, which, seed) for seed in range(2))
+    check_comparison(first, second, setting)
 
 
 # Memory
@@ -717,32 +762,22 @@ def test_slices_with_gaps(device: str, backend: str, dtype: torch.dtype) -> None
     check_sgd(on_backend(ops.sgd_), slots, bounds, rule="sammagnitude", **SGD_OPTIONS["nesterov"])
 
 
-@every_setting
-def test_interleaved_slices_of_one_storage(setting: Setting) -> None:
-    if setting.backend == "native":
-        pytest.skip("native takes no slices with gaps")
-    storage = torch.arange(1.0, 9.0, dtype=setting.dtype, device=setting.device)
-    params = [storage[0::2], storage[1::2]]
-    grads = [torch.ones_like(p) for p in params]
-    ops.sgd_(params, params, grads, lr=1, backend=setting.backend)
-    assert torch.equal(storage, torch.arange(8.0, dtype=setting.dtype, device=setting.device))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
+def test_interleaved_slices_of_one_storage(device: str, backend: str) -> None:
+    storage, ones = torch.arange(1.0, 9.0, device=device), torch.ones(8, device=device)
+    params, grads = [storage[0::2], storage[1::2]], [ones[0::2], ones[1::2]]
+    ops.sgd_(params, params, grads, lr=1, backend=backend)
+    assert torch.equal(storage, torch.arange(8.0, device=device))
 
 
-@every_setting
-def test_lazily_negated_gradients(setting: Setting) -> None:
-    # PyTorch keeps the sign in a bit of the tensor, not in its memory (`x.conj().imag`).
-    lists = Lists(LAYOUTS, setting)
-    lazy = [torch._neg_view(g) for g in lists.grads]
-    expected = copies(lists.params)
-    ops.sgd_(
-        expected, lists.old_params, lists.grads, lr=0.1, maximize=True, backend=setting.backend
-    )
-    ops.sgd_(lists.params, lists.old_params, lazy, lr=0.1, backend="auto")
-    sizes = [
-        w.double().abs() + 0.1 * g.double().abs()
-        for w, g in zip(lists.old_params, lists.grads, strict=True)
-    ]
-    assert_near(lists.params, doubles(expected), sizes, SGD_ROUNDINGS)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
+def test_lazily_negated_gradients(device: str, backend: str) -> None:
+    # PyTorch may keep a sign in a bit of the tensor and not in its memory, as in x.conj().imag.
+    params, grads = [torch.zeros(3, device=device)], [torch.ones(3, device=device)]
+    ops.sgd_(params, params, [torch._neg_view(grads[0])], lr=1, backend=backend)
+    assert torch.equal(params[0], grads[0])
 
 
 @every_setting
@@ -793,9 +828,15 @@ def test_native_gives_the_same_bits_for_any_number_of_threads(setting: Setting) 
         torch.set_num_threads(before)
 
 
+STEP_SLOTS = LISTS["sizes"] + LAYOUTS  # long enough for threads
+
+
 def one_step(setting: Setting) -> list[Tensor]:
-    """All that a step writes, on lists that are long enough for threads."""
-    lists = Lists(LISTS["sizes"] + LAYOUTS, setting)
+    return step(Lists(STEP_SLOTS, setting), setting)
+
+
+def step(lists: Lists, setting: Setting) -> list[Tensor]:
+    """All that the ops of a step write and return."""
     w, old = lists.params, lists.old_params
     options = {"backend": setting.backend}
     norm = ops.perturb_(w, lists.first_grads, old, rho=RHO, adaptive=True, **options)
@@ -812,9 +853,49 @@ def one_step(setting: Setting) -> list[Tensor]:
         rule="sammagnitude",
         granularity="tensor",
         first_grads=lists.first_grads,
+        ascent_norm=norm,
         **options,
     )
-    return [norm, *norms, sums, *w, *old, *lists.momentum_buffers]
+    ops.recombine_(
+        lists.grads,
+        lists.first_grads,
+        rule="samdirection",
+        granularity="global",
+        ascent_norm=norm,
+        **options,
+    )
+    ops.restore_(old, w, **options)
+    return [norm, *norms, sums, *w, *old, *lists.grads, *lists.momentum_buffers]
+
+
+# CUDA
+
+
+@on_cuda
+def test_nothing_waits_for_the_device(setting: Setting) -> None:
+    one_step(setting)  # what is built once, or read once, may wait
+    lists = Lists(LAYOUTS, setting)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(lists, setting)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_cuda
+def test_work_is_queued_on_the_current_stream(setting: Setting) -> None:
+    expected = one_step(setting)
+    lists = Lists(STEP_SLOTS, setting)
+    gradients = copies(lists.first_grads)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch._foreach_zero_(lists.first_grads)
+        torch.cuda._sleep(100_000_000)  # an op on another stream would see zeros
+        torch._foreach_copy_(lists.first_grads, gradients)
+        written = step(lists, setting)
+    stream.synchronize()
+    assert_same_bits(written, expected)
 
 
 # Autograd
@@ -876,9 +957,10 @@ def slots_of_any_layout() -> st.SearchStrategy[Slot]:
     return st.one_of(shapes, long_vectors).flatmap(
         lambda shape: st.builds(
             Slot,
-            st.just(shape),
-            st.permutations(range(len(shape))).map(tuple),
-            st.integers(0, 7),
+            shape=st.just(shape),
+            order=st.permutations(range(len(shape))).map(tuple),
+            offset=st.integers(0, 7),
+            gap=st.just(1),
         )
     )
 
@@ -1010,3 +1092,14 @@ def test_wrong_updates_are_rejected(setting: Setting, mutant: Callable[..., None
     options = SGD_OPTIONS["dampening"]
     check_sgd(ops.sgd_, LAYOUTS, setting, **options)
     assert rejects(lambda: check_sgd(mutant, LAYOUTS, setting, **options))
+
+
+@every_setting
+@pytest.mark.parametrize("element", [-1, 0], ids=["before", "behind"])
+def test_stray_writes_are_noticed(setting: Setting, element: int) -> None:
+    lists = Lists([Slot((3,), offset=1), Slot((2,), gap=2)], setting)
+    lists.assert_guards_intact()
+    tensor = lists.grads[1]
+    position = tensor.storage_offset() + (element if element < 0 else tensor.numel() * 2)
+    lists.grads.memory[position] = 0
+    assert rejects(lists.assert_guards_intact)

@@ -21,8 +21,10 @@ def norms(tensors: TensorList, weights: TensorList | None) -> Norms:
     wide = _wide(tensors)
     if weights is not None:
         wide = torch._foreach_mul(torch._foreach_abs(_wide(weights)), wide)
-    per_tensor = torch.stack(torch._foreach_norm(wide))
-    return Norms(torch.linalg.vector_norm(per_tensor), per_tensor)
+    # Squares of float32 overflow from 2e19 on, and vanish below 1e-23: float64 sums.
+    per_tensor = torch.stack(torch._foreach_norm(wide, 2, torch.float64))
+    dtype = wide[0].dtype
+    return Norms(torch.linalg.vector_norm(per_tensor).to(dtype), per_tensor.to(dtype))
 
 
 def perturb_(
@@ -36,12 +38,12 @@ def perturb_(
     eps: float,
 ) -> None:
     torch._foreach_copy_(old_params, params)
-    perturbs = (norm > 0) & norm.isfinite()
     w, direction = _wide(params), _wide(grads)
     if adaptive:
         direction = torch._foreach_mul(torch._foreach_mul(w, w), direction)
-    step = _zero_unless(perturbs, torch._foreach_mul(direction, rho / (norm + eps)))
-    torch._foreach_copy_(params, torch._foreach_add(w, step))
+    scale = torch.full_like(norm, rho) / (norm + eps)
+    perturbed = torch._foreach_add(w, torch._foreach_mul(direction, scale))
+    torch._foreach_copy_(params, _where((norm > 0) & norm.isfinite(), perturbed, w))
 
 
 def restore_(params: TensorList, old_params: TensorList) -> None:
@@ -51,7 +53,7 @@ def restore_(params: TensorList, old_params: TensorList) -> None:
 def recombine_(out: TensorList, recombination: Recombination) -> None:
     u = _recombined(recombination)
     if recombination.ascent_norm is not None:
-        u = _zero_unless(recombination.ascent_norm.isfinite(), u)
+        u = _where(recombination.ascent_norm.isfinite(), u, [torch.zeros_like(x) for x in u])
     torch._foreach_copy_(out, u)
 
 
@@ -64,39 +66,37 @@ def sgd_(
 ) -> None:
     u = _recombined(recombination)
     w = _wide(old_params)
-    lr: float | Tensor = options.lr
-    momentum: float | Tensor = options.momentum
     if options.maximize:
         u = torch._foreach_neg(u)
     if options.weight_decay != 0:
         u = torch._foreach_add(u, torch._foreach_mul(w, options.weight_decay))
-    if recombination.ascent_norm is not None:
-        # A skipped step is one with u = 0, lr = 0 and momentum = 1: decided on the device.
-        takes = recombination.ascent_norm.isfinite()
-        u = _zero_unless(takes, u)
-        lr = torch.where(takes, lr, 0.0).to(w[0].dtype)
-        momentum = torch.where(takes, momentum, 1.0).to(w[0].dtype)
     if momentum_buffers is not None:
         if options.init_momentum:
+            kept: TensorList = [torch.zeros_like(x) for x in u]
             new = u
         else:
-            new = torch._foreach_mul(_wide(momentum_buffers), momentum)
-            torch._foreach_add_(new, torch._foreach_mul(u, 1 - options.dampening))
-        torch._foreach_copy_(momentum_buffers, new)
-        u = torch._foreach_add(u, torch._foreach_mul(new, momentum)) if options.nesterov else new
-    torch._foreach_copy_(params, torch._foreach_sub(w, torch._foreach_mul(u, lr)))
+            kept = _wide(momentum_buffers)
+            decayed = torch._foreach_mul(kept, options.momentum)
+            new = torch._foreach_add(decayed, torch._foreach_mul(u, 1 - options.dampening))
+        if options.nesterov:
+            u = torch._foreach_add(u, torch._foreach_mul(new, options.momentum))
+        else:
+            u = new
+        torch._foreach_copy_(momentum_buffers, _unless_skipped(recombination, new, kept))
+    updated = torch._foreach_sub(w, torch._foreach_mul(u, options.lr))
+    torch._foreach_copy_(params, _unless_skipped(recombination, updated, w))
 
 
 def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
-    g1, g2 = _wide(first_grads), _wide(second_grads)
+    g1, g2 = ([g.double() for g in grads] for grads in (first_grads, second_grads))
     product = torch._foreach_mul(g1, g2)
     larger = torch._foreach_sub(torch._foreach_abs(g2), torch._foreach_abs(g1))
     sums = [
-        _sum_of_squares(g1),
-        _sum_of_squares(g2),
-        torch.stack([x.sum(dtype=torch.float64) for x in product]).sum(),
-        _count_positive(larger),
-        _count_positive(product),
+        _sum(torch._foreach_mul(g1, g1)),
+        _sum(torch._foreach_mul(g2, g2)),
+        _sum(product),
+        _sum([x > 0 for x in larger]),
+        _sum([x > 0 for x in product]),
     ]
     return Comparison(torch.stack(sums), sum(g.numel() for g in first_grads))
 
@@ -120,20 +120,31 @@ def _recombined(recombination: Recombination) -> TensorList:
     return magnitude
 
 
-def _zero_unless(condition: Tensor, tensors: TensorList) -> TensorList:
-    """Copies in which all elements are 0 unless condition holds, also those that were nan or inf.
+def _unless_skipped(
+    recombination: Recombination, updated: TensorList, kept: TensorList
+) -> TensorList:
+    if recombination.ascent_norm is None:
+        return updated
+    return _where(recombination.ascent_norm.isfinite(), updated, kept)
 
-    A product with 0 would leave nan, and there is no foreach version of torch.where: the bits are
+
+def _where(condition: Tensor, new: TensorList, kept: TensorList) -> TensorList:
+    """`new` if the condition holds, else `kept`, bit for bit; decided on the device.
+
+    There is no foreach version of torch.where, and a product with 0 would keep a nan: the bits are
     multiplied as integers instead.
     """
-    integer = torch.int64 if tensors[0].dtype is torch.float64 else torch.int32
-    bits = torch._foreach_mul([t.view(integer) for t in tensors], condition.to(integer))
-    return [b.view(tensors[0].dtype) for b in bits]
+    if condition.device.type == "cpu":  # no device to wait for
+        return new if condition else kept
+    dtype = new[0].dtype
+    integer = torch.int64 if dtype is torch.float64 else torch.int32
+    takes = condition.to(integer)
+    bits = torch._foreach_add(
+        torch._foreach_mul([x.view(integer) for x in new], takes),
+        torch._foreach_mul([x.view(integer) for x in kept], 1 - takes),
+    )
+    return [x.view(dtype) for x in bits]
 
 
-def _sum_of_squares(tensors: TensorList) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
-
-
-def _count_positive(tensors: TensorList) -> Tensor:
-    return torch.stack([(x > 0).sum() for x in tensors]).sum().double()
+def _sum(tensors: TensorList) -> Tensor:
+    return torch.stack([x.sum(dtype=torch.float64) for x in tensors]).sum()

@@ -41,7 +41,8 @@ def perturb_(
 ) -> None:
     # A zero norm has no direction, a non-finite one would put nan into every weight.
     perturbs = (norm > 0) & norm.isfinite()
-    scale = rho / (norm + eps)
+    # rho as a tensor: PyTorch divides a number by a tensor with a reciprocal, an ulp off.
+    scale = torch.full_like(norm, rho) / (norm + eps)
     for w, g, old in zip(params, grads, old_params, strict=True):
         old.copy_(w)
         direction = _wide(w) * _wide(w) * _wide(g) if adaptive else _wide(g)

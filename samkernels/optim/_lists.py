@@ -128,7 +128,7 @@ class Slots:
                     continue
                 if grad.layout is not torch.strided:
                     ops.check_tensor(f"params[{i}].grad of parameter group {index}", grad)
-                if not fits(grad, p):
+                if not fits(grad, p) or grad.is_neg():
                     grad = p.grad = laid_out_like(p, grad)
                 slot = self.slot_of(p)
                 bucket = buckets.get((index, slot.place))

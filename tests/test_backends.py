@@ -1,0 +1,363 @@
+"""Which backend serves what, what the compiled core itself refuses, and life without it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from samkernels import _C, backends, ops
+from tests.helpers import DTYPES, assert_same_bits, copies
+
+CPU = torch.device("cpu")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(code: str) -> str:
+    """What a new interpreter prints; its standard error, if it fails or dies."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, f"exit status {result.returncode}: {result.stderr}"
+    return result.stdout
+
+
+# The choice
+
+
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
+def test_auto_takes_native_on_the_cpu(dtype: torch.dtype) -> None:
+    name, module = backends.choose("auto", CPU, dtype)
+    assert name == "native"
+    assert module.__name__ == "samkernels.backends.native"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dense"), [(torch.float64, True), *((dtype, False) for dtype in DTYPES)], ids=str
+)
+def test_auto_takes_foreach_for_what_native_cannot_serve(dtype: torch.dtype, dense: bool) -> None:
+    assert backends.choose("auto", CPU, dtype, dense)[0] == "foreach"
+
+
+def test_auto_takes_foreach_on_other_devices() -> None:
+    assert backends.choose("auto", torch.device("meta"), torch.float32)[0] == "foreach"
+
+
+@pytest.mark.parametrize("name", [name for name in backends.BACKENDS if name != "auto"])
+def test_named_backends_are_taken(name: str) -> None:
+    chosen, module = backends.choose(name, CPU, torch.float32)
+    assert chosen == name
+    assert module.__name__ == f"samkernels.backends.{name}"
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("name", ["foreach", "reference"])
+def test_foreach_and_reference_serve_every_dtype_and_layout(name: str, dense: bool) -> None:
+    for dtype in DTYPES:
+        assert backends.why_unavailable(name, CPU, dtype, dense) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dense", "reason"),
+    [
+        ("cpu", torch.float64, True, r"no kernels for torch\.float64"),
+        ("cpu", torch.float32, False, "without gaps or overlap"),
+        ("meta", torch.float32, True, "no kernels for meta"),
+    ],
+)
+def test_native_says_why_it_cannot_serve(
+    device: str, dtype: torch.dtype, dense: bool, reason: str
+) -> None:
+    with pytest.raises(RuntimeError, match=rf'backend="native" cannot serve .*{reason}'):
+        backends.choose("native", torch.device(device), dtype, dense)
+
+
+@pytest.mark.skipif(
+    torch.version.cuda is not None and _C.why_no_cuda() is None, reason="native serves CUDA here"
+)
+def test_native_says_why_it_cannot_serve_cuda() -> None:
+    with pytest.raises(RuntimeError, match=r"cannot serve .*CUDA"):
+        backends.choose("native", torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_auto_takes_native_on_cuda() -> None:
+    device = torch.device("cuda")
+    expected = "foreach" if _C.why_no_cuda() else "native"
+    assert backends.choose("auto", device, torch.float32)[0] == expected
+
+
+@pytest.mark.parametrize("name", ["", "Native", "cuda", None])
+def test_unknown_names(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"backend=.*'auto', 'native', 'foreach', 'reference'"):
+        backends.choose(name, CPU, torch.float32)
+
+
+LISTS_THAT_NATIVE_REFUSES: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "float64": (lambda: torch.ones(4, dtype=torch.float64), r"no kernels for torch\.float64"),
+    "gaps": (lambda: torch.ones(8)[::2], "without gaps or overlap"),
+    "columns": (lambda: torch.ones(4, 3)[:, :2], "without gaps or overlap"),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"), LISTS_THAT_NATIVE_REFUSES.values(), ids=LISTS_THAT_NATIVE_REFUSES
+)
+@pytest.mark.parametrize("op", ["norms", "perturb_", "restore_", "recombine_", "sgd_", "compare"])
+def test_ops_on_native_refuse_what_it_cannot_serve(
+    make: Callable[[], Tensor], reason: str, op: str
+) -> None:
+    a, b, c = ([make()] for _ in range(3))
+    before = copies([*a, *b, *c])
+    calls: dict[str, Callable[[], Any]] = {
+        "norms": lambda: ops.norms(a, backend="native"),
+        "perturb_": lambda: ops.perturb_(a, b, c, rho=0.1, backend="native"),
+        "restore_": lambda: ops.restore_(a, b, backend="native"),
+        "recombine_": lambda: ops.recombine_(a, b, rule="samdirection", backend="native"),
+        "sgd_": lambda: ops.sgd_(a, b, c, lr=0.1, backend="native"),
+        "compare": lambda: ops.compare(a, b, backend="native"),
+    }
+    with pytest.raises(RuntimeError, match=reason):
+        calls[op]()
+    assert_same_bits([*a, *b, *c], before)
+
+
+def test_a_gap_in_any_tensor_of_the_list_counts() -> None:
+    tensors = [torch.ones(4), torch.ones(8)[::2]]
+    with pytest.raises(RuntimeError, match="without gaps or overlap"):
+        ops.norms(tensors, backend="native")
+    assert ops.norms(tensors, backend="auto").per_tensor.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.ones(()), True),
+        (torch.ones(0, 3), True),
+        (torch.ones(2, 3).t(), True),
+        (torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last), True),
+        (torch.ones(4, 1, 3)[:, :, :], True),
+        (torch.ones(4, 3)[:, :1].t(), False),
+        (torch.ones(6)[::2], False),
+        (torch.ones(1).expand(3), False),
+        (torch.ones(6)[5:], True),
+    ],
+)
+def test_dense_layouts(tensor: Tensor, dense: bool) -> None:
+    assert ops.is_dense(tensor) == dense
+
+
+# The compiled core: it knows addresses only, and refuses what would crash
+
+
+class Core:
+    """Calls of the core's ops on two tensors of three elements."""
+
+    def __init__(self) -> None:
+        self.tensors = torch.arange(36.0).view(6, 2, 3)
+        self.sums = torch.zeros(5, dtype=torch.float64)
+        self.norms = torch.ones(3)
+        self.target = _C.cpu(1)
+        room = _C.workspace_bytes(self.target, [3, 3], _C.COMPARE_SUMS)
+        self.workspace = torch.empty(room, dtype=torch.uint8)
+
+    def lists(self, **wrong: list[int] | None) -> list[Any]:
+        """Addresses of lists called "0", "1", ...; `wrong` replaces some of them."""
+        good = [[t.data_ptr() for t in list_] for list_ in self.tensors]
+        return [wrong.get(str(i), addresses) for i, addresses in enumerate(good)]
+
+    def recombination(self, lists: list[Any], **options: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "numerator": 0,
+            "denominator": 0,
+            "per_tensor": False,
+            "eps": 0.0,
+            "ascent_norm": 0,
+        }
+        return _C.Recombination(magnitude=lists[3], sign=lists[4], **{**defaults, **options})
+
+    def call(self, op: str, *, numel: tuple[int, ...] = (3, 3), **wrong: list[int] | None) -> None:
+        lists = self.lists(**wrong)
+        start = (self.target, list(numel), _C.DType.float32)
+        norm, workspace = self.norms.data_ptr(), self.workspace.data_ptr()
+        if op == "norms":
+            _C.norms(*start, lists[0], lists[1], workspace, norm, norm + 8)
+        elif op == "perturb":
+            _C.perturb(*start, *lists[:3], norm, 0.1, 0.0, False)
+        elif op == "restore":
+            _C.restore(*start, *lists[:2])
+        elif op == "recombine":
+            _C.recombine(*start, self.recombination(lists), lists[0])
+        elif op == "sgd":
+            _C.sgd(*start, self.recombination(lists), *lists[:3], SGD_WITH_MOMENTUM)
+        elif op == "compare":
+            _C.compare(*start, *lists[:2], workspace, self.sums.data_ptr())
+        else:
+            raise ValueError(op)
+
+
+SGD_WITH_MOMENTUM = _C.SgdOptions(
+    lr=0.1,
+    momentum=0.9,
+    one_minus_dampening=1.0,
+    weight_decay=0.0,
+    gradient_sign=1.0,
+    nesterov=False,
+    has_momentum=True,
+    init_momentum=False,
+)
+CORE_LISTS = {
+    "norms": {"0": "x", "1": "weights"},
+    "perturb": {"0": "params", "1": "grads", "2": "old_params"},
+    "restore": {"0": "params", "1": "old_params"},
+    "recombine": {"0": "out", "3": "magnitude", "4": "sign"},
+    "sgd": {
+        "0": "params",
+        "1": "old_params",
+        "2": "momentum_buffer",
+        "3": "magnitude",
+        "4": "sign",
+    },
+    "compare": {"0": "first_grads", "1": "second_grads"},
+}
+every_core_list = pytest.mark.parametrize(
+    ("op", "which", "name"),
+    [(op, which, name) for op, lists in CORE_LISTS.items() for which, name in lists.items()],
+)
+
+
+@pytest.mark.parametrize("op", CORE_LISTS)
+def test_the_calls_of_the_core_below_are_right_but_for_one_list(op: str) -> None:
+    Core().call(op)
+
+
+@every_core_list
+def test_the_core_refuses_null_addresses(op: str, which: str, name: str) -> None:
+    core = Core()
+    before = core.tensors.clone()
+    addresses = [core.tensors[0][0].data_ptr(), 0]
+    with pytest.raises(ValueError, match=rf"{name}\[1\] has no memory .* 3 elements"):
+        core.call(op, **{which: addresses})
+    assert torch.equal(core.tensors, before)
+
+
+@every_core_list
+def test_the_core_accepts_null_addresses_of_empty_tensors(op: str, which: str, name: str) -> None:
+    core = Core()
+    core.call(op, numel=(3, 0), **{which: [core.tensors[5][0].data_ptr(), 0]})
+
+
+@every_core_list
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_the_core_refuses_lists_of_different_lengths(
+    op: str, which: str, name: str, length: int
+) -> None:
+    core = Core()
+    before = core.tensors.clone()
+    addresses = [core.tensors[0][0].data_ptr()] * length
+    with pytest.raises(ValueError, match=f"{name} has {length} addresses for 2 tensors"):
+        core.call(op, **{which: addresses})
+    assert torch.equal(core.tensors, before)
+
+
+def test_the_core_refuses_momentum_without_buffers() -> None:
+    core = Core()
+    with pytest.raises(ValueError, match="momentum_buffer is missing"):
+        core.call("sgd", **{"2": None})
+
+
+LOAD_THE_CORE_WITHOUT_TORCH = f"""
+import array, importlib.util, sys
+sys.modules["torch"] = None
+spec = importlib.util.spec_from_file_location("samkernels._C", {_C.__file__!r})
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+at = lambda values: values.buffer_info()[0]
+target, numel, dtype = core.cpu(2), [2, 1], core.DType.float32
+x, norms = array.array("f", [3.0, 4.0, 12.0]), array.array("f", [0.0] * 3)
+sums = array.array("d", [0.0] * core.COMPARE_SUMS)
+room = array.array("B", bytes(core.workspace_bytes(target, numel, core.COMPARE_SUMS)))
+tensors, others = [at(x), at(x) + 8], [at(x) + 4, at(x)]
+"""
+
+
+def test_the_core_works_without_torch() -> None:
+    printed = run_python(
+        LOAD_THE_CORE_WITHOUT_TORCH
+        + """
+core.norms(target, numel, dtype, tensors, None, at(room), at(norms), at(norms) + 8)
+core.compare(target, numel, dtype, tensors, others, at(room), at(sums))
+print(list(norms), list(sums))
+"""
+    )
+    assert printed.strip() == "[5.0, 12.0, 13.0] [169.0, 169.0, 96.0, 2.0, 3.0]"
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("norm", "core.perturb(*start, tensors, tensors, tensors, 0, 0.1, 0.0, False)"),
+        ("workspace", "core.norms(*start, tensors, None, 0, at(norms), at(norms) + 8)"),
+        ("per_tensor", "core.norms(*start, tensors, None, at(room), 0, at(norms))"),
+        ("total", "core.norms(*start, tensors, None, at(room), at(norms), 0)"),
+        ("workspace", "core.compare(*start, tensors, tensors, 0, at(sums))"),
+        ("sums", "core.compare(*start, tensors, tensors, at(room), 0)"),
+    ],
+    ids=["perturb-norm", "norms-workspace", "per_tensor", "total", "compare-workspace", "sums"],
+)
+def test_the_core_refuses_null_addresses_of_scalars(argument: str, call: str) -> None:
+    # In an interpreter of its own: a null address that is used kills it.
+    printed = run_python(
+        LOAD_THE_CORE_WITHOUT_TORCH
+        + f"""
+start = (target, numel, dtype)
+try:
+    {call}
+except ValueError as error:
+    print(error)
+"""
+    )
+    assert argument in printed
+
+
+def test_build_info() -> None:
+    info = _C.build_info()
+    assert info["cpu_variant"] in ("baseline", "avx2")
+    assert info["compiler"]
+    assert info["cuda"] or _C.why_no_cuda() is not None
+
+
+# Without the compiled core
+
+
+def test_without_the_core_the_import_works_and_the_reason_is_given() -> None:
+    printed = run_python(
+        """
+import sys
+sys.modules["samkernels._C"] = None
+import torch
+from samkernels import SAM, backends, ops
+
+cpu = torch.device("cpu")
+print(backends.why_unavailable("native", cpu))
+print(backends.choose("auto", cpu, torch.float32)[0])
+w, g, old = [torch.zeros(2)], [torch.tensor([3.0, 4.0])], [torch.ones(2)]
+print(ops.perturb_(w, g, old, rho=5.0).item(), w[0].tolist(), old[0].tolist())
+try:
+    ops.restore_(w, old, backend="native")
+except RuntimeError as error:
+    print(error)
+print(w[0].tolist())
+"""
+    )
+    reason, auto, perturbed, error, unchanged = printed.splitlines()
+    assert reason.startswith("the compiled core could not be imported: ")
+    assert "samkernels._C" in reason
+    assert auto == "foreach"
+    assert perturbed == "5.0 [3.0, 4.0] [0.0, 0.0]"
+    assert error == f'backend="native" cannot serve torch.float32 on cpu: {reason}'
+    assert unchanged == "[3.0, 4.0]"

@@ -1,0 +1,288 @@
+"""frozen_batchnorm_stats: what belongs to w + e(w) does not enter the running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from samkernels import SAM, frozen_batchnorm_stats
+from tests.optim_helpers import ConvNet, images, one_thread, same_bits
+
+__all__ = ["one_thread"]
+
+X = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+# Each as it takes a batch of 6 x 4 x 5 x 5.
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "batch norm": lambda: nn.BatchNorm2d(4),
+    "cumulative average": lambda: nn.BatchNorm2d(4, momentum=None),
+    "no affine": lambda: nn.BatchNorm2d(4, affine=False),
+    "momentum 1": lambda: nn.BatchNorm2d(4, momentum=1.0),
+    "no statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+    "instance norm": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    "instance norm without statistics": lambda: nn.InstanceNorm2d(4),
+    "3d": lambda: nn.Sequential(nn.Unflatten(3, (1, 5)), nn.BatchNorm3d(4)),
+    "1d": lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(4)),
+    "lazy": lambda: nn.LazyBatchNorm2d(),
+    "nested": lambda: nn.Sequential(nn.Sequential(nn.BatchNorm2d(4)), nn.BatchNorm2d(4)),
+    "group norm": lambda: nn.GroupNorm(2, 4),
+}
+
+
+def make(name: str) -> nn.Module:
+    layer = LAYERS[name]()
+    layer(X)  # statistics that are not the initial ones
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.linspace(0.5, 1.5, p.numel()).view(p.shape))
+    return layer
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def same_buffers(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = dict(model.named_buffers())
+    return after.keys() == before.keys() and all(
+        same_bits(after[name], value) for name, value in before.items()
+    )
+
+
+def settings_of(model: nn.Module) -> list[tuple[object, ...]]:
+    return [
+        (m.training, getattr(m, "track_running_stats", None), getattr(m, "momentum", None))
+        for m in model.modules()
+    ]
+
+
+def output_and_gradients(model: nn.Module) -> list[Tensor]:
+    x = X.clone().requires_grad_()
+    output = model(x)
+    inputs = [x, *model.parameters()]
+    weights = torch.arange(float(output.numel())).view_as(output)
+    grads = torch.autograd.grad((output * weights).square().sum(), inputs)
+    return [output.detach(), *grads]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_statistics_and_counters_stay(name: str) -> None:
+    layer = make(name)
+    before, settings = buffers_of(layer), settings_of(layer)
+    with frozen_batchnorm_stats(layer):
+        layer(X + 3)
+        layer(X - 3)
+        assert same_buffers(layer, before)
+    assert same_buffers(layer, before)
+    assert settings_of(layer) == settings
+    layer(X + 3)
+    assert same_buffers(layer, before) == (not before), "afterwards they are updated again"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_mode_normalises_with_the_batch(name: str) -> None:
+    """Outputs and gradients are those that there would be without the context."""
+    layer = make(name)
+    with frozen_batchnorm_stats(layer):
+        frozen = output_and_gradients(layer)
+    for a, b in zip(frozen, output_and_gradients(layer), strict=True):
+        assert torch.equal(a, b)
+    if name == "no affine":
+        torch.testing.assert_close(frozen[0].mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_eval_mode_uses_the_running_statistics(name: str) -> None:
+    """Frozen layers of a model in fine-tuning stay what they are."""
+    layer = make(name).eval()
+    before = buffers_of(layer)
+    expected = output_and_gradients(layer)
+    with frozen_batchnorm_stats(layer):
+        frozen = output_and_gradients(layer)
+    for a, b in zip(frozen, expected, strict=True):
+        assert torch.equal(a, b)
+    assert same_buffers(layer, before)
+
+
+def test_layers_in_eval_mode_beside_layers_in_training_mode() -> None:
+    model = make("nested")
+    model[1].eval()
+    before = buffers_of(model)
+    expected = output_and_gradients(model)
+    assert not same_buffers(model, before)
+    model.load_state_dict(before, strict=False)
+    with frozen_batchnorm_stats(model):
+        frozen = output_and_gradients(model)
+    for a, b in zip(frozen, expected, strict=True):
+        assert torch.equal(a, b)
+    assert same_buffers(model, before)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_switching_modes_inside(name: str) -> None:
+    """An evaluation in the middle of a second pass."""
+    layer = make(name)
+    before = buffers_of(layer)
+    expected = layer.eval()(X)
+    layer.train()
+    with frozen_batchnorm_stats(layer):
+        layer(X)
+        layer.eval()
+        assert torch.equal(layer(X), expected)
+        layer.train()
+    assert same_buffers(layer, before)
+
+
+def test_nested_contexts() -> None:
+    layer = make("batch norm")
+    before = buffers_of(layer)
+    with frozen_batchnorm_stats(layer):
+        with frozen_batchnorm_stats(layer):
+            layer(X)
+        layer(X)  # still frozen by the outer one
+        assert same_buffers(layer, before)
+    layer(X)
+    assert not same_buffers(layer, before)
+
+
+def test_contexts_of_a_part_and_of_the_whole() -> None:
+    model = make("nested")
+    before = buffers_of(model)
+    with frozen_batchnorm_stats(model[1]):
+        with frozen_batchnorm_stats(model):
+            model(X)
+        assert same_buffers(model, before)
+        model(X)
+        after = buffers_of(model)
+        changed = {name for name in before if not same_bits(after[name], before[name])}
+        assert changed == {name for name in before if name.startswith("0.")}
+    model(X)
+    assert not torch.equal(buffers_of(model)["1.running_mean"], before["1.running_mean"])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_again_and_again(name: str) -> None:
+    """The usual pair of disable and enable, called twice, leaves momentum 0 for ever."""
+    layer = make(name)
+    before, settings = buffers_of(layer), settings_of(layer)
+    for _ in range(3):
+        with frozen_batchnorm_stats(layer):
+            layer(X)
+    assert same_buffers(layer, before) and settings_of(layer) == settings
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_inside(error: type[BaseException]) -> None:
+    layer = make("nested")
+    before, settings = buffers_of(layer), settings_of(layer)
+    with pytest.raises(error), frozen_batchnorm_stats(layer):
+        layer(X)
+        raise error
+    assert same_buffers(layer, before) and settings_of(layer) == settings
+    layer(X)
+    assert not same_buffers(layer, before)
+
+
+def test_as_a_decorator() -> None:
+    layer = make("batch norm")
+    before = buffers_of(layer)
+
+    @frozen_batchnorm_stats(layer)
+    def second_pass() -> Tensor:
+        return layer(X)
+
+    outputs = [second_pass(), second_pass()]
+    assert same_buffers(layer, before)
+    assert torch.equal(*outputs)
+    layer(X)
+    assert not same_buffers(layer, before)
+
+
+def test_synchronised_batch_norm() -> None:
+    """Without a process group it does what batch norm does, on any device."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(make("nested"))
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in model.modules()) == 2
+    before, settings = buffers_of(model), settings_of(model)
+    with frozen_batchnorm_stats(model):
+        frozen = model(X)
+    assert same_buffers(model, before) and settings_of(model) == settings
+    assert torch.equal(model(X), frozen)
+    assert not same_buffers(model, before)
+
+
+def test_layers_that_are_shared_or_subclassed() -> None:
+    class MyNorm(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer = MyNorm(4)
+    model = nn.Sequential(layer, layer)
+    before, settings = buffers_of(model), settings_of(model)
+    with frozen_batchnorm_stats(model):
+        model(X)
+    assert same_buffers(model, before) and settings_of(model) == settings
+
+
+def test_the_state_dict_is_the_same_inside() -> None:
+    model = make("nested")
+    expected = model.state_dict().keys()
+    with frozen_batchnorm_stats(model):
+        assert model.state_dict().keys() == expected
+        model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+
+
+def test_models_without_normalisation() -> None:
+    model = nn.Linear(5, 2)
+    with frozen_batchnorm_stats(model):
+        assert model(X).shape == (6, 4, 5, 2)
+
+
+@pytest.mark.parametrize("model", [None, "model", [nn.BatchNorm2d(4)], nn.BatchNorm2d])
+def test_what_is_no_module(model: object) -> None:
+    with (
+        pytest.raises(TypeError, match=r"model is \w+: give a torch\.nn\.Module"),
+        frozen_batchnorm_stats(model),  # type: ignore[arg-type]
+    ):
+        pass
+
+
+def test_a_hundred_steps_of_sam_count_a_hundred_batches() -> None:
+    """And the statistics are those of the first passes alone."""
+    model, twin = ConvNet(), ConvNet()
+    optimizer = SAM(model.parameters(), rho=0.5, lr=0.05, momentum=0.9)
+    for step in range(100):
+        x, y = images(step % 5)
+        twin.load_state_dict(dict(model.named_parameters()), strict=False)
+        twin(x)
+        cross_entropy(model(x), y).backward()
+        optimizer.first_step()
+        with frozen_batchnorm_stats(model):
+            cross_entropy(model(x), y).backward()
+        optimizer.second_step(zero_grad=True)
+        assert same_buffers(model, buffers_of(twin))
+    assert model.norm1.num_batches_tracked == model.norm2.num_batches_tracked == 100
+    assert (model.norm1.momentum, model.norm2.momentum) == (0.1, 0.1)
+
+
+def test_as_a_context_of_the_closure() -> None:
+    """step(closure) calls once at w and once at w + e(w): the closure can tell by is_perturbed."""
+    model = ConvNet()
+    optimizer = SAM(model.parameters(), lr=0.05)
+    x, y = images(0)
+
+    def closure() -> Tensor:
+        if optimizer.is_perturbed:
+            with frozen_batchnorm_stats(model):
+                loss = cross_entropy(model(x), y)
+        else:
+            loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert model.norm1.num_batches_tracked == 3

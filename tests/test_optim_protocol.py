@@ -1,0 +1,779 @@
+"""The two-step protocol: what is called when, with which errors; hooks, schedulers, groups."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import lr_scheduler
+
+from samkernels import SAM, SAMDirection, SAMMagnitude, ops
+from tests.optim_helpers import (
+    BACKENDS,
+    OPTIMIZERS,
+    VARIANTS,
+    count_calls,
+    linear,
+    one_thread,
+    parameter,
+    parameters_of,
+    set_gradients,
+    snapshot,
+    take_step,
+    unchanged,
+)
+
+__all__ = ["one_thread"]
+
+BASES = [
+    pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="SGD"),
+    pytest.param(torch.optim.Adam, {"lr": 0.1}, id="Adam"),
+]
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1] * 4)
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return cross_entropy(model(X), Y)
+
+
+# -- construction ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_positional_order_is_that_of_davda54(cls: type[SAM]) -> None:
+    optimizer = cls(linear().parameters(), torch.optim.AdamW, 0.7, True, lr=0.3, betas=(0.5, 0.6))
+    assert type(optimizer.base_optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    assert (group["rho"], group["adaptive"]) == (0.7, True)
+    assert (group["lr"], group["betas"]) == (0.3, (0.5, 0.6))
+
+
+def test_davda54_keywords() -> None:
+    optimizer = SAM(
+        params=linear().parameters(),
+        base_optimizer=torch.optim.SGD,
+        rho=2.0,
+        adaptive=True,
+        lr=0.1,
+        momentum=0.9,
+    )
+    assert optimizer.param_groups[0]["rho"] == 2.0
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_defaults(cls: type[SAM]) -> None:
+    optimizer = cls(linear().parameters(), lr=0.1)
+    assert type(optimizer.base_optimizer) is torch.optim.SGD
+    (group,) = optimizer.param_groups
+    assert (group["rho"], group["adaptive"]) == (0.05, False)
+    assert ("granularity" in group) == (cls is not SAM)
+    assert group.get("granularity", "element") == "element"
+    assert optimizer.statistics is None and not optimizer.track_statistics
+
+
+def test_backend_and_granularity_are_no_positional_arguments() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        SAM(linear().parameters(), torch.optim.SGD, 0.05, False, "native", lr=0.1)  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        SAMDirection(linear().parameters(), torch.optim.SGD, 0.05, False, "global", lr=0.1)  # type: ignore[misc]
+
+
+def test_sam_has_no_granularity() -> None:
+    with pytest.raises(TypeError, match="granularity"):
+        SAM(linear().parameters(), granularity="global", lr=0.1)
+
+
+def test_options_that_the_base_optimizer_does_not_know() -> None:
+    with pytest.raises(TypeError, match="betas"):
+        SAM(linear().parameters(), torch.optim.SGD, lr=0.1, betas=(0.9, 0.99))
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_is_a_torch_optimizer(cls: type[SAM]) -> None:
+    optimizer = cls(linear().parameters(), lr=0.1)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    text = repr(optimizer)
+    assert text.startswith(f"{cls.__name__} (")
+    assert "rho: 0.05" in text and "lr: 0.1" in text
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_named_parameters(base: type[torch.optim.Optimizer]) -> None:
+    model = linear()
+    optimizer = SAM(model.named_parameters(), base, lr=0.1)
+    names = [name for name, _ in model.named_parameters()]
+    assert optimizer.param_groups[0]["param_names"] == names
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
+    before = snapshot(model.parameters())
+    take_step(optimizer, 0)
+    assert not any(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_generators_tensors_and_named_groups() -> None:
+    one, two, three = parameter(1.0), parameter(2.0), parameter(3.0)
+    optimizer = SAM([{"params": (p for p in [one, two])}, {"params": three}], lr=0.1)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_tells_who_serves(backend: str) -> None:
+    params = [parameter(1.0), parameter(1.0, dtype=torch.bfloat16)]
+    optimizer = SAM(params, lr=0.1, backend=backend)
+    assert optimizer.backends == {"cpu float32": backend, "cpu bfloat16": backend}
+
+
+def test_auto_takes_what_can_serve() -> None:
+    params = [parameter(1.0), parameter(1.0, dtype=torch.float64)]
+    assert SAM(params, lr=0.1).backends == {"cpu float32": "native", "cpu float64": "foreach"}
+    with pytest.raises(RuntimeError, match=r'backend="native" cannot serve torch\.float64'):
+        SAM(params, lr=0.1, backend="native")
+
+
+# -- the order of the steps ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def optimizer(request: pytest.FixtureRequest) -> SAM:
+    return request.param(linear().parameters(), rho=0.1, lr=0.1, momentum=0.9)
+
+
+def test_first_step_twice(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    perturbed = snapshot(params)
+    set_gradients(params, 1)
+    with pytest.raises(RuntimeError, match=r"first_step was called twice: .*second_step"):
+        optimizer.first_step()
+    # Still the same perturbation, which second_step takes back.
+    assert optimizer.is_perturbed and unchanged(params, perturbed)
+    optimizer.restore()
+    assert unchanged(params, before)
+
+
+def test_second_step_without_first(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    set_gradients(params, 0)
+    before = snapshot(params)
+    with pytest.raises(RuntimeError, match="second_step was called without first_step"):
+        optimizer.second_step()
+    assert unchanged(params, before)
+
+
+def test_step_without_first_and_without_closure(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    set_gradients(params, 0)
+    before = snapshot(params)
+    name = type(optimizer).__name__
+    with pytest.raises(RuntimeError, match=rf"^{name}\.step\(\) needs two gradients.*closure"):
+        optimizer.step()
+    assert unchanged(params, before)
+
+
+def test_first_step_without_gradients(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    with pytest.raises(RuntimeError, match=r"first_step found no gradient: call loss\.backward"):
+        optimizer.first_step()
+    assert not optimizer.is_perturbed and unchanged(params, before)
+
+
+@pytest.mark.parametrize("second", ["second_step", "step"])
+def test_second_step_without_gradients(optimizer: SAM, second: str) -> None:
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    assert not unchanged(params, before)
+    with pytest.raises(RuntimeError, match=r"second_step found no gradient: .*restored"):
+        getattr(optimizer, second)()
+    assert not optimizer.is_perturbed and unchanged(params, before)
+    take_step(optimizer, 1)  # nothing is broken
+
+
+def test_step_with_closure_after_first_step(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"step\(closure\) makes both steps itself"):
+        optimizer.step(lambda: 1.0)
+    optimizer.restore()
+    assert unchanged(params, before)
+
+
+def test_restore_without_perturbation_does_nothing(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    optimizer.restore()
+    take_step(optimizer, 0)
+    after = snapshot(params)
+    optimizer.restore()
+    assert unchanged(params, after) and not unchanged(params, before)
+
+
+def test_is_perturbed(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    assert optimizer.is_perturbed is False
+    set_gradients(params, 0)
+    assert optimizer.is_perturbed is False
+    optimizer.first_step()
+    assert optimizer.is_perturbed is True
+    set_gradients(params, 1)
+    optimizer.second_step()
+    assert optimizer.is_perturbed is False
+
+
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_all_ways_to_step_are_the_same(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+) -> None:
+    def two_steps(optimizer: SAM, model: nn.Module) -> None:
+        loss_of(model).backward()
+        optimizer.first_step(zero_grad=True)
+        loss_of(model).backward()
+        optimizer.second_step(zero_grad=True)
+
+    def first_step_and_step(optimizer: SAM, model: nn.Module) -> None:
+        loss_of(model).backward()
+        optimizer.first_step()
+        loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def closure(optimizer: SAM, model: nn.Module) -> None:
+        def compute() -> Tensor:
+            loss = loss_of(model)
+            loss.backward()
+            return loss
+
+        optimizer.step(compute)
+
+    def closure_with_gradients(optimizer: SAM, model: nn.Module) -> None:
+        loss_of(model).backward()
+        closure(optimizer, model)
+
+    def context(optimizer: SAM, model: nn.Module) -> None:
+        loss_of(model).backward()
+        with optimizer.perturbed():
+            loss_of(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    results = []
+    for way in (two_steps, first_step_and_step, closure, closure_with_gradients, context):
+        model = linear()
+        optimizer = cls(model.parameters(), base, 0.1, **variant, **options)
+        for _ in range(3):
+            way(optimizer, model)
+        results.append(snapshot(model.parameters()))
+    for result in results[1:]:
+        assert unchanged(result, results[0])
+    assert not unchanged(results[0], snapshot(linear().parameters()))
+
+
+# -- closures --------------------------------------------------------------------------------------
+
+
+def closure_of(optimizer: SAM, model: nn.Module, zero_grad: bool = True) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        if zero_grad:
+            optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+@pytest.mark.parametrize(("base", "options"), BASES)
+def test_closure_is_called_twice_without_gradients(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], zero_grad: bool
+) -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), base, 0.1, **options)
+    for _ in range(2):
+        expected = loss_of(model).detach()
+        closure, calls = count_calls(closure_of(optimizer, model, zero_grad))
+        loss = optimizer.step(closure)
+        assert len(calls) == 2
+        torch.testing.assert_close(loss.detach(), expected, rtol=0, atol=0)
+        assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_closure_is_called_once_with_gradients(zero_grad: bool) -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)
+    loss_of(model).backward()
+    closure, calls = count_calls(closure_of(optimizer, model, zero_grad))
+    assert optimizer.step(closure) is None
+    assert len(calls) == 1
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_closure_runs_at_the_two_points_with_gradients_enabled() -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)
+    before = snapshot(model.parameters())
+    seen = []
+
+    def closure() -> float:
+        assert torch.is_grad_enabled()
+        seen.append((optimizer.is_perturbed, unchanged(model.parameters(), before)))
+        loss = loss_of(model)
+        loss.backward()
+        return loss.item()
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert seen == [(False, True), (True, False)]
+    assert isinstance(loss, float)
+
+
+def test_closure_without_backward() -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)
+    before = snapshot(model.parameters())
+    with pytest.raises(RuntimeError, match="first_step found no gradient"):
+        optimizer.step(lambda: loss_of(model))
+    assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+
+
+def test_closure_without_backward_in_the_second_pass() -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)
+    before = snapshot(model.parameters())
+    loss_of(model).backward()
+    with pytest.raises(RuntimeError, match="second_step found no gradient"):
+        optimizer.step(lambda: loss_of(model))
+    assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+
+
+def test_gradient_accumulation_in_the_closure() -> None:
+    """Micro-batches summed in both passes are one batch."""
+    models = [linear().double(), linear().double()]
+    x = X.double()
+
+    def whole() -> None:
+        cross_entropy(models[0](x), Y).backward()
+
+    def in_parts() -> None:
+        for part, target in zip(x.chunk(4), Y.chunk(4), strict=True):
+            (cross_entropy(models[1](part), target) / 4).backward()
+
+    for model, closure in zip(models, (whole, in_parts), strict=True):
+        optimizer = SAMMagnitude(
+            model.parameters(), rho=0.1, granularity="global", lr=0.1, backend="reference"
+        )
+        for _ in range(3):
+            optimizer.step(closure)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+def test_first_step_takes_the_gradients_over(optimizer: SAM, zero_grad: bool) -> None:
+    params = parameters_of(optimizer)
+    set_gradients(params, 0)
+    optimizer.first_step(zero_grad=zero_grad)
+    assert all(p.grad is None for p in params)
+    set_gradients(params, 1)
+    optimizer.second_step(zero_grad=False)
+    assert all(p.grad is not None for p in params)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    set_gradients(params, 1)
+    optimizer.second_step(zero_grad=True)
+    assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("between", ["nothing", "zero_grad", "set_to_none=False", "model"])
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_zero_grad_between_the_passes_makes_no_difference(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    between: str,
+) -> None:
+    """Neither can it wipe g1 out, nor would g2 be added to g1 without it."""
+
+    def train(clear: Callable[[SAM, nn.Module], object]) -> list[Tensor]:
+        model = linear()
+        optimizer = cls(model.parameters(), base, 0.1, **variant, **options)
+        for _ in range(3):
+            loss_of(model).backward()
+            optimizer.first_step()
+            clear(optimizer, model)
+            loss_of(model).backward()
+            optimizer.second_step(zero_grad=True)
+        return snapshot(model.parameters())
+
+    ways: dict[str, Callable[[SAM, nn.Module], object]] = {
+        "nothing": lambda optimizer, model: None,
+        "zero_grad": lambda optimizer, model: optimizer.zero_grad(),
+        "set_to_none=False": lambda optimizer, model: optimizer.zero_grad(set_to_none=False),
+        "model": lambda optimizer, model: model.zero_grad(set_to_none=False),
+    }
+    expected = train(
+        lambda optimizer, model: [setattr(p, "grad", None) for p in model.parameters()]
+    )
+    assert unchanged(train(ways[between]), expected)
+
+
+def test_zero_grad_in_place_between_steps() -> None:
+    """Gradients that are zeroed and filled again give the same steps as new ones."""
+    results = []
+    for set_to_none in (True, False):
+        model = linear()
+        optimizer = SAMMagnitude(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
+        for _ in range(4):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss_of(model).backward()
+            optimizer.first_step()
+            loss_of(model).backward()
+            optimizer.step()
+        results.append(snapshot(model.parameters()))
+    assert unchanged(results[0], results[1])
+
+
+def test_clipping_g2_between_backward_and_second_step() -> None:
+    p = parameter(3.0, 4.0)
+    optimizer = SAM([p], rho=0.1, lr=1.0)
+    p.grad = torch.tensor([1.0, 0.0])
+    optimizer.first_step()
+    p.grad = torch.tensor([0.0, 10.0])
+    nn.utils.clip_grad_norm_([p], 1.0)
+    optimizer.second_step()
+    torch.testing.assert_close(p.detach(), torch.tensor([3.0, 3.0]))
+
+
+# -- schedulers ------------------------------------------------------------------------------------
+
+SCHEDULERS = [
+    pytest.param(lambda o: lr_scheduler.StepLR(o, 2, 0.1), id="StepLR"),
+    pytest.param(lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=8), id="OneCycleLR"),
+    pytest.param(lambda o: lr_scheduler.CosineAnnealingLR(o, 8), id="CosineAnnealingLR"),
+    pytest.param(lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.5**step), id="LambdaLR"),
+    pytest.param(lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=4), id="LinearLR"),
+]
+
+
+@pytest.mark.parametrize("way", ["second_step", "step", "closure"])
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize("make_scheduler", SCHEDULERS)
+def test_schedulers_without_a_warning(
+    make_scheduler: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    way: str,
+) -> None:
+    """The lr (and momentum) of each step are those of a scheduler on the base optimizer alone."""
+    model = linear()
+    optimizer = SAM(model.parameters(), base, **options)
+    twin = base(linear().parameters(), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler, twin_scheduler = make_scheduler(optimizer), make_scheduler(twin)
+        seen = set()
+        for _ in range(6):
+            if way == "closure":
+                optimizer.step(closure_of(optimizer, model))
+            else:
+                loss_of(model).backward()
+                optimizer.first_step()
+                loss_of(model).backward()
+                getattr(optimizer, way)()
+                optimizer.zero_grad()
+            twin.step()
+            scheduler.step()
+            twin_scheduler.step()
+            for name in ("lr", "momentum", "betas"):
+                value = optimizer.param_groups[0].get(name)
+                assert value == twin.param_groups[0].get(name)
+                assert value == optimizer.base_optimizer.param_groups[0].get(name)
+            seen.add(optimizer.param_groups[0]["lr"])
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_a_scheduled_lr_is_the_lr_of_the_update(
+    base: type[torch.optim.Optimizer], backend: str
+) -> None:
+    """Adam's first step is lr * sign(u), and SGD's lr * u: the update tells lr."""
+    p = parameter(0.0)
+    optimizer = SAM([p], base, lr=1.0, backend=backend)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5, 0.125][step])
+    for expected in (1.0, 0.5, 0.125):
+        before = p.item()
+        p.grad = torch.ones(1)
+        optimizer.first_step()
+        p.grad = torch.ones(1)
+        optimizer.second_step()
+        assert before - p.item() == pytest.approx(expected, rel=1e-6)
+        if expected > 0.2:
+            scheduler.step()
+
+
+def test_lr_as_a_tensor_on_the_host() -> None:
+    results = []
+    for lr in (0.5, torch.tensor(0.5)):
+        model = linear()
+        optimizer = SAM(model.parameters(), lr=lr, momentum=0.9)
+        take_step(optimizer, 0)
+        take_step(optimizer, 1)
+        results.append(snapshot(model.parameters()))
+    assert unchanged(results[0], results[1])
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_a_grad_scaler_sees_a_real_step(base: type[torch.optim.Optimizer]) -> None:
+    """e(w) does not depend on the scale of g1, and the scaler unscales g2."""
+    results = []
+    for enabled in (False, True):
+        model = linear()
+        optimizer = SAM(model.parameters(), base, 0.1, lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        for _ in range(3):
+            scaler.scale(loss_of(model)).backward()
+            optimizer.first_step()
+            scaler.scale(loss_of(model)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert not optimizer.is_perturbed
+            optimizer.zero_grad()
+        results.append(snapshot(model.parameters()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not unchanged(results[1], snapshot(linear().parameters()))
+
+
+# -- hooks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["second_step", "step", "closure"])
+@pytest.mark.parametrize(("base", "options"), BASES)
+def test_hooks_fire_once_per_step(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], way: str
+) -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), base, **options)
+    events: list[str] = []
+
+    def pre_hook(hooked: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        assert hooked is optimizer
+        events.append("pre")
+
+    def post_hook(hooked: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        assert not optimizer.is_perturbed
+        events.append("post")
+
+    optimizer.register_step_pre_hook(pre_hook)
+    optimizer.register_step_post_hook(post_hook)
+    for step in range(3):
+        if way == "closure":
+            optimizer.step(closure_of(optimizer, model))
+        else:
+            loss_of(model).backward()
+            optimizer.first_step()
+            assert events == ["pre", "post"] * step
+            loss_of(model).backward()
+            getattr(optimizer, way)()
+        assert events == ["pre", "post"] * (step + 1)
+        optimizer.zero_grad()
+
+
+def test_base_optimizer_hooks_fire_once_per_step() -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), torch.optim.Adam, lr=0.1)
+    hook, calls = count_calls(lambda *_: None)
+    optimizer.base_optimizer.register_step_post_hook(hook)
+    for step in range(3):
+        optimizer.step(closure_of(optimizer, model))
+        assert len(calls) == step + 1
+
+
+# -- groups ----------------------------------------------------------------------------------------
+
+
+def assert_shared(optimizer: SAM) -> None:
+    base = optimizer.base_optimizer
+    assert optimizer.param_groups is base.param_groups
+    assert optimizer.state is base.state
+
+
+@pytest.mark.parametrize(("base", "options"), BASES)
+def test_groups_and_state_are_shared_with_the_base_optimizer(
+    base: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), base, **options)
+    assert_shared(optimizer)
+    take_step(optimizer, 0)
+    assert_shared(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert_shared(optimizer)
+    optimizer.add_param_group({"params": [parameter(1.0, 2.0)], "rho": 0.5, "lr": 0.25})
+    assert_shared(optimizer)
+    assert len(optimizer.base_optimizer.param_groups) == 2
+    take_step(optimizer, 1)
+    assert len(optimizer.base_optimizer.state) == 5
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert_shared(optimizer)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_changed_lr_after_load_state_dict(base: type[torch.optim.Optimizer]) -> None:
+    p = parameter(0.0)
+    optimizer = SAM([p], base, lr=1.0)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.25
+    p.grad = torch.ones(1)
+    optimizer.first_step()
+    p.grad = torch.ones(1)
+    optimizer.second_step()
+    assert p.item() == pytest.approx(-0.25, rel=1e-6)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_added_groups_get_the_defaults(cls: type[SAM]) -> None:
+    first = cls([parameter(1.0)], rho=0.3, adaptive=True, lr=0.1, momentum=0.9)
+    first.add_param_group({"params": [parameter(1.0)]})
+    own, added = first.param_groups
+    assert {k: v for k, v in own.items() if k != "params"} == {
+        k: v for k, v in added.items() if k != "params"
+    }
+
+
+def test_each_group_has_its_own_rho() -> None:
+    """One norm over all groups: |g1| = 5, and e = rho * g1 / 5."""
+    one, two, three = parameter(0.0), parameter(0.0), parameter(0.0)
+    groups = [{"params": [one], "rho": 10.0}, {"params": [two], "rho": 0.0}, {"params": [three]}]
+    optimizer = SAM(groups, rho=5.0, lr=0.1)
+    one.grad, two.grad, three.grad = (torch.full((1,), g) for g in (3.0, 2.0, 12.0**0.5))
+    optimizer.first_step()
+    expected = [10 * 3 / 5, 0.0, 5 * 12**0.5 / 5]
+    assert [p.item() for p in (one, two, three)] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_granularity_may_differ_between_groups(backend: str) -> None:
+    """The norms of "global" are over all groups, those of "tensor" over one tensor."""
+    params = [parameter(0.0, 0.0) for _ in range(3)]
+    groups = [
+        {"params": [p], "granularity": granularity}
+        for p, granularity in zip(params, ops.GRANULARITIES, strict=True)
+    ]
+    optimizer = SAMMagnitude(groups, lr=1.0, backend=backend)
+    g1 = set_gradients(params, 0)
+    optimizer.first_step()
+    g2 = set_gradients(params, 1)
+    optimizer.second_step()
+    n1, n2 = torch.cat(g1).norm(), torch.cat(g2).norm()
+    u = [
+        g2[0].abs() * g1[0].sign(),
+        g2[1].norm() / g1[1].norm() * g1[1],
+        n2 / n1 * g1[2],
+    ]
+    for p, expected in zip(params, u, strict=True):
+        torch.testing.assert_close(p.detach(), -expected)
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "text"),
+    [
+        ({"rho": -0.1}, ValueError, r"rho=-0\.1 of parameter group 1"),
+        ({"rho": "0.1"}, TypeError, "rho of parameter group 1 is str"),
+        ({"adaptive": 1}, TypeError, "adaptive of parameter group 1 is int"),
+        ({"granularity": "layer"}, ValueError, "granularity of parameter group 1='layer'"),
+    ],
+)
+def test_options_of_added_groups_are_checked(
+    group: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    optimizer = SAMDirection([parameter(1.0)], lr=0.1)
+    with pytest.raises(error, match=text):
+        optimizer.add_param_group({"params": [parameter(1.0)], **group})
+    assert len(optimizer.param_groups) == 1
+    assert_shared(optimizer)
+
+
+def test_a_group_that_is_no_dict() -> None:
+    optimizer = SAM([parameter(1.0)], lr=0.1)
+    with pytest.raises(TypeError, match="param_group is list: give a dict"):
+        optimizer.add_param_group([parameter(1.0)])  # type: ignore[arg-type]
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_statistics(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    backend: str,
+) -> None:
+    model = linear()
+    weights, biases = list(model.parameters())[::2], list(model.parameters())[1::2]
+    groups = [{"params": weights}, {"params": biases, "rho": 0.5}]
+    optimizer = cls(groups, base, backend=backend, track_statistics=True, **variant, **options)
+    assert optimizer.statistics is None
+    for step in range(3):
+        params = parameters_of(optimizer)
+        w = torch.cat([p.detach().flatten() for p in params]).double()
+        g1 = torch.cat([g.flatten() for g in set_gradients(params, 10 + step)]).double()
+        optimizer.first_step()
+        g2 = torch.cat([g.flatten() for g in set_gradients(params, 20 + step)]).double()
+        optimizer.second_step(zero_grad=True)
+
+        expected = {
+            "first_grad_norm": g1.norm(),
+            "second_grad_norm": g2.norm(),
+            "weight_norm": w.norm(),
+            "cosine": g1 @ g2 / (g1.norm() * g2.norm()),
+            "share_second_larger": (g2.abs() > g1.abs()).double().mean(),
+            "share_signs_agree": (g1 * g2 > 0).double().mean(),
+        }
+        assert optimizer.statistics is not None
+        statistics = optimizer.statistics._asdict()
+        assert statistics.keys() == expected.keys()
+        for name, value in statistics.items():
+            assert isinstance(value, Tensor), name
+            assert (value.shape, value.dtype) == ((), torch.float32)
+            assert not value.requires_grad
+            # One sum of 58 products in float32, and roots and quotients of such.
+            torch.testing.assert_close(value.double(), expected[name], rtol=4e-6, atol=4e-6)
+
+
+def test_statistics_leave_the_trajectory_alone() -> None:
+    results = []
+    for track_statistics in (False, True):
+        model = linear()
+        optimizer = SAM(model.parameters(), lr=0.1, track_statistics=track_statistics)
+        for step in range(3):
+            take_step(optimizer, step)
+        results.append(snapshot(model.parameters()))
+        assert (optimizer.statistics is None) == (not track_statistics)
+    assert unchanged(results[0], results[1])

@@ -1,0 +1,1160 @@
+"""What must never happen to weights: that they do not come back, become nan, or change address."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from samkernels import SAM, SAMDirection, SAMMagnitude
+from tests.optim_helpers import (
+    BACKENDS,
+    OPTIMIZERS,
+    VARIANTS,
+    ConvNet,
+    images,
+    linear,
+    one_thread,
+    parameter,
+    parameters_of,
+    same_bits,
+    set_gradients,
+    snapshot,
+    take_step,
+    unchanged,
+)
+
+__all__ = ["one_thread"]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05})
+ADAM = (torch.optim.Adam, {"lr": 0.1, "weight_decay": 0.05})
+BASES = [pytest.param(*SGD, id="SGD"), pytest.param(*ADAM, id="Adam")]
+
+
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
+    params = list(model.parameters())
+    return [{"params": params[::2], "rho": 0.3}, {"params": params[1::2], "rho": 0.1}]
+
+
+def momentum_of(optimizer: SAM) -> list[Tensor]:
+    return [
+        state["momentum_buffer"] for state in map(optimizer.state.get, parameters_of(optimizer))
+    ]
+
+
+# -- restore ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_second_step_without_lr_brings_back_every_bit(
+    cls: type[SAM], variant: dict[str, Any], backend: str, dtype: torch.dtype
+) -> None:
+    model = linear(dtype)
+    options = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.1}
+    optimizer = cls(two_groups(model), backend=backend, **variant, **options)
+    before = snapshot(model.parameters())
+    for step in range(3):
+        set_gradients(model.parameters(), step)
+        optimizer.first_step()
+        assert not any(same_bits(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        set_gradients(model.parameters(), 100 + step)
+        optimizer.second_step()
+        assert unchanged(model.parameters(), before)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_restore_brings_back_every_bit(cls: type[SAM], backend: str, dtype: torch.dtype) -> None:
+    """Also of numbers that arithmetic would not keep: nan, -0.0, subnormals, infinities."""
+    if dtype is torch.float64 and backend == "native":
+        pytest.skip("the compiled core has no float64, and says so")
+    info = torch.finfo(dtype)
+    odd = [float("nan"), -0.0, info.smallest_normal / 4, float("inf"), -float("inf"), info.max]
+    params = [nn.Parameter(torch.tensor(odd * 3, dtype=dtype)), parameter(1.0, dtype=dtype)]
+    optimizer = cls(params, rho=0.5, lr=0.1, backend=backend)
+    before = snapshot(params)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    assert not unchanged(params, before)
+    optimizer.restore()
+    assert unchanged(params, before) and not optimizer.is_perturbed
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt is: no Exception."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Interrupted])
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_an_exception_in_the_second_forward(
+    cls: type[SAM],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    error: type[BaseException],
+) -> None:
+    model = linear()
+    optimizer = cls(model.parameters(), base, 0.5, **options)
+    take_step(optimizer, 0)
+    before = snapshot(model.parameters())
+    state = copy.deepcopy(optimizer.state_dict())
+
+    set_gradients(model.parameters(), 1)
+    with pytest.raises(error, match="forward"), optimizer.perturbed():
+        assert not unchanged(model.parameters(), before)
+        raise error("forward")
+    assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+
+    calls = []
+
+    def closure() -> None:
+        calls.append(optimizer.is_perturbed)
+        if optimizer.is_perturbed:
+            assert not unchanged(model.parameters(), before)
+            raise error("forward")
+        set_gradients(model.parameters(), 2)
+
+    with pytest.raises(error, match="forward"):
+        optimizer.step(closure)
+    assert calls == [False, True]
+    assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+    for after, old in zip(
+        optimizer.state_dict()["state"].values(), state["state"].values(), strict=True
+    ):
+        assert all(same_bits(after[name], value) for name, value in old.items())
+    take_step(optimizer, 3)
+
+
+def test_an_exception_in_the_first_forward() -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), lr=0.1)
+    before = snapshot(model.parameters())
+
+    def closure() -> None:
+        raise ValueError("forward")
+
+    with pytest.raises(ValueError, match="forward"):
+        optimizer.step(closure)
+    assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+
+
+class Failing(torch.optim.Optimizer):
+    """Spoils the first parameter, and gives up at the second."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.param_groups[0]["params"][0].fill_(float("nan"))
+        raise ValueError("gave up")
+
+
+def sparse_gradient(params: list[Tensor], optimizer: SAM) -> None:
+    set_gradients(params, 1)
+    params[2].grad = params[2].grad.to_sparse()
+
+
+def no_gradient(params: list[Tensor], optimizer: SAM) -> None:
+    pass
+
+
+def negative_lr_in_the_second_group(params: list[Tensor], optimizer: SAM) -> None:
+    set_gradients(params, 1)
+    optimizer.param_groups[1]["lr"] = -1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("base", "prepare", "error", "text"),
+    [
+        pytest.param(
+            torch.optim.SGD,
+            sparse_gradient,
+            ValueError,
+            r"params\[1\]\.grad of parameter group 0 of shape .* is sparse",
+            id="sparse",
+        ),
+        pytest.param(torch.optim.SGD, no_gradient, RuntimeError, "found no gradient", id="none"),
+        pytest.param(
+            torch.optim.SGD, negative_lr_in_the_second_group, ValueError, r"lr=-1\.0", id="lr"
+        ),
+        pytest.param(
+            Failing, lambda p, _: set_gradients(p, 1), ValueError, "gave up", id="base optimizer"
+        ),
+    ],
+)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_second_step_that_fails(
+    cls: type[SAM],
+    base: type[torch.optim.Optimizer],
+    prepare: Callable[[list[Tensor], SAM], object],
+    error: type[Exception],
+    text: str,
+    backend: str,
+) -> None:
+    model = linear()
+    optimizer = cls(two_groups(model), base, backend=backend, lr=0.1)
+    params = list(model.parameters())
+    before = snapshot(params)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    prepare(params, optimizer)
+    with pytest.raises(error, match=text):
+        optimizer.second_step()
+    assert unchanged(params, before) and not optimizer.is_perturbed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_first_step_that_fails_halfway(cls: type[SAM], backend: str) -> None:
+    model = linear()
+    optimizer = cls(two_groups(model), lr=0.1, backend=backend)
+    params = list(model.parameters())
+    before = snapshot(params)
+    grads = set_gradients(params, 0)
+    optimizer.param_groups[1]["rho"] = -1.0
+    with pytest.raises(ValueError, match=r"rho=-1\.0"):
+        optimizer.first_step()
+    assert unchanged(params, before) and not optimizer.is_perturbed
+    assert unchanged([p.grad for p in params], grads), "g1 can be used once rho is right"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_addresses_never_change(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    backend: str,
+) -> None:
+    model = linear()
+    optimizer = cls(two_groups(model), base, backend=backend, **variant, **options)
+    params = list(model.parameters())
+    addresses = [p.data_ptr() for p in params]
+    state_addresses: set[tuple[int, ...]] = set()
+    for step in range(4):
+        set_gradients(params, 2 * step)
+        optimizer.first_step()
+        assert [p.data_ptr() for p in params] == addresses
+        if step == 1:
+            optimizer.restore()
+            continue
+        set_gradients(params, 2 * step + 1)
+        optimizer.second_step()
+        assert [p.data_ptr() for p in params] == addresses
+        state_addresses.add(
+            tuple(v.data_ptr() for p in params for v in optimizer.state[p].values())
+        )
+    assert len(state_addresses) == 1
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [p.data_ptr() for p in params] == addresses
+
+
+# -- gradients that are not finite, or zero --------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("started", [False, True], ids=["first step", "later step"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_g1_that_is_not_finite_skips_the_step(
+    cls: type[SAM], variant: dict[str, Any], backend: str, started: bool, value: float
+) -> None:
+    """One bad element in one group: nothing moves in any group."""
+    model = linear()
+    base, options = SGD
+    optimizer = cls(two_groups(model), base, backend=backend, **variant, **options)
+    if started:
+        take_step(optimizer, 0)
+    params = list(model.parameters())
+    before = snapshot(params)
+    momentum = snapshot(momentum_of(optimizer)) if started else []
+
+    set_gradients(params, 1)
+    params[1].grad[3] = value
+    optimizer.first_step()
+    assert unchanged(params, before)
+    set_gradients(params, 2)
+    optimizer.second_step(zero_grad=True)
+    assert unchanged(params, before)
+    for i, m in enumerate(momentum_of(optimizer)):
+        assert torch.equal(m, momentum[i] if started else torch.zeros_like(m))
+
+    take_step(optimizer, 3)
+    assert not any(same_bits(p, b) for p, b in zip(params, before, strict=True))
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.parametrize("granularity", ["element", "tensor", "global"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_everything_not_finite(cls: type[SAM], backend: str, granularity: str) -> None:
+    """Both gradients, all elements, statistics on."""
+    variant = {} if cls is SAM else {"granularity": granularity}
+    model = linear()
+    base, options = SGD
+    optimizer = cls(
+        model.parameters(), base, backend=backend, track_statistics=True, **variant, **options
+    )
+    params = list(model.parameters())
+    before = snapshot(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.full_like(p, float("nan"))
+        optimizer.first_step()
+        for p in params:
+            p.grad = torch.full_like(p, float("inf"))
+        optimizer.second_step()
+    assert unchanged(params, before)
+    assert not any(m.any() for m in momentum_of(optimizer))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_g1_that_is_not_finite_gives_other_optimizers_zeros(
+    cls: type[SAM], variant: dict[str, Any], backend: str, value: float
+) -> None:
+    model, twin = linear(), linear()
+    base, options = ADAM
+    optimizer = cls(model.parameters(), base, backend=backend, **variant, **options)
+    alone = base(twin.parameters(), **options)
+    params = list(model.parameters())
+    before = snapshot(params)
+
+    set_gradients(params, 1)
+    params[1].grad[3] = value
+    optimizer.first_step()
+    assert unchanged(params, before)
+    set_gradients(params, 2)
+    optimizer.second_step()
+
+    for p in twin.parameters():
+        p.grad = torch.zeros_like(p)
+    alone.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_zero_g1_perturbs_nothing(
+    cls: type[SAM], variant: dict[str, Any], backend: str, dtype: torch.dtype
+) -> None:
+    model = linear(dtype)
+    optimizer = cls(two_groups(model), backend=backend, lr=0.5, **variant)
+    params = list(model.parameters())
+    before = snapshot(params)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.first_step()
+    assert unchanged(params, before)
+    grads = set_gradients(params, 0)
+    optimizer.second_step()
+    for p, old, g2 in zip(params, before, grads, strict=True):
+        # Both halves of u need g1: a zero magnitude, or a direction that is none.
+        u = g2 if cls is SAM else torch.zeros_like(g2)
+        expected = (old.double() - 0.5 * u.double()).to(dtype)
+        torch.testing.assert_close(p.detach(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_zero_g2(cls: type[SAM], variant: dict[str, Any], backend: str) -> None:
+    model = linear()
+    optimizer = cls(two_groups(model), backend=backend, lr=0.5, **variant)
+    params = list(model.parameters())
+    before = snapshot(params)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.second_step()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_norms_do_not_overflow(backend: str) -> None:
+    p = nn.Parameter(torch.zeros(64, dtype=torch.float16))
+    optimizer = SAM([p], rho=8.0, lr=0.1, backend=backend)
+    p.grad = torch.full_like(p, 60000.0)
+    optimizer.first_step()
+    assert torch.equal(p, torch.ones_like(p))
+
+
+# -- the perturbed set is the restored set ---------------------------------------------------------
+
+
+def lose(p: nn.Parameter) -> None:
+    p.grad = None
+
+
+def freeze(p: nn.Parameter) -> None:
+    p.grad = None
+    p.requires_grad_(False)
+
+
+@pytest.mark.parametrize("change", [lose, freeze])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_parameters_that_lose_their_gradient_are_restored(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    backend: str,
+    change: Callable[[nn.Parameter], None],
+) -> None:
+    """Restored, and left alone: no weight decay, no momentum."""
+    model = linear()
+    optimizer = cls(two_groups(model), base, backend=backend, **variant, **options)
+    params = list(model.parameters())
+    before = snapshot(params)
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.first_step()
+        assert not same_bits(params[2], before[2])
+        set_gradients(params, 100 + step)
+        change(params[2])
+        optimizer.second_step(zero_grad=True)
+        assert same_bits(params[2], before[2])
+    assert not optimizer.state.get(params[2])
+    others = [i for i in range(len(params)) if i != 2]
+    assert not any(same_bits(params[i], before[i]) for i in others)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_parameters_with_g2_only(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    backend: str,
+) -> None:
+    """SAM's u is g2; SAMDirection and SAMMagnitude have no u without g1."""
+    model, twin = linear(), linear()
+    optimizer = cls(two_groups(model), base, backend=backend, **variant, **options)
+    alone = base(twin.parameters(), **options)
+    params, twins = list(model.parameters()), list(twin.parameters())
+    before = snapshot(params)
+    for step in range(3):
+        at = snapshot(params[2:3])
+        set_gradients(params, step)
+        params[2].grad = None
+        optimizer.first_step()
+        assert unchanged(params[2:3], at)
+        grads = set_gradients(params, 100 + step)
+        optimizer.second_step(zero_grad=True)
+        twins[2].grad = grads[2]
+        alone.step()
+    if cls is SAM:
+        torch.testing.assert_close(params[2], twins[2])
+        assert not same_bits(params[2], before[2])
+    else:
+        assert same_bits(params[2], before[2])
+        assert not optimizer.state.get(params[2])
+
+
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_parameters_removed_and_added_between_the_steps(
+    cls: type[SAM], variant: dict[str, Any]
+) -> None:
+    model = linear()
+    optimizer = cls(two_groups(model), lr=0.1, **variant)
+    params = list(model.parameters())
+    before = snapshot(params)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    removed = optimizer.param_groups[1]["params"].pop()
+    late = parameter(1.0, 2.0)
+    optimizer.add_param_group({"params": [late]})
+    set_gradients([*params, late], 1)
+    optimizer.second_step()
+    assert removed is params[3] and same_bits(removed, before[3])
+    assert same_bits(late, torch.tensor([1.0, 2.0])) == (cls is not SAM)
+
+
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_gradients_replaced_between_the_steps(cls: type[SAM], variant: dict[str, Any]) -> None:
+    """What counts is `.grad` when a step is made, whoever put it there."""
+    results = []
+    for replace in (False, True):
+        model = linear()
+        optimizer = cls(two_groups(model), lr=0.1, **variant)
+        params = list(model.parameters())
+        set_gradients(params, 0)
+        optimizer.first_step()
+        if replace:
+            set_gradients(params, 77)
+            for p in params:
+                p.grad.zero_()
+        set_gradients(params, 1)
+        optimizer.second_step()
+        results.append(snapshot(params))
+    assert unchanged(results[0], results[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_a_cast_between_the_steps(
+    cls: type[SAM],
+    backend: str,
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    if backend == "native" and dtype is torch.float64:
+        pytest.skip("the compiled core has no float64, and says so")
+    model = linear()
+    optimizer = cls(model.parameters(), base, 0.5, backend=backend, **options)
+    before = [w.to(dtype) for w in snapshot(model.parameters())]
+    set_gradients(model.parameters(), 0)
+    optimizer.first_step()
+    model.to(dtype)
+    set_gradients(model.parameters(), 1)
+    with pytest.raises(RuntimeError, match=r"parameter .*of shape \(8, 4\) changed its .*dtype"):
+        optimizer.second_step()
+    assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+
+
+def test_another_layout_between_the_steps() -> None:
+    model = ConvNet()
+    optimizer = SAM(model.parameters(), lr=0.1, rho=0.5)
+    before = snapshot(model.parameters())
+    set_gradients(model.parameters(), 0)
+    optimizer.first_step()
+    model.to(memory_format=torch.channels_last)
+    set_gradients(model.parameters(), 1)
+    with pytest.raises(RuntimeError, match=r"parameter .*of shape .* changed its .*layout"):
+        optimizer.second_step()
+    assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+
+
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_another_dtype_or_layout_between_whole_steps(
+    cls: type[SAM], variant: dict[str, Any]
+) -> None:
+    """Nothing that is kept from step to step, momentum included, may be in the way."""
+    results = []
+    for dtype, layout in (
+        (torch.float32, torch.contiguous_format),
+        (torch.float64, torch.channels_last),
+    ):
+        model = ConvNet()
+        optimizer = cls(model.parameters(), rho=0.3, **SGD[1], **variant)
+        take_step(optimizer, 0)
+        model.to(memory_format=layout)
+        take_step(optimizer, 1)
+        model.to(dtype)
+        take_step(optimizer, 2)
+        take_step(optimizer, 3)
+        assert all(p.dtype is dtype for p in model.parameters())
+        results.append(snapshot(model.float().parameters()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_another_shape_between_the_steps(cls: type[SAM]) -> None:
+    """Its old values fit nowhere, but those of all other parameters come back."""
+    first, second = parameter(1.0, 2.0, 3.0), parameter(4.0)
+    optimizer = cls([first, second], rho=0.5, lr=0.1)
+    set_gradients([first, second], 0)
+    optimizer.first_step()
+    first.data = torch.zeros(2)
+    set_gradients([first, second], 1)
+    with pytest.raises(RuntimeError, match=r"parameter .*of shape \(2,\) changed its shape"):
+        optimizer.second_step()
+    assert second.item() == 4.0 and not optimizer.is_perturbed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [*BASES, pytest.param(torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.5}, id="AdamW")],
+)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_unused_parameters_are_untouched(
+    cls: type[SAM], base: type[torch.optim.Optimizer], options: dict[str, Any], backend: str
+) -> None:
+    model = linear()
+    unused = nn.Parameter(torch.randn(7))
+    frozen = nn.Parameter(torch.randn(7), requires_grad=False)
+    before = snapshot([unused, frozen])
+    groups = [*two_groups(model), {"params": [unused]}]
+    groups[0]["params"].append(frozen)
+    optimizer = cls(groups, base, backend=backend, **options)
+    for step in range(3):
+        set_gradients(model.parameters(), step)
+        optimizer.first_step()
+        assert unchanged([unused, frozen], before)
+        set_gradients(model.parameters(), 100 + step)
+        optimizer.second_step()
+        assert unchanged([unused, frozen], before)
+    assert unused not in optimizer.state and frozen not in optimizer.state
+    assert len(optimizer.state) == 4
+
+
+# -- the size of the perturbation ------------------------------------------------------------------
+
+
+def perturbation_of(optimizer: SAM, seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """w, g1 and e(w), each as one vector in float64."""
+    params = parameters_of(optimizer)
+    w = torch.cat([p.detach().double().flatten() for p in params])
+    g1 = torch.cat([g.double().flatten() for g in set_gradients(params, seed, scale)])
+    optimizer.first_step()
+    e = torch.cat([p.detach().double().flatten() for p in params]) - w
+    optimizer.restore()
+    return w, g1, e
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_size_of_the_perturbation(cls: type[SAM], backend: str, scale: float) -> None:
+    """||e(w)|| = rho over all groups together, whatever the size of the gradient."""
+    model = linear()
+    groups = [{"params": [p]} for p in model.parameters()]
+    optimizer = cls(groups, rho=2.0, lr=0.1, backend=backend)
+    _, g1, e = perturbation_of(optimizer, 0, scale)
+    # e is a difference of float32 numbers around 1, and eps = 1e-12 is added to the norm.
+    assert e.norm().item() == pytest.approx(2.0, rel=1e-6)
+    assert (e @ g1 / (e.norm() * g1.norm())).item() == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_size_of_the_adaptive_perturbation(cls: type[SAM], backend: str) -> None:
+    """||e(w) / |w||| = rho: ASAM's neighbourhood."""
+    model = linear()
+    groups = [{"params": [p]} for p in model.parameters()]
+    optimizer = cls(groups, rho=2.0, adaptive=True, lr=0.1, backend=backend)
+    w, g1, e = perturbation_of(optimizer, 0)
+    assert (e / w).norm().item() == pytest.approx(2.0, rel=1e-6)
+    torch.testing.assert_close(e, 2.0 * w**2 * g1 / (w * g1).norm(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_size_of_the_perturbation_with_a_rho_per_group(backend: str) -> None:
+    """Each group has its share of one norm, times its own rho; groups may differ in adaptive."""
+    params = list(linear().parameters())
+    groups = [
+        {"params": params[:2], "rho": 1.0},
+        {"params": params[2:3], "rho": 3.0},
+        {"params": params[3:], "rho": 2.0, "adaptive": True},
+    ]
+    optimizer = SAM(groups, lr=0.1, backend=backend)
+    w, g1, e = perturbation_of(optimizer, 0)
+    first, second, third = slice(0, 40), slice(40, 56), slice(56, 58)
+    norm = torch.cat([g1[first], g1[second], (w * g1)[third]]).norm()
+    torch.testing.assert_close(e[first].norm(), g1[first].norm() / norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(e[second].norm(), 3 * g1[second].norm() / norm, rtol=1e-6, atol=0)
+    expected = 2 * (w**2 * g1)[third].norm() / norm
+    torch.testing.assert_close(e[third].norm(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("second", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
+def test_one_norm_over_parameters_of_two_dtypes(backend: str, second: torch.dtype) -> None:
+    """|g1| = 5 over both: e = rho * g1 / 5, exactly. In the update, too."""
+    one, two = parameter(0.0, 0.0), parameter(0.0, 0.0, dtype=second)
+    optimizer = SAMMagnitude([one, two], rho=10.0, granularity="global", lr=1.0, backend=backend)
+    one.grad, two.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0], dtype=second)
+    optimizer.first_step()
+    assert one.tolist() == pytest.approx([6.0, 0.0], rel=1e-6)
+    assert two.tolist() == pytest.approx([0.0, 8.0], rel=1e-6)
+    one.grad, two.grad = torch.tensor([6.0, 0.0]), torch.tensor([8.0, 0.0], dtype=second)
+    optimizer.second_step()
+    assert one.tolist() == pytest.approx([-6.0, 0.0], rel=1e-6)
+    assert two.tolist() == pytest.approx([0.0, -8.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_maximizing_f_is_minimizing_minus_f(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    backend: str,
+) -> None:
+    results = []
+    for maximize in (False, True):
+        sign = 1 if maximize else -1
+        model = ConvNet()
+        optimizer = cls(
+            model.parameters(), base, 0.3, backend=backend, maximize=maximize, **variant, **options
+        )
+        for step in range(3):
+            x, y = images(step)
+            for make_step in (optimizer.first_step, optimizer.second_step):
+                (sign * cross_entropy(model(x), y)).backward()
+                make_step()
+            optimizer.zero_grad()
+        results.append(snapshot(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not unchanged(results[0], snapshot(ConvNet().parameters()))
+
+
+# -- parameters that share memory ------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_the_same_parameter_twice_in_a_group() -> None:
+    p = parameter(1.0, 2.0)
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] \(shape \(2,\)\) overlap"):
+        SAM([p, p], lr=0.1)
+
+
+def test_the_same_parameter_in_two_groups() -> None:
+    p = parameter(1.0, 2.0)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        SAM([{"params": [p]}, {"params": [p]}], lr=0.1)
+    optimizer = SAM([p], lr=0.1)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [p]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_overlapping_parameters(cls: type[SAM]) -> None:
+    storage = torch.randn(10)
+    first, second = nn.Parameter(storage[:6]), nn.Parameter(storage[5:])
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] .* overlap in memory"):
+        cls([first, second], lr=0.1)
+    optimizer = cls([first], lr=0.1)
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] .* overlap in memory"):
+        optimizer.add_param_group({"params": [second]})
+    assert len(optimizer.param_groups) == len(optimizer.base_optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [nn.Parameter(storage[6:])]})
+
+
+def test_a_parameter_that_overlaps_itself() -> None:
+    p = nn.Parameter(torch.zeros(1).expand(4))
+    with pytest.raises(ValueError, match=r"params\[0\] of parameter group 0 .* overlaps itself"):
+        SAM([p], lr=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tied_modules(backend: str) -> None:
+    """One parameter in two modules is one parameter, with the sum of both gradients."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    optimizer = SAM(model.parameters(), rho=1.0, lr=0.1, backend=backend)
+    assert len(parameters_of(optimizer)) == 3
+    _, _, e = perturbation_of(optimizer, 0)
+    assert e.norm().item() == pytest.approx(1.0, rel=1e-6)
+    take_step(optimizer, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_parameters_in_one_flat_buffer(
+    cls: type[SAM], variant: dict[str, Any], backend: str
+) -> None:
+    """Neighbours in memory, at any alignment, that do not overlap."""
+    flat = torch.randn(23)
+    views = [nn.Parameter(part) for part in flat.split([1, 5, 0, 9, 8])]
+    copies = [nn.Parameter(v.detach().clone()) for v in views]
+    for params in (views, copies):
+        optimizer = cls(params, rho=0.3, lr=0.1, momentum=0.9, backend=backend, **variant)
+        for step in range(3):
+            take_step(optimizer, step)
+    assert unchanged(views, copies)
+    assert same_bits(flat, torch.cat([p.detach() for p in copies]))
+
+
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_one_gradient_tensor_for_two_parameters(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+) -> None:
+    """Handled or refused: u must not silently be written twice to one tensor."""
+    results = []
+    for shared in (False, True):
+        params = [parameter(1.0, 2.0), parameter(3.0, 4.0)]
+        optimizer = cls(params, base, 0.1, **variant, **options)
+        for make_step, value in ((optimizer.first_step, 2.0), (optimizer.second_step, 3.0)):
+            grad = torch.tensor([value, -1.0])
+            for p in params:
+                p.grad = grad if shared else grad.clone()
+            try:
+                make_step()
+            except ValueError as error:
+                assert shared and "overlap" in str(error)
+                return
+        results.append(snapshot(params))
+    assert unchanged(results[0], results[1])
+
+
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_gradients_in_a_buffer_that_every_backward_overwrites(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+) -> None:
+    """DistributedDataParallel(gradient_as_bucket_view=True) does this. Handled or refused: g1 must
+    not silently become g2."""
+    results = []
+    for shared in (False, True):
+        params = [parameter(1.0, 2.0), parameter(3.0, 4.0)]
+        optimizer = cls(params, base, 0.1, **variant, **options)
+        bucket = torch.zeros(4)
+        for make_step, values in (
+            (optimizer.first_step, [1.0, -2.0, 3.0, 4.0]),
+            (optimizer.second_step, [4.0, 3.0, -2.0, 1.0]),
+        ):
+            bucket.copy_(torch.tensor(values))
+            for p, view in zip(params, bucket.split(2), strict=True):
+                p.grad = view if shared else view.clone()
+            try:
+                make_step()
+            except (RuntimeError, ValueError) as error:
+                assert shared and "grad" in str(error)
+                assert unchanged(params, [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])])
+                return
+        results.append(snapshot(params))
+    assert unchanged(results[0], results[1])
+
+
+# -- gradients and parameters of unusual kinds -----------------------------------------------------
+
+
+def test_sparse_gradients() -> None:
+    dense = nn.Linear(3, 2)
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = SAM([*dense.parameters(), embedding.weight], lr=0.1)
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    dense(embedding(torch.tensor([1, 3]))).sum().backward()
+    text = r"params\[2\]\.grad of parameter group 0 of shape \(5, 3\) is sparse.*sparse=False"
+    with pytest.raises(ValueError, match=text):
+        optimizer.first_step()
+    assert unchanged(params, before) and not optimizer.is_perturbed
+    with pytest.raises(ValueError, match=text):
+        optimizer.step(lambda: None)
+    assert unchanged(params, before) and not optimizer.is_perturbed
+
+
+def layouts(shape: tuple[int, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Ways to keep the same numbers in memory."""
+    return {
+        "contiguous": lambda t: t.contiguous(),
+        "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+        "offset": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
+    }
+
+
+LAYOUTS = layouts((4, 3, 2, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("second", LAYOUTS)
+@pytest.mark.parametrize("first", LAYOUTS)
+@pytest.mark.parametrize("of_parameter", ["contiguous", "channels_last", "offset"])
+def test_gradients_of_another_layout(
+    of_parameter: str, first: str, second: str, backend: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, *grads = (torch.randn(4, 3, 2, 2, generator=generator) for _ in range(5))
+    for cls, base, options in ((SAM, *SGD), (SAMDirection, *SGD), (SAMMagnitude, *ADAM)):
+        results = []
+        for layout, layout1, layout2 in (
+            (of_parameter, first, second),
+            ("contiguous", "contiguous", "contiguous"),
+        ):
+            p = nn.Parameter(LAYOUTS[layout](w.clone()))
+            stride = p.stride()
+            optimizer = cls([p], base, 0.3, backend=backend, **options)
+            for g1, g2 in (grads[:2], grads[2:]):
+                p.grad = LAYOUTS[layout1](g1.clone())
+                optimizer.first_step()
+                p.grad = LAYOUTS[layout2](g2.clone())
+                optimizer.second_step()
+            assert p.stride() == stride
+            results.append(p.detach())
+        # Sums of another order differ by roundings.
+        torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_expanded_gradients(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    backend: str,
+) -> None:
+    results = []
+    for expanded in (False, True):
+        params = [nn.Parameter(torch.arange(6.0).view(2, 3)), parameter(1.0, 2.0)]
+        optimizer = cls(params, base, 0.3, backend=backend, **variant, **options)
+        for make_step, value in ((optimizer.first_step, 2.0), (optimizer.second_step, -3.0)):
+            for p in params:
+                grad = torch.tensor(value).expand(p.shape)
+                p.grad = grad if expanded else grad.clone(memory_format=torch.contiguous_format)
+            make_step()
+        results.append(snapshot(params))
+    assert unchanged(results[0], results[1])
+
+
+@pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_parameters_with_gaps(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    backend: str,
+) -> None:
+    """Slices, here interleaved ones; what lies in the gaps is not touched."""
+    storage = torch.randn(4, 9)
+    start = storage.clone()
+    slices = [nn.Parameter(storage[:, i::3]) for i in (0, 1)]
+    copies = [nn.Parameter(s.detach().clone(memory_format=torch.contiguous_format)) for s in slices]
+    for params in (slices, copies):
+        optimizer = cls(params, base, 0.3, backend=backend, **variant, **options)
+        for step in range(3):
+            take_step(optimizer, step)
+    for s, c in zip(slices, copies, strict=True):
+        torch.testing.assert_close(s, c, rtol=2e-6, atol=2e-6)
+    assert same_bits(storage[:, 2::3], start[:, 2::3])
+    assert not torch.equal(storage[:, 0::3], start[:, 0::3])
+
+
+def test_parameters_with_gaps_and_the_compiled_core() -> None:
+    p = nn.Parameter(torch.zeros(4, 6)[:, ::2])
+    assert SAM([p], lr=0.1).backends == {"cpu float32": "foreach"}
+    with pytest.raises(RuntimeError, match=r'backend="native" cannot serve .*without gaps'):
+        SAM([p], lr=0.1, backend="native")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_empty_and_scalar_parameters(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    backend: str,
+) -> None:
+    empty, scalar = nn.Parameter(torch.zeros(3, 0)), nn.Parameter(torch.tensor(2.0))
+    optimizer = cls([empty, scalar], base, 0.5, backend=backend, **variant, **options)
+    empty.grad, scalar.grad = torch.zeros(3, 0), torch.tensor(-3.0)
+    optimizer.first_step()
+    assert scalar.item() == pytest.approx(1.5)
+    empty.grad, scalar.grad = torch.zeros(3, 0), torch.tensor(-4.0)
+    optimizer.second_step()
+    assert scalar.item() > 2.0 and empty.shape == (3, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_but_empty_parameters(backend: str) -> None:
+    p = nn.Parameter(torch.zeros(0))
+    optimizer = SAMMagnitude([p], lr=0.1, momentum=0.9, granularity="global", backend=backend)
+    for _ in range(2):
+        p.grad = torch.zeros(0)
+        optimizer.first_step()
+        p.grad = torch.zeros(0)
+        optimizer.second_step()
+    assert p.shape == (0,)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch has gradients of one dtype only"
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("step", ["first_step", "second_step"])
+def test_gradients_of_another_dtype(step: str, backend: str) -> None:
+    """Either they are understood or they are refused; never are their bytes misread."""
+    p = parameter(1.0, 1.0, 1.0, dtype=torch.bfloat16)
+    p.grad_dtype = None  # "any"
+    optimizer = SAM([p], rho=3.0**0.5, lr=1.0, backend=backend)
+    if step == "second_step":
+        p.grad = torch.ones(3, dtype=torch.bfloat16)
+        optimizer.first_step()
+    p.grad = torch.ones(3, dtype=torch.float32)
+    try:
+        getattr(optimizer, step)()
+    except (TypeError, ValueError) as error:
+        assert "grad" in str(error)
+        expected = 1.0
+    else:
+        expected = 2.0 if step == "first_step" else 0.0
+    assert p.tolist() == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e5m2], ids=str
+)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_dtypes_that_are_not_supported(cls: type[SAM], dtype: torch.dtype) -> None:
+    good = parameter(1.0)
+    bad = nn.Parameter(torch.zeros(3).to(dtype), requires_grad=False)
+    with pytest.raises(TypeError, match=rf"params\[1\] of parameter group 0 .* is {dtype}: give"):
+        cls([good, bad], lr=0.1)
+
+
+def test_sparse_parameters() -> None:
+    p = nn.Parameter(torch.eye(3).to_sparse())
+    with pytest.raises(ValueError, match=r"params\[0\] of parameter group 0 .* is sparse"):
+        SAM([p], lr=0.1)
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"rho": -0.1}, ValueError, r"rho=-0\.1: give a finite number >= 0"),
+        ({"rho": float("nan")}, ValueError, "rho=nan"),
+        ({"rho": float("inf")}, ValueError, "rho=inf"),
+        ({"rho": "0.1"}, TypeError, "rho is str"),
+        ({"rho": None}, TypeError, "rho is NoneType"),
+        ({"rho": True}, TypeError, "rho is bool"),
+        ({"rho": torch.tensor(0.1)}, TypeError, "rho is Tensor"),
+        ({"adaptive": 1}, TypeError, "adaptive is int"),
+        ({"adaptive": "yes"}, TypeError, "adaptive is str"),
+        ({"backend": "cuda"}, ValueError, "backend='cuda': give one of 'auto', 'native'"),
+        ({"backend": None}, ValueError, "backend=None"),
+        ({"base_optimizer": "SGD"}, TypeError, "base_optimizer is 'SGD': give a class"),
+        ({"base_optimizer": nn.Linear}, TypeError, "base_optimizer is .*Linear.*: give a class"),
+        ({"lr": -1.0}, ValueError, "learning rate: -1.0"),
+        ({"momentum": -1.0}, ValueError, "momentum value: -1.0"),
+        ({"nesterov": True}, ValueError, "Nesterov"),
+    ],
+)
+def test_bad_arguments_are_named(
+    cls: type[SAM], options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        cls([parameter(1.0)], **{"lr": 0.1, **options})
+
+
+@pytest.mark.parametrize("cls", [SAMDirection, SAMMagnitude])
+@pytest.mark.parametrize("granularity", ["layer", "Element", "", None, 3])
+def test_bad_granularity(cls: type[SAMDirection], granularity: Any) -> None:
+    text = "granularity=.*: give one of 'element', 'tensor', 'global'"
+    with pytest.raises(ValueError, match=text):
+        cls([parameter(1.0)], lr=0.1, granularity=granularity)
+
+
+def test_base_optimizer_as_an_instance() -> None:
+    p = parameter(1.0)
+    with pytest.raises(TypeError, match=r"(?s)base_optimizer is SGD .*: give a class such as"):
+        SAM([p], torch.optim.SGD([p], lr=0.1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "text"),
+    [
+        ([], ValueError, "empty parameter list"),
+        (torch.zeros(3), TypeError, "params argument"),
+        ([torch.zeros(3, requires_grad=True) * 2], ValueError, "non-leaf"),
+        ([3.0], TypeError, "can only optimize Tensors"),
+        ([{"params": [parameter(1.0)], "rho": -1.0}], ValueError, "rho=-1.0 of parameter group 0"),
+    ],
+)
+def test_bad_params(params: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        SAM(params, lr=0.1)
+
+
+# -- autograd, copies ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("moment", ["first_step", "restore", "second_step"])
+@pytest.mark.parametrize(("base", "options"), BASES)
+def test_a_retained_graph_notices_that_weights_were_overwritten(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], moment: str, backend: str
+) -> None:
+    """Autograd saved the weights of the forward pass; with others, backward would be wrong."""
+    model = linear()
+    optimizer = SAM(model.parameters(), base, 0.5, backend=backend, **options)
+    x = torch.ones(2, 4)
+
+    def loss() -> Tensor:
+        return model(x).square().sum()
+
+    old_loss = loss()
+    old_loss.backward(retain_graph=True)
+    optimizer.first_step()
+    if moment != "first_step":
+        old_loss = loss()
+        old_loss.backward(retain_graph=True)
+        getattr(optimizer, moment)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old_loss.backward()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
+    ids=["deepcopy", "pickle"],
+)
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_copies_step_identically_and_independently(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    duplicate: Callable[[Any], Any],
+    backend: str,
+) -> None:
+    model = linear()
+    optimizer = cls(
+        two_groups(model), base, backend=backend, track_statistics=True, **variant, **options
+    )
+    take_step(optimizer, 0)
+    twin_model, twin = duplicate((model, optimizer))
+    assert type(twin) is cls and twin.backends == optimizer.backends
+    assert twin.base_optimizer is not optimizer.base_optimizer
+    assert twin.param_groups is twin.base_optimizer.param_groups
+    assert twin.state is twin.base_optimizer.state
+    own = {id(p) for p in twin_model.parameters()}
+    assert {id(p) for p in parameters_of(twin)} == own
+    before = snapshot(twin_model.parameters())
+    for step in (1, 2):
+        take_step(optimizer, step)
+    assert unchanged(twin_model.parameters(), before), "the copy has weights of its own"
+    for step in (1, 2):
+        take_step(twin, step)
+    assert unchanged(twin_model.parameters(), snapshot(model.parameters()))
+    assert twin.statistics is not None and optimizer.statistics is not None
+    assert unchanged(twin.statistics, optimizer.statistics)
