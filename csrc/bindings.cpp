@@ -194,7 +194,8 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   });
   m.def("perturb", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
                       const Addresses& params, const Addresses& grads, const Addresses& old_params,
-                      std::uintptr_t norm, float rho, float eps, bool adaptive) {
+                      std::uintptr_t norm, float rho, float eps, bool adaptive,
+                      std::optional<py::list> journal) {
     const Shapes shapes(numel, dtype, *target.ops);
     const PerturbArgs args = {shapes.tensors(),
                               shapes.List("params", params),
@@ -204,8 +205,12 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                               rho,
                               eps,
                               adaptive};
-    py::gil_scoped_release release;
-    target.ops->perturb(args, target.execution);
+    {
+      py::gil_scoped_release release;
+      target.ops->perturb(args, target.execution);
+    }
+    // Here, where no signal handler of Python can come between: see contract.Backend.perturb_.
+    if (journal) journal->append(true);
   });
   m.def("restore", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
                       const Addresses& params, const Addresses& old_params) {

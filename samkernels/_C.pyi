@@ -65,6 +65,7 @@ def perturb(
     rho: float,
     eps: float,
     adaptive: bool,
+    journal: list[bool] | None,
 ) -> None: ...
 def restore(
     target: Target, numel: list[int], dtype: DType, params: list[int], old_params: list[int]

@@ -29,7 +29,7 @@ def main() -> None:
 
 def _core() -> str:
     if native.IMPORT_ERROR is not None:
-        return f"none ({native.IMPORT_ERROR})"
+        return "none"
     info = native.build_info()
     openmp = f"OpenMP {info['openmp']}" if info["openmp"] else "no OpenMP (one thread)"
     cuda = f"CUDA {info['cuda']} for {info['cuda_archs']}" if info["cuda"] else "no CUDA"

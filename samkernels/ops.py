@@ -114,6 +114,7 @@ def perturb_(
     adaptive: bool = False,
     maximize: bool = False,
     eps: float = 1e-12,
+    journal: list[bool] | None = None,
     backend: str = "auto",
     validate: bool = True,
 ) -> Tensor:
@@ -129,6 +130,8 @@ def perturb_(
         norm: n, if it is known or spans more than these tensors; shape (), on their device.
         maximize: move to w - e(w): the neighbour that is worst for an objective that is maximized.
         eps: added to n, in the units of n.
+        journal: True is appended once old_params holds w and parameters may have moved: after an
+            interrupt (Ctrl-C) an empty journal says that nothing has to be restored.
 
     Returns:
         n: shape (), on the parameters' device.
@@ -153,7 +156,14 @@ def perturb_(
         _check_norm("norm", norm, params, ())
     signed_rho = -rho if maximize else rho
     chosen.perturb_(
-        params, grads, old_params, norm=norm, rho=signed_rho, adaptive=adaptive, eps=eps
+        params,
+        grads,
+        old_params,
+        norm=norm,
+        rho=signed_rho,
+        adaptive=adaptive,
+        eps=eps,
+        journal=journal,
     )
     return norm
 
@@ -274,11 +284,14 @@ def sgd_(
 
     Source: torch.optim.SGD.
     """
-    for name, value in (("momentum", momentum), ("weight_decay", weight_decay), ("lr", lr)):
-        _check_non_negative(name, value)
-    _check_number("dampening", dampening)
-    if nesterov and (momentum == 0 or dampening != 0):
-        raise ValueError("nesterov=True: momentum must be above 0 and dampening 0")
+    check_sgd_options(
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+    )
     if momentum != 0 and momentum_buffers is None:
         raise ValueError(f"momentum={momentum}: give momentum_buffers, one per parameter")
     lists = {"params": params, "old_params": old_params, "grads": grads}
@@ -347,6 +360,26 @@ def gradient_statistics(
         sums[4] / numel,
     )
     return GradientStatistics(*(value.float() for value in statistics))
+
+
+def check_sgd_options(
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """Raise TypeError or ValueError unless these are hyperparameters of SGD."""
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay), ("lr", lr)):
+        _check_non_negative(name, value)
+    _check_number("dampening", dampening)
+    for name, flag in (("nesterov", nesterov), ("maximize", maximize)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {type(flag).__name__}: give True or False")
+    if nesterov and (momentum == 0 or dampening != 0):
+        raise ValueError("nesterov=True: momentum must be above 0 and dampening 0")
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -23,7 +23,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "no affine": lambda: nn.BatchNorm2d(4, affine=False),
     "momentum 1": lambda: nn.BatchNorm2d(4, momentum=1.0),
     "no statistics": lambda: nn.BatchNorm2d(4, track_running_stats=False),
-    "instance norm": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
     "instance norm without statistics": lambda: nn.InstanceNorm2d(4),
     "3d": lambda: nn.Sequential(nn.Unflatten(3, (1, 5)), nn.BatchNorm3d(4)),
     "1d": lambda: nn.Sequential(nn.Flatten(2), nn.BatchNorm1d(4)),

@@ -1,4 +1,4 @@
-"""The benchmarks compare equals: every candidate's SAM step moves the parameters to the same place."""
+"""The benchmarks compare equals: every candidate moves the parameters to the same place."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Configuration: files, flags, errors."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,3 +119,17 @@ def test_study_errors() -> None:
         study_configs({"runs": [{"rhoo": 1}]}, "s", {})
     with pytest.raises(ConfigError, match="two runs of the same name"):
         study_configs({"runs": [{"seed": 1}, {"seed": 2}]}, "s", {})
+
+
+@pytest.mark.parametrize(
+    ("study", "says"),
+    [
+        ({"runs": [3]}, "list of runs"),
+        ({"runs": [None]}, "list of runs"),
+        ({"runs": [{}], "common": [1]}, "common of broken.yaml"),
+        ({"runs": [{}], "text": 5}, "text of broken.yaml"),
+    ],
+)
+def test_broken_study_is_an_error_before_any_run(study: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        study_configs(study, "broken", {})

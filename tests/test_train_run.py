@@ -313,7 +313,7 @@ def test_progress_on_a_terminal_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -
                 bar.update(done, 1, 0.5, 0.25, 0.75, 1234.0)
         outputs.append(console.file.getvalue())  # type: ignore[attr-defined]
     for output in outputs:
-        assert "loss 0.500  acc 25.0%  val 75.0%  1,234 img/s" in output
+        assert "loss 0.500 acc 25.0% val 75.0% 1234/s" in output
     # Every 10 s at steps of 3 s: the 4th, 8th, ..., 20th.
     assert "\x1b" in outputs[0] and "\x1b" not in outputs[1]
     assert outputs[1].count("\n") == 5
@@ -350,3 +350,10 @@ def test_quickstart_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(result["figures"]["lambda_max"] is None for result in content["runs"])
     assert {result["config"]["label_noise"] for result in content["runs"]} == {0.2}
     assert all(result["figures"]["timed_steps"] == 0 for result in content["runs"][1:])
+
+
+def test_last_batch_of_one_image_is_refused(tmp_path: Path) -> None:
+    # 1000 = 27 * 37 + 1
+    config = Config(dataset="digits", model="resnet_small", batch_size=27, output_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="batch_size=27 leaves a last batch of one image"):
+        run.Training(config)

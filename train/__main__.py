@@ -39,6 +39,9 @@ def guarded(command: Callable[[Sequence[str]], int]) -> int:
     except DriverError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -239,7 +239,7 @@ def _cifar100(data_root: str) -> Dataset:
             raise DataError(
                 f"CIFAR-100 is not in '{data_root}' and could not be downloaded ({reason}): "
                 "connect to the network, or pass --data_root=DIR where DIR holds the unpacked "
-                "folder cifar-100-python, or train on the embedded data with --dataset=digits"
+                "folder cifar-100-python; `python -m train.study quickstart` needs no download"
             ) from None
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
         return Split(images, torch.tensor(part.targets))

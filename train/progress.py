@@ -25,8 +25,9 @@ class RunProgress:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
+                # 80 columns hold the longest name with this.
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=8),
                 TextColumn("{task.fields[state]}"),
                 TimeRemainingColumn(),
                 console=console,
@@ -57,10 +58,10 @@ class RunProgress:
         images_per_second: float,
     ) -> None:
         """Show the state after `done` steps of the run; accuracies as shares."""
-        state = f"epoch {epoch}/{self._epochs}  loss {loss:.3f}  acc {100 * accuracy:.1f}%"
+        state = f"{epoch}/{self._epochs} loss {loss:.3f} acc {100 * accuracy:.1f}%"
         if val_accuracy is not None:
-            state += f"  val {100 * val_accuracy:.1f}%"
-        state += f"  {images_per_second:,.0f} img/s"
+            state += f" val {100 * val_accuracy:.1f}%"
+        state += f" {images_per_second:.0f}/s"
         if self._bar:
             self._bar.update(self._task, completed=done, state=state)
             return

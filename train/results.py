@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -42,15 +41,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Whoever reads `path` finds the old file or the new one, never a part.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Not by tempfile, which would leave the result readable by its owner only.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -102,7 +102,7 @@ def print_table(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
     """The same on the console."""
     table = Table()
     for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
     for result in results:
         table.add_row(*row(result))
     console.print(table)

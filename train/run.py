@@ -128,6 +128,12 @@ class Training:
                 self.optimizer,
                 lambda params: build_optimizer(params, config, backend="reference"),
             )
+        if len(self.dataset.train) % config.batch_size == 1:
+            raise ConfigError(
+                f"batch_size={config.batch_size} leaves a last batch of one image, which batch "
+                f"normalisation cannot take: allowed is what does not divide "
+                f"{len(self.dataset.train)} with rest 1; nearest {config.batch_size + 1}"
+            )
         self.steps_per_epoch = math.ceil(len(self.dataset.train) / config.batch_size)
         self.done = 0
         self.val_accuracy: float | None = None

@@ -29,13 +29,18 @@ def study_configs(
     """
     check_keys(flags, "the command line")
     folder = Path(flags.pop("output_dir", f"runs/{name}"))
-    runs = study.get("runs")
-    if not isinstance(runs, list) or not runs:
-        raise ConfigError(f"{name}.yaml must hold 'runs', a list of runs")
+    runs, common = study.get("runs"), study.get("common", {})
+    if not isinstance(runs, list) or not runs or not all(isinstance(r, dict) for r in runs):
+        raise ConfigError(f"{name}.yaml must hold 'runs', a list of runs with 'key: value' lines")
+    if not isinstance(common, dict):
+        raise ConfigError(f"common of {name}.yaml must hold 'key: value' lines")
+    for key in ("title", "text"):
+        if not isinstance(study.get(key, ""), str):
+            raise ConfigError(f"{key} of {name}.yaml must be text")
     configs = []
     for number, own in enumerate(runs, 1):
         layers = [
-            (f"common of {name}.yaml", study.get("common", {})),
+            (f"common of {name}.yaml", common),
             (f"run {number} of {name}.yaml", own),
             ("the command line", flags),
         ]

@@ -81,7 +81,10 @@ class Backend(Protocol):
         rho: float,
         adaptive: bool,
         eps: float,
-    ) -> None: ...
+        journal: list[bool] | None,
+    ) -> None:
+        """Appends True to the journal when all of old_params holds w: before the first parameter
+        moves, or in one go with that. Whoever is interrupted knows then whether to restore."""
 
     def restore_(self, params: TensorList, old_params: TensorList) -> None: ...
 

@@ -36,8 +36,11 @@ def perturb_(
     rho: float,
     adaptive: bool,
     eps: float,
+    journal: list[bool] | None,
 ) -> None:
     torch._foreach_copy_(old_params, params)
+    if journal is not None:
+        journal.append(True)
     w, direction = _wide(params), _wide(grads)
     if adaptive:
         direction = torch._foreach_mul(torch._foreach_mul(w, w), direction)

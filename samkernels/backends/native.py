@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +23,12 @@ try:
 
     IMPORT_ERROR: str | None = None
 except ImportError as error:
-    IMPORT_ERROR = f"the compiled core could not be imported: {error}"
+    IMPORT_ERROR = f"the compiled core could not be imported ({error})"
+    if (Path(__file__).parents[2] / "CMakeLists.txt").exists():
+        IMPORT_ERROR = (
+            "these are the sources, without a compiled core: pip install -e . builds it here; what "
+            "pip install . built is imported from any other folder"
+        )
     DTYPES = {}
 else:
     DTYPES = {
@@ -88,6 +94,7 @@ def perturb_(
     rho: float,
     adaptive: bool,
     eps: float,
+    journal: list[bool] | None,
 ) -> None:
     with _target(params[0].device) as target:
         _C.perturb(
@@ -101,6 +108,7 @@ def perturb_(
             rho,
             eps,
             adaptive,
+            journal,
         )
     _mark_written(params, old_params)
 

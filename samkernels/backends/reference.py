@@ -38,13 +38,17 @@ def perturb_(
     rho: float,
     adaptive: bool,
     eps: float,
+    journal: list[bool] | None,
 ) -> None:
+    for w, old in zip(params, old_params, strict=True):
+        old.copy_(w)
+    if journal is not None:
+        journal.append(True)
     # A zero norm has no direction, a non-finite one would put nan into every weight.
     perturbs = (norm > 0) & norm.isfinite()
     # rho as a tensor: PyTorch divides a number by a tensor with a reciprocal, an ulp off.
     scale = torch.full_like(norm, rho) / (norm + eps)
-    for w, g, old in zip(params, grads, old_params, strict=True):
-        old.copy_(w)
+    for w, g in zip(params, grads, strict=True):
         direction = _wide(w) * _wide(w) * _wide(g) if adaptive else _wide(g)
         w.copy_(torch.where(perturbs, _wide(w) + scale * direction, _wide(w)))
 

@@ -76,11 +76,20 @@ class Bucket:
 class Perturbation:
     """What the second step, or a restore, needs to know of the first one."""
 
+    buckets: list[Bucket] = field(default_factory=list)  # of the first step, without gradients
+    journals: list[list[bool]] = field(default_factory=list)  # one per bucket: has it moved?
     slots: dict[Tensor, Slot] = field(default_factory=dict)  # exactly the parameters that moved
     first_grads: dict[Tensor, Tensor] = field(default_factory=dict)  # empty if nobody reads g1
     ascent_norm: Tensor | None = None  # n
     first_norm: Tensor | None = None  # n1 over all parameters, if a granularity needs it
     first_norms_per_tensor: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """After an interrupt in the first step: take in the buckets that had moved by then."""
+        for bucket, journal in zip(self.buckets, self.journals, strict=False):
+            if journal:
+                self.slots.update(zip(bucket.params, bucket.slots, strict=True))
+        self.buckets.clear()
 
     def first_norm_per_tensor(self, params: list[Tensor]) -> Tensor | None:
         """n1 of each parameter, if the first step had just this list."""
@@ -141,16 +150,23 @@ class Slots:
 
 
 def fits(tensor: Tensor, p: Tensor) -> bool:
-    """Whether a tensor can stand beside p in a list: dtype, device, size and order in memory."""
-    if tensor.dtype is not p.dtype or tensor.device != p.device:
+    """Whether a tensor can stand beside p in a list: dtype, device, shape and order in memory."""
+    if tensor.dtype is not p.dtype or tensor.device != p.device or tensor.shape != p.shape:
         return False
-    # The usual case first: comparing shapes and strides builds tuples, and this is asked five times
-    # per parameter and step.
-    if tensor.is_contiguous() and p.is_contiguous():
-        return tensor.numel() == p.numel()
-    return tensor.shape == p.shape and (ops.same_layout(tensor, p) or not ops.is_dense(p))
+    if tensor.is_contiguous() and p.is_contiguous():  # the usual case, and cheaper than strides
+        return True
+    return ops.same_layout(tensor, p) or not ops.is_dense(p)
 
 
 def laid_out_like(p: Tensor, tensor: Tensor) -> Tensor:
-    """A copy with the dtype, device and layout of p."""
+    """A copy with the dtype, device and layout of p.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if tensor.shape != p.shape:
+        raise ValueError(
+            f"a gradient or momentum buffer has shape {tuple(tensor.shape)} and its parameter has "
+            f"{tuple(p.shape)}: give it the parameter's shape"
+        )
     return torch.empty_like(p, requires_grad=False).copy_(tensor)

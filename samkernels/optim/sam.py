@@ -140,18 +140,20 @@ class SAM(Optimizer):
             )
         perturbation = self._measure(buckets)
         keeps_first_grads = self._rule != "sam" or self.track_statistics
-        self._perturbation = perturbation
         try:
+            self._perturbation = perturbation
             for bucket in buckets:
                 self._perturb(bucket, perturbation)
                 if keeps_first_grads:
-                    perturbation.first_grads.update(zip(bucket.params, bucket.grads, strict=True))
+                    # The memory of a view is somebody else's, who may use it for g2: DDP's buckets.
+                    kept = [g.clone() if g._is_view() else g for g in bucket.grads]
+                    perturbation.first_grads.update(zip(bucket.params, kept, strict=True))
+            for bucket in buckets:
+                for p in bucket.params:
+                    p.grad = None
         except BaseException:
             self.restore()
             raise
-        for bucket in buckets:
-            for p in bucket.params:
-                p.grad = None
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Bring w back and step the base optimizer from it: step(), after first_step().
@@ -167,7 +169,11 @@ class SAM(Optimizer):
             raise RuntimeError(
                 "second_step was called without first_step: call first_step() before it"
             )
-        self.step()  # not _second_step(): schedulers, hooks and scalers watch step()
+        try:
+            self.step()  # not _second_step(): schedulers and hooks watch step()
+        except BaseException:
+            self.restore()  # a hook may have failed before step() had a chance to
+            raise
         if zero_grad:
             self.zero_grad()
 
@@ -185,8 +191,8 @@ class SAM(Optimizer):
             no gradients.
 
         Raises:
-            RuntimeError: no first step was made and there is no closure; or see first_step and
-                second_step.
+            RuntimeError: no first step was made and there is no closure; the closure made a step
+                of its own; or see first_step and second_step. The weights are restored.
         """
         if closure is None:
             if self._perturbation is None:
@@ -203,21 +209,36 @@ class SAM(Optimizer):
                 "without closure, or leave first_step out"
             )
         loss = None
-        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
-            with torch.enable_grad():
-                loss = closure()
-        with self.perturbed(), torch.enable_grad():
-            closure()
-        self._second_step()
-        self.zero_grad()
+        try:
+            if all(p.grad is None for p in self._all_params()):
+                with torch.enable_grad():
+                    loss = closure()
+            with self.perturbed(), torch.enable_grad():
+                closure()
+            self._second_step()
+        finally:
+            # After a failure too: what the closure left would be taken for g1 by the next step.
+            self.zero_grad()
+            self.restore()
         return loss
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo first_step, if it was called: w comes back bit for bit, g1 is dropped."""
-        perturbation, self._perturbation = self._perturbation, None
-        if perturbation is not None:
+        """Undo first_step, if it was called: w comes back bit for bit, g1 is dropped.
+
+        Raises:
+            RuntimeError: a parameter cannot be restored, since its memory was freed or its shape
+                is another one now. All others are restored.
+        """
+        perturbation = self._perturbation
+        if perturbation is None:
+            return
+        perturbation.settle()
+        try:
             self._restore(perturbation.slots)
+        finally:
+            if not perturbation.slots:
+                self._perturbation = None
 
     @contextlib.contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -228,8 +249,8 @@ class SAM(Optimizer):
                 loss_fn(model(x), y).backward()
             optimizer.step()
         """
-        self.first_step()
         try:
+            self.first_step()
             yield
         except BaseException:
             self.restore()
@@ -299,7 +320,15 @@ class SAM(Optimizer):
                 range.
         """
         self._require_unperturbed("load_state_dict")
-        for i, group in enumerate(state_dict["param_groups"]):
+        try:
+            groups, _ = list(state_dict["param_groups"]), dict(state_dict["state"])
+            _ = [dict(group)["params"] for group in groups]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                "state_dict is no optimizer's: give what state_dict() returned, with 'state' and "
+                "'param_groups'"
+            ) from None
+        for i, group in enumerate(groups):
             _check_options(group, f" of parameter group {i} in state_dict")
         self._check_state(state_dict)
         super().load_state_dict(state_dict)
@@ -333,12 +362,17 @@ class SAM(Optimizer):
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for i, (index, p) in enumerate(zip(saved, self._all_params(), strict=False)):
-            buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
-            if isinstance(buffer, Tensor) and buffer.shape != p.shape:
+            state = state_dict["state"].get(index, {})
+            if not isinstance(state, dict):
+                raise ValueError(f"state_dict: the state of parameter {i} is no dict")
+            buffer = state.get("momentum_buffer")
+            if buffer is None:
+                continue
+            if not isinstance(buffer, Tensor) or buffer.shape != p.shape:
+                shape = tuple(buffer.shape) if isinstance(buffer, Tensor) else None
                 raise ValueError(
-                    f"state_dict: the momentum_buffer of parameter {i} has shape "
-                    f"{tuple(buffer.shape)} and the parameter has {tuple(p.shape)}: load the "
-                    "checkpoint of the same model"
+                    f"state_dict: the momentum_buffer of parameter {i} has shape {shape} and the "
+                    f"parameter has {tuple(p.shape)}: load the checkpoint of the same model"
                 )
 
     def _all_params(self) -> list[Tensor]:
@@ -364,6 +398,9 @@ class SAM(Optimizer):
         return perturbation
 
     def _perturb(self, bucket: Bucket, perturbation: Perturbation) -> None:
+        journal: list[bool] = []
+        perturbation.journals.append(journal)
+        perturbation.buckets.append(bucket)
         ops.perturb_(
             bucket.params,
             bucket.grads,
@@ -372,23 +409,42 @@ class SAM(Optimizer):
             norm=bucket.bring(perturbation.ascent_norm),
             adaptive=bucket.group["adaptive"],
             maximize=bucket.group.get("maximize", False),
+            journal=journal,
             **bucket.options,
         )
         perturbation.slots.update(zip(bucket.params, bucket.slots, strict=True))
 
     def _restore(self, slots: dict[Tensor, Slot]) -> None:
+        """Restores and removes what is in `slots`; what may be restored later stays in there."""
         lists: dict[tuple[Place, str], list[Tensor]] = {}
+        lost = []
         for p, slot in slots.items():
+            if p.shape != slot.old.shape or (p.data_ptr() == 0 and p.numel() > 0):
+                lost.append(p)
+                continue
             # A parameter that was cast or laid out anew in between still gets its values back.
             backend = slot.place.backend if fits(slot.old, p) else "foreach"
             lists.setdefault((slot.place, backend), []).append(p)
         for (_, backend), params in lists.items():
             old_params = [slots[p].old for p in params]
             ops.restore_(params, old_params, backend=backend, validate=False)
+        freed = {p: slots[p] for p in lost if p.shape == slots[p].old.shape}
+        slots.clear()
+        slots.update(freed)
+        if lost:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(lost[0].shape)} changed its shape or lost its memory "
+                f"between first_step and second_step: {len(lost)} parameters cannot be restored. "
+                "All others were; if the memory comes back, call restore() again."
+            )
 
     def _second_step(self) -> None:
         perturbation = self._perturbation
-        assert perturbation is not None
+        if perturbation is None:
+            raise RuntimeError(
+                "the closure made a step or a restore of its own: leave step(), second_step() and "
+                "restore() out of it"
+            )
         try:
             self._finish(perturbation)
         except BaseException:
@@ -411,6 +467,16 @@ class SAM(Optimizer):
                         "or layout between first_step and second_step. The weights were restored."
                     )
 
+        for bucket in buckets:
+            for p, grad in zip(bucket.params, bucket.grads, strict=True):
+                first = perturbation.first_grads.get(p)
+                if first is not None and first.numel() > 0 and first.data_ptr() == grad.data_ptr():
+                    raise RuntimeError(
+                        f"the second gradient of a parameter of shape {tuple(p.shape)} was written "
+                        "over the first one, whose memory first_step took over: let backward make "
+                        "a new .grad. The weights were restored."
+                    )
+
         # Without g1 there is nothing to recombine: like torch.optim without a gradient, leave the
         # parameter alone.
         has_both = perturbation.first_grads.__contains__
@@ -424,12 +490,17 @@ class SAM(Optimizer):
 
         done = {p for bucket in updated for p in bucket.params}
         if all(self._is_fused(bucket.group) for bucket in updated):
+            # Of all groups, so that a wrong one is found before the first is updated.
+            hyperparameters = [_sgd_options(bucket.group) for bucket in updated]
             if len(done) < len(perturbation.slots) or not done.issuperset(perturbation.slots):
-                self._restore({p: s for p, s in perturbation.slots.items() if p not in done})
-            for bucket in updated:
-                self._update_with_sgd(bucket, perturbation, second_norm)
+                rest = {p: s for p, s in perturbation.slots.items() if p not in done}
+                self._restore(rest)
+            for bucket, options in zip(updated, hyperparameters, strict=True):
+                self._update_with_sgd(bucket, options, perturbation, second_norm)
         else:
-            self._restore(perturbation.slots)
+            for bucket in updated:
+                ops.check_disjoint(".grad of the parameters", bucket.grads)  # u goes in there
+            self._restore(dict(perturbation.slots))
             for bucket in updated:
                 options = self._recombination(bucket, perturbation, second_norm)
                 ops.recombine_(bucket.grads, **options, **bucket.options)
@@ -463,12 +534,12 @@ class SAM(Optimizer):
         return options
 
     def _update_with_sgd(
-        self, bucket: Bucket, perturbation: Perturbation, second_norm: Tensor | None
+        self,
+        bucket: Bucket,
+        hyperparameters: dict[str, Any],
+        perturbation: Perturbation,
+        second_norm: Tensor | None,
     ) -> None:
-        group = bucket.group
-        names = ("lr", "momentum", "dampening", "weight_decay")
-        hyperparameters: dict[str, Any] = {name: float(group[name]) for name in names}
-        hyperparameters |= {name: group[name] for name in ("nesterov", "maximize")}
         if hyperparameters["momentum"] == 0:
             parts = [(bucket, False)]
         else:
@@ -535,6 +606,16 @@ class SAM(Optimizer):
             old_params = [slot.old for slot in bucket.slots]
             weight_norms.append(ops.norms(old_params, **bucket.options).total)
         return ops.gradient_statistics(comparisons, weight_norms)
+
+
+def _sgd_options(group: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name in ("lr", "momentum", "dampening", "weight_decay"):
+        value = group[name]
+        options[name] = value.item() if isinstance(value, Tensor) else value
+    options |= {name: group[name] for name in ("nesterov", "maximize")}
+    ops.check_sgd_options(**options)
+    return options
 
 
 def _select(buckets: list[Bucket], keep: Callable[[Tensor], bool]) -> list[Bucket]:

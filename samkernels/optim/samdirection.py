@@ -15,16 +15,15 @@ class SAMDirection(SAM):
     one at w.
 
     granularity "element":  u = |g1| * sign(g2), with sign(0) = 0
-    "tensor", "global":     u = n1 / (n2 + 1e-12) * g2, with L2 norms n1 of g1 and n2 of g2, per
-    tensor or over
-                            all parameters
+    "tensor", "global":     u = n1 / (n2 + 1e-12) * g2, with L2 norms n1 of g1 and n2 of g2
+                            per tensor or over all parameters
 
     Everything else is as in `SAM`, granularity beside it: it may differ between parameter groups,
     and the norms of "global" span them all. A parameter that has only one of the two gradients is
     not updated.
 
     The report's tables were made with "element". Its public code has the names of SAMDirection and
-    SAMMagnitude swapped; these are its prose's.
+    SAMMagnitude swapped; here they are as in its prose.
 
     Memory: as SAM, and g1 is kept until the second step.
 

@@ -10,9 +10,8 @@ class SAMMagnitude(SAMDirection):
     one at w.
 
     granularity "element":  u = |g2| * sign(g1), with sign(0) = 0
-    "tensor", "global":     u = n2 / (n1 + 1e-12) * g1, with L2 norms n1 of g1 and n2 of g2, per
-    tensor or over
-                            all parameters
+    "tensor", "global":     u = n2 / (n1 + 1e-12) * g1, with L2 norms n1 of g1 and n2 of g2
+                            per tensor or over all parameters
 
     Arguments, memory and everything else are as in `SAMDirection`.
 
