@@ -187,7 +187,7 @@ class Core:
         if op == "norms":
             _C.norms(*start, lists[0], lists[1], workspace, norm, norm + 8)
         elif op == "perturb":
-            _C.perturb(*start, *lists[:3], norm, 0.1, 0.0, False)
+            _C.perturb(*start, *lists[:3], norm, 0.1, 0.0, False, None)
         elif op == "restore":
             _C.restore(*start, *lists[:2])
         elif op == "recombine":
@@ -300,7 +300,7 @@ print(list(norms), list(sums))
 @pytest.mark.parametrize(
     ("argument", "call"),
     [
-        ("norm", "core.perturb(*start, tensors, tensors, tensors, 0, 0.1, 0.0, False)"),
+        ("norm", "core.perturb(*start, tensors, tensors, tensors, 0, 0.1, 0.0, False, None)"),
         ("workspace", "core.norms(*start, tensors, None, 0, at(norms), at(norms) + 8)"),
         ("per_tensor", "core.norms(*start, tensors, None, at(room), 0, at(norms))"),
         ("total", "core.norms(*start, tensors, None, at(room), at(norms), 0)"),

@@ -21,6 +21,7 @@ namespace samkernels::cpu {
 
 constexpr int64_t kChunkSize = 16384;
 constexpr int64_t kBlockSize = 512;
+constexpr int64_t kVectorSize = 16;
 
 // Less work than this is done before a second thread has woken up.
 constexpr int64_t kParallelNumel = 32768;
@@ -35,28 +36,43 @@ static inline bool IsStreaming(const Tensors& tensors, int num_lists) {
   return tensors.total_numel * num_lists * SizeOf(tensors.dtype) >= kStreamingBytes;
 }
 
-#ifdef __SSE2__
-// Writes `bytes` from `source` to `target` past the caches, as far as 16-byte alignment allows.
-static inline void StreamBytes(void* target, const void* source, int64_t bytes) {
-  char* to = static_cast<char*>(target);
-  const char* from = static_cast<const char*>(source);
-  int64_t i = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 15);
-  if (i > bytes) i = bytes;
-  std::memcpy(to, from, i);
-  for (; i + 16 <= bytes; i += 16) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-  }
-  std::memcpy(to + i, from + i, bytes - i);
-}
-// Streaming stores are weakly ordered: a thread that may have made some ends with this.
-static inline void FinishStreaming() { _mm_sfence(); }
-#else
-static inline void StreamBytes(void* target, const void* source, int64_t bytes) {
+// A number of elements that the compiler knows.
+template <int64_t kCount>
+struct Count {
+  constexpr operator int64_t() const { return kCount; }
+};
+
+static inline void StoreBytes(void* target, const void* source, int64_t bytes, bool) {
   std::memcpy(target, source, bytes);
 }
-static inline void FinishStreaming() {}
+
+// Past the caches if `streaming`; the target is aligned to 16 bytes then.
+template <int64_t kBytes>
+static inline void StoreBytes(void* target, const void* source, Count<kBytes>, bool streaming) {
+#ifdef __SSE2__
+  if (streaming) {
+    char* to = static_cast<char*>(target);
+    const char* from = static_cast<const char*>(source);
+    for (int64_t i = 0; i < kBytes; i += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    }
+    return;
+  }
 #endif
+  std::memcpy(target, source, kBytes);
+}
+
+static inline bool IsAligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+// Streaming stores are weakly ordered: a thread that may have made some ends with this.
+static inline void FinishStreaming() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
 
 template <typename T>
 static inline T* At(const void* const* list, int64_t tensor, int64_t offset) {
@@ -67,7 +83,8 @@ static inline T* At(const void* const* list, int64_t tensor, int64_t offset) {
 template <typename Body>
 static inline void ForEachChunk(const Tensors& tensors, int num_threads, const Body& body) {
   const int64_t num_chunks = tensors.first_chunk[tensors.num_tensors];
-  auto run = [&](int64_t first, int64_t last) {
+  // One copy, called from both places below.
+  auto run = [&](int64_t first, int64_t last) __attribute__((noinline)) {
     int64_t tensor = TensorOfChunk(tensors.first_chunk, tensors.num_tensors, first);
     for (int64_t chunk = first; chunk < last; ++chunk) {
       while (chunk >= tensors.first_chunk[tensor + 1]) ++tensor;
@@ -91,6 +108,16 @@ static inline void ForEachChunk(const Tensors& tensors, int num_threads, const B
   run(0, num_chunks);
 }
 
+// body(offset, count) for every vector of a chunk, and for what is left. With a count that the
+// compiler knows, what the body stages stays in registers, and loads, arithmetic and stores of
+// neighbouring vectors overlap.
+template <typename Body>
+static inline void ForEachVector(int64_t n, const Body& body) {
+  int64_t offset = 0;
+  for (; offset + kVectorSize <= n; offset += kVectorSize) body(offset, Count<kVectorSize>());
+  if (offset < n) body(offset, n - offset);
+}
+
 // body(offset, n) for every block of a chunk.
 template <typename Body>
 static inline void ForEachBlock(int64_t n, const Body& body) {
@@ -99,32 +126,39 @@ static inline void ForEachBlock(int64_t n, const Body& body) {
   }
 }
 
-// The n elements from `source` on as fp32: where they are, or converted into `staging`.
-static inline const float* LoadBlock(const float* source, float*, int64_t) { return source; }
+// The n elements from `source` on as fp32: where they are, or converted into `staging`. N: int64_t
+// or a Count.
+template <typename N>
+static inline const float* LoadBlock(const float* source, float*, N) {
+  return source;
+}
 
-template <typename Half>
-static inline const float* LoadBlock(const Half* source, float* staging, int64_t n) {
+template <typename Half, typename N>
+static inline const float* LoadBlock(const Half* source, float* staging, N n) {
   for (int64_t i = 0; i < n; ++i) staging[i] = ToFloat(source[i]);
   return staging;
 }
 
-static inline void StoreBytes(void* target, const void* source, int64_t bytes, bool streaming) {
-  if (streaming) {
-    StreamBytes(target, source, bytes);
-  } else {
-    std::memcpy(target, source, bytes);
-  }
+template <typename T>
+static inline int64_t BytesOf(int64_t n) {
+  return n * static_cast<int64_t>(sizeof(T));
 }
 
-static inline void StoreBlock(float* target, const float* values, int64_t n, bool streaming) {
-  StoreBytes(target, values, n * sizeof(float), streaming);
+template <typename T, int64_t kCount>
+static inline Count<kCount * sizeof(T)> BytesOf(Count<kCount>) {
+  return {};
 }
 
-template <typename Half>
-static inline void StoreBlock(Half* target, const float* values, int64_t n, bool streaming) {
-  Half staging[kBlockSize];
+template <typename N>
+static inline void StoreBlock(float* target, const float* values, N n, bool streaming) {
+  StoreBytes(target, values, BytesOf<float>(n), streaming);
+}
+
+template <typename Half, typename N>
+static inline void StoreBlock(Half* target, const float* values, N n, bool streaming) {
+  Half staging[kVectorSize];
   for (int64_t i = 0; i < n; ++i) FromFloat(values[i], &staging[i]);
-  StoreBytes(target, staging, n * sizeof(Half), streaming);
+  StoreBytes(target, staging, BytesOf<Half>(n), streaming);
 }
 
 // f(T{}) with the C++ type of `dtype`.

@@ -19,15 +19,21 @@ static void NormsOf(const NormsArgs& args, const Execution& execution) {
                    const float* xs = LoadBlock(x + offset, staging[0], count);
                    if (weights) {
                      const float* ws = LoadBlock(weights + offset, staging[1], count);
-                     AddToLanes(lanes, count, [&](int64_t i) {
-                       const double value = fabsf(ws[i]) * xs[i];
-                       return value * value;
-                     });
+                     AddToLanes(
+                         lanes, count,
+                         [&](int64_t i) {
+                           const double value = fabsf(ws[i]) * xs[i];
+                           return value * value;
+                         },
+                         x + offset, weights + offset);
                    } else {
-                     AddToLanes(lanes, count, [&](int64_t i) {
-                       const double value = xs[i];
-                       return value * value;
-                     });
+                     AddToLanes(
+                         lanes, count,
+                         [&](int64_t i) {
+                           const double value = xs[i];
+                           return value * value;
+                         },
+                         x + offset);
                    }
                  });
                  partials[chunk] = SumLanes(lanes);

@@ -14,9 +14,10 @@ static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
                  T* params = At<T>(args.params, tensor, begin);
                  T* old_params = At<T>(args.old_params, tensor, begin);
                  const T* grads = At<T>(args.grads, tensor, begin);
-                 ForEachBlock(n, [&](int64_t offset, int64_t count) {
-                   float staging[2][kBlockSize];
-                   float perturbed[kBlockSize];
+                 const bool streams = streaming && IsAligned(old_params);
+                 ForEachVector(n, [&](int64_t offset, auto count) {
+                   float staging[2][kVectorSize];
+                   float perturbed[kVectorSize];
                    const float* w = LoadBlock(params + offset, staging[0], count);
                    const float* g = LoadBlock(grads + offset, staging[1], count);
                    if (args.adaptive) {
@@ -26,7 +27,7 @@ static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
                      for (int64_t i = 0; i < count; ++i)
                        perturbed[i] = Perturbed(w[i], g[i], scale, false);
                    }
-                   StoreBytes(old_params + offset, params + offset, count * sizeof(T), streaming);
+                   StoreBytes(old_params + offset, params + offset, BytesOf<T>(count), streams);
                    if (scale != 0.0f) StoreBlock(params + offset, perturbed, count, kInPlace);
                  });
                });

@@ -1,24 +1,39 @@
-// A block of u (ops.h: Recombination), shared by recombine and the fused updates.
+// u (ops.h: Recombination) of one chunk, shared by recombine and the fused updates.
 #pragma once
 
 #include "../update_math.h"
 #include "blocks.h"
 
-namespace samkernels::cpu {
+// In the variant's namespace: its member functions must not be shared between instruction sets.
+namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 
 template <typename T>
-static inline void RecombineBlock(const Recombination& r, float coefficient, int64_t tensor,
-                                  int64_t begin, int64_t n, float* u) {
-  float staging[2][kBlockSize];
-  const float* magnitude = LoadBlock(At<const T>(r.magnitude, tensor, begin), staging[0], n);
-  if (r.sign) {
-    const float* sign = LoadBlock(At<const T>(r.sign, tensor, begin), staging[1], n);
-    for (int64_t i = 0; i < n; ++i) u[i] = WithSign(magnitude[i], sign[i]);
-  } else if (r.numerator) {
-    for (int64_t i = 0; i < n; ++i) u[i] = coefficient * magnitude[i];
-  } else {
-    std::memcpy(u, magnitude, n * sizeof(float));
-  }
-}
+struct ChunkRecombination {
+  const T* magnitude;
+  const T* sign;  // or null
+  bool is_scaled;
+  float coefficient;
 
-}  // namespace samkernels::cpu
+  ChunkRecombination(const Recombination& r, int64_t tensor, int64_t begin)
+      : magnitude(At<const T>(r.magnitude, tensor, begin)),
+        sign(r.sign ? At<const T>(r.sign, tensor, begin) : nullptr),
+        is_scaled(r.numerator != nullptr),
+        coefficient(Coefficient(r, tensor)) {}
+
+  // u[0 .. n - 1] from the elements `offset` and on. N: int64_t or a Count.
+  template <typename N>
+  void Block(int64_t offset, N n, float* __restrict u) const {
+    float staging[2][kVectorSize];
+    const float* magnitudes = LoadBlock(magnitude + offset, staging[0], n);
+    if (sign) {
+      const float* signs = LoadBlock(sign + offset, staging[1], n);
+      for (int64_t i = 0; i < n; ++i) u[i] = WithSign(magnitudes[i], signs[i]);
+    } else if (is_scaled) {
+      for (int64_t i = 0; i < n; ++i) u[i] = coefficient * magnitudes[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) u[i] = magnitudes[i];
+    }
+  }
+};
+
+}  // namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT

@@ -9,8 +9,12 @@ void Restore(const RestoreArgs& args, const Execution& execution) {
   const int64_t size = SizeOf(tensors.dtype);
   ForEachChunk(tensors, execution.num_threads,
                [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
-                 StoreBytes(At<char>(args.params, tensor, begin * size),
-                            At<char>(args.old_params, tensor, begin * size), n * size, streaming);
+                 char* params = At<char>(args.params, tensor, begin * size);
+                 const char* old_params = At<char>(args.old_params, tensor, begin * size);
+                 const bool streams = streaming && IsAligned(params);
+                 ForEachVector(n * size, [&](int64_t offset, auto count) {
+                   StoreBytes(params + offset, old_params + offset, count, streams);
+                 });
                });
 }
 

@@ -3,52 +3,79 @@
 
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 
+// What decides the shape of the inner loop, known to the compiler: with branches in it the loop is
+// not vectorised well.
+template <Momentum kMomentum_, bool kNesterov_, bool kDecay_>
+struct Variant {
+  static constexpr Momentum kMomentum = kMomentum_;
+  static constexpr bool kNesterov = kNesterov_;
+  static constexpr bool kDecay = kDecay_;
+};
+
 // u becomes the new weight, buf the new buffer. By value and __restrict: otherwise the compiler
-// must expect that a store changes the options, or what is read next, and does not vectorise.
-template <Momentum kMomentum>
-static void SgdBlock(const SgdOptions options, int64_t n, const float* __restrict w,
-                     float* __restrict u, const float* __restrict old_buf, float* __restrict buf) {
+// must expect that a store changes the options, or what is read next.
+template <typename V, typename N>
+static inline void SgdBlock(SgdOptions options, N n, const float* __restrict w, float* __restrict u,
+                            const float* __restrict old_buf, float* __restrict buf) {
+  options.nesterov = V::kNesterov;
+  if (!V::kDecay) options.weight_decay = 0.0f;
+  if (V::kDecay && options.weight_decay == 0.0f) __builtin_unreachable();
   for (int64_t i = 0; i < n; ++i) {
-    float b = kMomentum == Momentum::kRunning ? old_buf[i] : 0.0f;
-    u[i] = SgdUpdated<kMomentum>(options, w[i], u[i], b);
-    if (kMomentum != Momentum::kNone) buf[i] = b;
+    float b = V::kMomentum == Momentum::kRunning ? old_buf[i] : 0.0f;
+    u[i] = SgdUpdated<V::kMomentum>(options, w[i], u[i], b);
+    if (V::kMomentum != Momentum::kNone) buf[i] = b;
   }
 }
 
-template <typename T>
+template <typename T, typename V>
 static void SgdOf(const SgdArgs& args, const Execution& execution) {
-  const Recombination& r = args.recombination;
-  const SgdOptions& options = args.options;
-  const Momentum momentum = MomentumOf(options);
-  const bool streaming = IsStreaming(args.tensors, options.has_momentum ? 5 : 3);
-  ForEachChunk(
-      args.tensors, execution.num_threads, [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
-        const float coefficient = Coefficient(r, tensor);
-        T* params = At<T>(args.params, tensor, begin);
-        const T* old_params = At<T>(args.old_params, tensor, begin);
-        T* buffer = options.has_momentum ? At<T>(args.momentum_buffer, tensor, begin) : nullptr;
-        ForEachBlock(n, [&](int64_t offset, int64_t count) {
-          float staging[2][kBlockSize];
-          float u[kBlockSize];
-          float buf[kBlockSize];
-          RecombineBlock<T>(r, coefficient, tensor, begin + offset, count, u);
-          const float* w = LoadBlock(old_params + offset, staging[0], count);
-          switch (momentum) {
-            case Momentum::kNone:
-              SgdBlock<Momentum::kNone>(options, count, w, u, nullptr, nullptr);
-              break;
-            case Momentum::kInit:
-              SgdBlock<Momentum::kInit>(options, count, w, u, nullptr, buf);
-              break;
-            case Momentum::kRunning:
-              SgdBlock<Momentum::kRunning>(options, count, w, u,
-                                           LoadBlock(buffer + offset, staging[1], count), buf);
-              break;
-          }
-          StoreBlock(params + offset, u, count, streaming);
-          if (buffer) StoreBlock(buffer + offset, buf, count, kInPlace);
-        });
-      });
+  const SgdOptions options = args.options;
+  constexpr bool kHasBuffer = V::kMomentum != Momentum::kNone;
+  const bool streaming = IsStreaming(args.tensors, kHasBuffer ? 5 : 3);
+  ForEachChunk(args.tensors, execution.num_threads,
+               [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
+                 const ChunkRecombination<T> recombination(args.recombination, tensor, begin);
+                 T* params = At<T>(args.params, tensor, begin);
+                 const T* old_params = At<T>(args.old_params, tensor, begin);
+                 T* buffer = kHasBuffer ? At<T>(args.momentum_buffer, tensor, begin) : nullptr;
+                 const bool streams = streaming && IsAligned(params);
+                 ForEachVector(n, [&](int64_t offset, auto count) {
+                   float staging[2][kVectorSize];
+                   float u[kVectorSize];
+                   float buf[kVectorSize];
+                   recombination.Block(offset, count, u);
+                   const float* w = LoadBlock(old_params + offset, staging[0], count);
+                   const float* old_buf = nullptr;
+                   if (V::kMomentum == Momentum::kRunning) {
+                     old_buf = LoadBlock(buffer + offset, staging[1], count);
+                   }
+                   SgdBlock<V>(options, count, w, u, old_buf, buf);
+                   StoreBlock(params + offset, u, count, streams);
+                   if (kHasBuffer) StoreBlock(buffer + offset, buf, count, kInPlace);
+                 });
+               });
+}
+
+// f(Variant<..>()) for the options at hand.
+template <Momentum kMomentum, typename F>
+static void DispatchFlags(const SgdOptions& options, const F& f) {
+  const bool decay = options.weight_decay != 0.0f;
+  if (options.nesterov && decay) return f(Variant<kMomentum, true, true>());
+  if (options.nesterov) return f(Variant<kMomentum, true, false>());
+  if (decay) return f(Variant<kMomentum, false, true>());
+  return f(Variant<kMomentum, false, false>());
+}
+
+template <typename F>
+static void DispatchVariant(const SgdOptions& options, const F& f) {
+  switch (MomentumOf(options)) {
+    case Momentum::kNone:
+      return DispatchFlags<Momentum::kNone>(options, f);
+    case Momentum::kInit:
+      return DispatchFlags<Momentum::kInit>(options, f);
+    case Momentum::kRunning:
+      return DispatchFlags<Momentum::kRunning>(options, f);
+  }
 }
 
 // A skipped step: the weights come back, the momentum stays (or starts at 0).
@@ -64,7 +91,11 @@ static void RestoreOnly(const SgdArgs& args, const Execution& execution) {
 
 void Sgd(const SgdArgs& args, const Execution& execution) {
   if (IsSkipped(args.recombination)) return RestoreOnly(args, execution);
-  DispatchDType(args.tensors.dtype, [&](auto zero) { SgdOf<decltype(zero)>(args, execution); });
+  DispatchDType(args.tensors.dtype, [&](auto zero) {
+    DispatchVariant(args.options, [&](auto variant) {
+      SgdOf<decltype(zero), decltype(variant)>(args, execution);
+    });
+  });
 }
 
 }  // namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT

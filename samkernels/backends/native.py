@@ -23,11 +23,11 @@ try:
 
     IMPORT_ERROR: str | None = None
 except ImportError as error:
-    IMPORT_ERROR = f"the compiled core could not be imported ({error})"
+    IMPORT_ERROR = f"the compiled core could not be imported: {error}"
     if (Path(__file__).parents[2] / "CMakeLists.txt").exists():
-        IMPORT_ERROR = (
-            "these are the sources, without a compiled core: pip install -e . builds it here; what "
-            "pip install . built is imported from any other folder"
+        IMPORT_ERROR += (
+            " (these are the sources: pip install -e . builds the core here; what pip install . "
+            "built is imported from any other folder)"
         )
     DTYPES = {}
 else:
