@@ -1,6 +1,6 @@
-// How the CPU ops walk their lists: chunks are shared out among threads, and a chunk is worked
-// through in blocks that fit into the L1 cache. A block is loaded as fp32, computed on, and stored
-// in the tensors' dtype; the ops themselves see only fp32.
+// How the CPU ops walk their lists: chunks are shared out among threads; within a chunk, updates go
+// from vector to vector and sums from block to block. What is loaded becomes fp32, and is stored in
+// the tensors' dtype again; the ops themselves see only fp32.
 #pragma once
 
 #include <cstdint>
