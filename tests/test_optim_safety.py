@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -1158,3 +1159,13 @@ def test_copies_step_identically_and_independently(
     assert unchanged(twin_model.parameters(), snapshot(model.parameters()))
     assert twin.statistics is not None and optimizer.statistics is not None
     assert unchanged(twin.statistics, optimizer.statistics)
+
+
+def test_first_gradients_are_freed_when_nobody_reads_them() -> None:
+    p = parameter(1.0, 2.0)
+    optimizer = SAM([p], rho=0.5, lr=0.1)
+    set_gradients([p], 0)
+    gradient = weakref.ref(p.grad)
+    optimizer.first_step()
+    assert optimizer.is_perturbed
+    assert gradient() is None

@@ -15,7 +15,7 @@ __device__ __forceinline__ float Recombined(float magnitude, float sign, float c
   return is_scaled ? coefficient * magnitude : magnitude;
 }
 
-// The lists of an op, with the magnitude first and the sign last, if there is one.
+// f(std::true_type()) if u takes its sign from a list of its own, else f(std::false_type()).
 template <typename F>
 void DispatchSigned(const Recombination& recombination, const F& f) {
   if (recombination.sign) {

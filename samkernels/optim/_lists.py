@@ -76,8 +76,8 @@ class Bucket:
 class Perturbation:
     """What the second step, or a restore, needs to know of the first one."""
 
-    buckets: list[Bucket] = field(default_factory=list)  # of the first step, without gradients
-    journals: list[list[bool]] = field(default_factory=list)  # one per bucket: has it moved?
+    # Buckets of the first step while it is under way, each with its journal: not empty if it moved.
+    moving: list[tuple[Bucket, list[bool]]] = field(default_factory=list)
     slots: dict[Tensor, Slot] = field(default_factory=dict)  # exactly the parameters that moved
     first_grads: dict[Tensor, Tensor] = field(default_factory=dict)  # empty if nobody reads g1
     ascent_norm: Tensor | None = None  # n
@@ -85,11 +85,11 @@ class Perturbation:
     first_norms_per_tensor: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)
 
     def settle(self) -> None:
-        """After an interrupt in the first step: take in the buckets that had moved by then."""
-        for bucket, journal in zip(self.buckets, self.journals, strict=False):
+        """At the end of the first step, or when it was interrupted: take in what has moved."""
+        for bucket, journal in self.moving:
             if journal:
                 self.slots.update(zip(bucket.params, bucket.slots, strict=True))
-        self.buckets.clear()
+        self.moving.clear()  # and with it the gradients, which nobody may need any more
 
     def first_norm_per_tensor(self, params: list[Tensor]) -> Tensor | None:
         """n1 of each parameter, if the first step had just this list."""

@@ -148,6 +148,7 @@ class SAM(Optimizer):
                     # The memory of a view is somebody else's, who may use it for g2: DDP's buckets.
                     kept = [g.clone() if g._is_view() else g for g in bucket.grads]
                     perturbation.first_grads.update(zip(bucket.params, kept, strict=True))
+            perturbation.settle()
             for bucket in buckets:
                 for p in bucket.params:
                     p.grad = None
@@ -399,8 +400,7 @@ class SAM(Optimizer):
 
     def _perturb(self, bucket: Bucket, perturbation: Perturbation) -> None:
         journal: list[bool] = []
-        perturbation.journals.append(journal)
-        perturbation.buckets.append(bucket)
+        perturbation.moving.append((bucket, journal))
         ops.perturb_(
             bucket.params,
             bucket.grads,
@@ -412,7 +412,6 @@ class SAM(Optimizer):
             journal=journal,
             **bucket.options,
         )
-        perturbation.slots.update(zip(bucket.params, bucket.slots, strict=True))
 
     def _restore(self, slots: dict[Tensor, Slot]) -> None:
         """Restores and removes what is in `slots`; what may be restored later stays in there."""
@@ -492,9 +491,7 @@ class SAM(Optimizer):
         if all(self._is_fused(bucket.group) for bucket in updated):
             # Of all groups, so that a wrong one is found before the first is updated.
             hyperparameters = [_sgd_options(bucket.group) for bucket in updated]
-            if len(done) < len(perturbation.slots) or not done.issuperset(perturbation.slots):
-                rest = {p: s for p, s in perturbation.slots.items() if p not in done}
-                self._restore(rest)
+            self._restore({p: s for p, s in perturbation.slots.items() if p not in done})
             for bucket, options in zip(updated, hyperparameters, strict=True):
                 self._update_with_sgd(bucket, options, perturbation, second_norm)
         else:
@@ -544,14 +541,10 @@ class SAM(Optimizer):
             parts = [(bucket, False)]
         else:
             new = {p for p in bucket.params if self.state[p].get("momentum_buffer") is None}
-            parts = (
-                [(bucket, False)]
-                if not new
-                else [
-                    (bucket.select(new.__contains__), True),
-                    (bucket.select(lambda p: p not in new), False),
-                ]
-            )
+            parts = [(bucket, False)]
+            if new:
+                old = bucket.select(lambda p: p not in new)
+                parts = [(bucket.select(new.__contains__), True), (old, False)]
         for part, init_momentum in parts:
             if not part.params:
                 continue
