@@ -4,7 +4,7 @@
 
 Prints for each the median and quartiles in milliseconds, the ratio to native (median of the ratios
 within a round), and the time in passes: units of reading or writing the parameters once at the
-speed of a large copy in the same round.
+speed of a large copy in the same round. The floor is what memory allows: see memory_floor.cpp.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import samkernels
+from bench import memory_floor
 from bench.candidates import OPTIMIZERS, Step, resnet18_shapes, sam_step
 
 # A large copy: this many times the parameters, so that no cache holds it.
@@ -33,8 +34,13 @@ WARMUP_ROUNDS = 3
 def measure(rounds: int) -> dict[str, list[float]]:
     """Seconds of each candidate and of the pass, one value per round."""
     shapes = resnet18_shapes()
+    numel = sum(shape.numel() for shape in shapes)
     steps: dict[str, Step] = {name: sam_step(name, shapes)[0] for name in OPTIMIZERS}
-    source = torch.randn(COPY_FACTOR * sum(shape.numel() for shape in shapes))
+    if reason := memory_floor.why_unavailable():
+        print(f"without the memory floor: {reason}")
+    else:
+        steps[memory_floor.NAME] = memory_floor.memory_floor_step(numel)[0]
+    source = torch.randn(COPY_FACTOR * numel)
     target = torch.empty_like(source)
     seconds: dict[str, list[float]] = {name: [] for name in [*steps, "pass"]}
     for i in range(WARMUP_ROUNDS + rounds):
@@ -53,7 +59,9 @@ def measure(rounds: int) -> dict[str, list[float]]:
 def summarize(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     """A row per candidate."""
     rows = []
-    for name in OPTIMIZERS:
+    for name in seconds:
+        if name == "pass":
+            continue
         low, median, high = statistics.quantiles(seconds[name], n=4)
         rows.append(
             {

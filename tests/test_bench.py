@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.candidates import OPTIMIZERS, sam_step
+from bench import memory_floor
+from bench.candidates import OPTIMIZERS, RHO, SGD_OPTIONS, sam_step
 from bench.side_by_side import summarize
+from samkernels import ops
 
 SHAPES = [torch.Size(shape) for shape in [(8, 3, 3, 3), (8,), (10, 8), (10,)]]
 
@@ -33,3 +35,18 @@ def test_summary_divides_within_rounds() -> None:
     assert rows["native"]["passes"] == pytest.approx(10)
     assert rows["foreach"]["times_native"] == pytest.approx(2)
     assert rows["foreach"]["median_ms"] == pytest.approx(4000)
+
+
+@pytest.mark.skipif(
+    memory_floor.why_unavailable() is not None, reason=str(memory_floor.why_unavailable())
+)
+def test_the_memory_floor_is_a_sam_step() -> None:
+    step, (w, _, g1, g2, momentum_buffer) = memory_floor.memory_floor_step(1000)
+    expected, expected_buffer = w.clone(), momentum_buffer.clone()
+    old = torch.empty_like(w)
+    ops.perturb_([expected], [g1], [old], rho=RHO)
+    ops.sgd_([expected], [old], [g2], [expected_buffer], **SGD_OPTIONS)
+    step()
+    # The norm's last bit may differ.
+    torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(momentum_buffer, expected_buffer, rtol=1e-6, atol=1e-7)

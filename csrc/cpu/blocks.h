@@ -36,6 +36,21 @@ static inline bool IsStreaming(const Tensors& tensors, int num_lists) {
   return tensors.total_numel * num_lists * SizeOf(tensors.dtype) >= kStreamingBytes;
 }
 
+// How far ahead memory is asked for, where a loop only reads and where it also writes: the
+// processor's own prefetching stops at page boundaries.
+constexpr int64_t kReadAheadBytes = 2048;
+constexpr int64_t kUpdateAheadBytes = 512;
+
+// Asks for what lies kAheadBytes behind the i-th element of each list.
+template <int64_t kAheadBytes, typename... T>
+static inline void Prefetch(int64_t i, const T*... lists) {
+#ifdef __GNUC__
+  (__builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(lists) +
+                                                    i * sizeof(T) + kAheadBytes)),
+   ...);
+#endif
+}
+
 // A number of elements that the compiler knows.
 template <int64_t kCount>
 struct Count {
@@ -46,25 +61,37 @@ static inline void StoreBytes(void* target, const void* source, int64_t bytes, b
   std::memcpy(target, source, bytes);
 }
 
-// Past the caches if `streaming`; the target is aligned to 16 bytes then.
+// What a streaming store writes at once; its target is aligned to that.
+#if defined(__AVX__)
+using Stream = __m256i;
+static inline void StoreStream(Stream* target, const Stream* source) {
+  _mm256_stream_si256(target, _mm256_loadu_si256(source));
+}
+#elif defined(__SSE2__)
+using Stream = __m128i;
+static inline void StoreStream(Stream* target, const Stream* source) {
+  _mm_stream_si128(target, _mm_loadu_si128(source));
+}
+#else
+using Stream = char;
+static inline void StoreStream(Stream* target, const Stream* source) { *target = *source; }
+#endif
+
+// Past the caches if `streaming`.
 template <int64_t kBytes>
 static inline void StoreBytes(void* target, const void* source, Count<kBytes>, bool streaming) {
-#ifdef __SSE2__
   if (streaming) {
-    char* to = static_cast<char*>(target);
-    const char* from = static_cast<const char*>(source);
-    for (int64_t i = 0; i < kBytes; i += 16) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    for (int64_t i = 0; i < kBytes; i += sizeof(Stream)) {
+      StoreStream(reinterpret_cast<Stream*>(static_cast<char*>(target) + i),
+                  reinterpret_cast<const Stream*>(static_cast<const char*>(source) + i));
     }
-    return;
+  } else {
+    std::memcpy(target, source, kBytes);
   }
-#endif
-  std::memcpy(target, source, kBytes);
 }
 
 static inline bool IsAligned(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+  return reinterpret_cast<uintptr_t>(address) % sizeof(Stream) == 0;
 }
 
 // Streaming stores are weakly ordered: a thread that may have made some ends with this.

@@ -8,6 +8,7 @@ template <typename T>
 static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
   const Tensors& tensors = args.tensors;
   const bool streaming = IsStreaming(tensors, 4);
+  const bool adaptive = args.adaptive;
   const float scale = PerturbScale(*args.norm, args.rho, args.eps);
   ForEachChunk(tensors, execution.num_threads,
                [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
@@ -16,11 +17,12 @@ static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
                  const T* grads = At<T>(args.grads, tensor, begin);
                  const bool streams = streaming && IsAligned(old_params);
                  ForEachVector(n, [&](int64_t offset, auto count) {
+                   Prefetch<kUpdateAheadBytes>(offset, params, grads);
                    float staging[2][kVectorSize];
                    float perturbed[kVectorSize];
                    const float* w = LoadBlock(params + offset, staging[0], count);
                    const float* g = LoadBlock(grads + offset, staging[1], count);
-                   if (args.adaptive) {
+                   if (adaptive) {
                      for (int64_t i = 0; i < count; ++i)
                        perturbed[i] = Perturbed(w[i], g[i], scale, true);
                    } else {

@@ -9,20 +9,6 @@ namespace samkernels::cpu {
 
 constexpr int kLanes = 16;
 
-// How far ahead a reduction asks for memory: the processor's own prefetching stops at page
-// boundaries.
-constexpr int64_t kAheadBytes = 2048;
-
-// Asks for what lies kAheadBytes behind the i-th element of each list.
-template <typename... T>
-static inline void Prefetch(int64_t i, const T*... lists) {
-#ifdef __GNUC__
-  (__builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(lists) +
-                                                    i * sizeof(T) + kAheadBytes)),
-   ...);
-#endif
-}
-
 // Adds f(i), i = 0 .. n - 1, to the lanes, round robin. n is a multiple of kLanes except in a
 // chunk's last block.
 template <typename F, typename... T>
@@ -31,7 +17,7 @@ static inline void AddToLanes(double* lanes, int64_t n, const F& f, const T*... 
   for (int j = 0; j < kLanes; ++j) sums[j] = lanes[j];
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    Prefetch(i, lists...);
+    Prefetch<kReadAheadBytes>(i, lists...);
 #pragma GCC unroll 16
     for (int j = 0; j < kLanes; ++j) sums[j] += f(i + j);
   }

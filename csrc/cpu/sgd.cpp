@@ -40,6 +40,10 @@ static void SgdOf(const SgdArgs& args, const Execution& execution) {
                  T* buffer = kHasBuffer ? At<T>(args.momentum_buffer, tensor, begin) : nullptr;
                  const bool streams = streaming && IsAligned(params);
                  ForEachVector(n, [&](int64_t offset, auto count) {
+                   Prefetch<kUpdateAheadBytes>(offset, old_params, recombination.magnitude);
+                   if (V::kMomentum == Momentum::kRunning) {
+                     Prefetch<kUpdateAheadBytes>(offset, buffer);
+                   }
                    float staging[2][kVectorSize];
                    float u[kVectorSize];
                    float buf[kVectorSize];

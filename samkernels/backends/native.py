@@ -196,11 +196,11 @@ def _target(device: torch.device) -> Iterator[_C.Target]:
 
 
 def _numel(tensors: TensorList) -> list[int]:
-    return [t.numel() for t in tensors]
+    return list(map(Tensor.numel, tensors))
 
 
 def _addresses(tensors: TensorList) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _workspace(target: _C.Target, numel: list[int], num_sums: int, device: torch.device) -> Tensor:

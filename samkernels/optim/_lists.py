@@ -4,8 +4,8 @@ steps."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,34 @@ class Place:
     backend: str
 
 
+class Layouts:
+    """The layouts of a list of tensors, to compare other lists with at the speed of C: a step must
+    not spend longer in looking at its tensors than in computing with them."""
+
+    _kind = operator.attrgetter("dtype", "device", "layout")
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._kinds = list(map(Layouts._kind, tensors))
+        self._numels = list(map(Tensor.numel, tensors))
+        self._strides = list(map(Tensor.stride, tensors))
+
+    def are_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether each tensor has dtype, device, number of elements and strides of its peer. False
+        may also mean that they differ where it does not matter: see `fits`."""
+        return (
+            self._kinds == list(map(Layouts._kind, tensors))
+            and self._numels == list(map(Tensor.numel, tensors))
+            and self._strides == list(map(Tensor.stride, tensors))
+        )
+
+
 @dataclass(eq=False)
 class Slot:
-    """Room for one parameter's old_param, in its layout."""
+    """What is kept of a parameter from step to step. Compared by identity."""
 
+    param: Tensor
     place: Place
-    old: Tensor
+    old: Tensor  # room for w, laid out like param
 
 
 @dataclass
@@ -38,9 +60,10 @@ class Bucket:
 
     group: dict[str, Any]
     place: Place
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
+    slots: list[Slot]
+    params: list[Tensor]
+    grads: list[Tensor]
+    layouts: Layouts
 
     @property
     def options(self) -> dict[str, Any]:
@@ -58,17 +81,19 @@ class Bucket:
         dtype = torch.float64 if self.place.dtype is torch.float64 else torch.float32
         return norm.to(self.place.device, dtype, non_blocking=True)
 
-    def select(self, keep: Callable[[Tensor], bool]) -> Bucket:
-        """The part whose parameters satisfy `keep`; the bucket itself if all do."""
-        indices = [i for i, p in enumerate(self.params) if keep(p)]
-        if len(indices) == len(self.params):
+    def select(self, keep: Callable[[Slot], bool]) -> Bucket:
+        """The part whose slots satisfy `keep`; the bucket itself if all do."""
+        indices = [i for i, slot in enumerate(self.slots) if keep(slot)]
+        if len(indices) == len(self.slots):
             return self
+        params = [self.params[i] for i in indices]
         return Bucket(
             self.group,
             self.place,
-            params=[self.params[i] for i in indices],
-            grads=[self.grads[i] for i in indices],
             slots=[self.slots[i] for i in indices],
+            params=params,
+            grads=[self.grads[i] for i in indices],
+            layouts=Layouts(params),
         )
 
 
@@ -78,25 +103,22 @@ class Perturbation:
 
     # Buckets of the first step while it is under way, each with its journal: not empty if it moved.
     moving: list[tuple[Bucket, list[bool]]] = field(default_factory=list)
-    slots: dict[Tensor, Slot] = field(default_factory=dict)  # exactly the parameters that moved
-    first_grads: dict[Tensor, Tensor] = field(default_factory=dict)  # empty if nobody reads g1
+    slots: dict[Slot, None] = field(default_factory=dict)  # exactly those that moved, in order
+    first_grads: dict[Slot, Tensor] = field(default_factory=dict)  # empty if nobody reads g1
     ascent_norm: Tensor | None = None  # n
     first_norm: Tensor | None = None  # n1 over all parameters, if a granularity needs it
-    first_norms_per_tensor: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)
+    first_norms_per_tensor: list[tuple[list[Slot], Tensor]] = field(default_factory=list)
 
     def settle(self) -> None:
         """At the end of the first step, or when it was interrupted: take in what has moved."""
         for bucket, journal in self.moving:
             if journal:
-                self.slots.update(zip(bucket.params, bucket.slots, strict=True))
+                self.slots.update(dict.fromkeys(bucket.slots))
         self.moving.clear()  # and with it the gradients, which nobody may need any more
 
-    def first_norm_per_tensor(self, params: list[Tensor]) -> Tensor | None:
+    def first_norm_per_tensor(self, slots: list[Slot]) -> Tensor | None:
         """n1 of each parameter, if the first step had just this list."""
-        for measured, norms in self.first_norms_per_tensor:
-            if len(measured) == len(params) and all(map(operator.is_, measured, params)):
-                return norms
-        return None
+        return next((norms for of, norms in self.first_norms_per_tensor if of == slots), None)
 
 
 class Slots:
@@ -106,6 +128,8 @@ class Slots:
         self._backend = backend
         self._places: dict[tuple[torch.device, torch.dtype, bool], Place] = {}
         self._slots: dict[Tensor, Slot] = {}
+        # Per group the buckets of the last step, with no gradients in them.
+        self._last: dict[int, list[Bucket]] = {}
 
     def place_of(self, p: Tensor) -> Place:
         """Raises RuntimeError if the backend that was named cannot serve p."""
@@ -114,47 +138,86 @@ class Slots:
             self._places[key] = Place(p.device, p.dtype, backends.choose(self._backend, *key)[0])
         return self._places[key]
 
-    def slot_of(self, p: Tensor) -> Slot:
-        """The slot of p: a new one if it has none, or was cast, moved or laid out anew."""
-        slot = self._slots.get(p)
-        if slot is None or not fits(slot.old, p):
-            slot = Slot(self.place_of(p), torch.empty_like(p, requires_grad=False))
-            self._slots[p] = slot
-        return slot
-
-    def buckets(self, groups: list[dict[str, Any]]) -> list[Bucket]:
+    def buckets(
+        self, groups: list[dict[str, Any]], perturbed: Container[Slot] = ()
+    ) -> list[Bucket]:
         """All parameters that have a gradient. A gradient in another layout is laid out like its
-        parameter.
+        parameter, and a parameter that was cast, moved or laid out anew gets a new slot.
 
         Raises:
+            RuntimeError: a parameter whose slot is in `perturbed` would get a new one.
             ValueError: a gradient is sparse.
         """
-        buckets: dict[tuple[int, Place], Bucket] = {}
+        buckets: list[Bucket] = []
         for index, group in enumerate(groups):
-            for i, p in enumerate(group["params"]):
-                grad = p.grad
-                if grad is None:
-                    continue
-                if grad.layout is not torch.strided:
-                    ops.check_tensor(f"params[{i}].grad of parameter group {index}", grad)
-                if not fits(grad, p) or grad.is_neg():
-                    grad = p.grad = laid_out_like(p, grad)
-                slot = self.slot_of(p)
-                bucket = buckets.get((index, slot.place))
-                if bucket is None:
-                    bucket = buckets[(index, slot.place)] = Bucket(group, slot.place)
-                bucket.params.append(p)
-                bucket.grads.append(grad)
-                bucket.slots.append(slot)
-        return list(buckets.values())
+            params, grads = [], []
+            for p in group["params"]:
+                if (grad := p.grad) is not None:
+                    params.append(p)
+                    grads.append(grad)
+            if not params:
+                continue
+            current = _unchanged(self._last.get(index, []), group, params, grads)
+            if current is None:
+                current = self._look_closely(index, group, perturbed)
+                self._last[index] = [replace(bucket, grads=[]) for bucket in current]
+            buckets += current
+        return buckets
+
+    def _look_closely(
+        self, index: int, group: dict[str, Any], perturbed: Container[Slot]
+    ) -> list[Bucket]:
+        """The buckets of one group, parameter by parameter."""
+        by_place: dict[Place, tuple[list[Slot], list[Tensor]]] = {}
+        for i, p in enumerate(group["params"]):
+            grad = p.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                ops.check_tensor(f"params[{i}].grad of parameter group {index}", grad)
+            slot = self._slots.get(p)
+            if slot is None or not fits(slot.old, p):
+                if slot in perturbed:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(p.shape)} changed its shape, dtype, device "
+                        "or layout between first_step and second_step. The weights were restored."
+                    )
+                slot = Slot(p, self.place_of(p), torch.empty_like(p, requires_grad=False))
+                self._slots[p] = slot
+            if not fits(grad, p) or grad.is_neg():
+                grad = p.grad = laid_out_like(p, grad)
+            slots, grads = by_place.setdefault(slot.place, ([], []))
+            slots.append(slot)
+            grads.append(grad)
+        buckets = []
+        for place, (slots, grads) in by_place.items():
+            params = [slot.param for slot in slots]
+            buckets.append(Bucket(group, place, slots, params, grads, Layouts(params)))
+        return buckets
+
+
+def _unchanged(
+    last: list[Bucket], group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+) -> list[Bucket] | None:
+    """The buckets of the last step with the gradients of this one, if nothing else differs."""
+    if len(last) != 1:  # none, or more than one place in a group
+        return None
+    (bucket,) = last
+    if (
+        len(params) == len(bucket.params)
+        and all(map(operator.is_, params, bucket.params))
+        and bucket.layouts.are_of(params)
+        and bucket.layouts.are_of(grads)
+        and not any(map(Tensor.is_neg, grads))
+    ):
+        return [replace(bucket, group=group, grads=grads)]
+    return None
 
 
 def fits(tensor: Tensor, p: Tensor) -> bool:
     """Whether a tensor can stand beside p in a list: dtype, device, shape and order in memory."""
     if tensor.dtype is not p.dtype or tensor.device != p.device or tensor.shape != p.shape:
         return False
-    if tensor.is_contiguous() and p.is_contiguous():  # the usual case, and cheaper than strides
-        return True
     return ops.same_layout(tensor, p) or not ops.is_dense(p)
 
 

@@ -147,7 +147,7 @@ class SAM(Optimizer):
                 if keeps_first_grads:
                     # The memory of a view is somebody else's, who may use it for g2: DDP's buckets.
                     kept = [g.clone() if g._is_view() else g for g in bucket.grads]
-                    perturbation.first_grads.update(zip(bucket.params, kept, strict=True))
+                    perturbation.first_grads.update(zip(bucket.slots, kept, strict=True))
             perturbation.settle()
             for bucket in buckets:
                 for p in bucket.params:
@@ -392,7 +392,7 @@ class SAM(Optimizer):
                 if adaptive:
                     norms = ops.norms(bucket.grads, **bucket.options)
                 first_norms.append(norms.total)
-                perturbation.first_norms_per_tensor.append((bucket.params, norms.per_tensor))
+                perturbation.first_norms_per_tensor.append((bucket.slots, norms.per_tensor))
         perturbation.ascent_norm = ops.total_norm(ascent_norms)
         if first_norms:
             perturbation.first_norm = ops.total_norm(first_norms)
@@ -413,28 +413,33 @@ class SAM(Optimizer):
             **bucket.options,
         )
 
-    def _restore(self, slots: dict[Tensor, Slot]) -> None:
+    def _restore(self, slots: dict[Slot, None]) -> None:
         """Restores and removes what is in `slots`; what may be restored later stays in there."""
-        lists: dict[tuple[Place, str], list[Tensor]] = {}
+        lists: dict[tuple[Place, str], list[Slot]] = {}
         lost = []
-        for p, slot in slots.items():
+        for slot in slots:
+            p = slot.param
             if p.shape != slot.old.shape or (p.data_ptr() == 0 and p.numel() > 0):
-                lost.append(p)
+                lost.append(slot)
                 continue
             # A parameter that was cast or laid out anew in between still gets its values back.
             backend = slot.place.backend if fits(slot.old, p) else "foreach"
-            lists.setdefault((slot.place, backend), []).append(p)
-        for (_, backend), params in lists.items():
-            old_params = [slots[p].old for p in params]
-            ops.restore_(params, old_params, backend=backend, validate=False)
-        freed = {p: slots[p] for p in lost if p.shape == slots[p].old.shape}
+            lists.setdefault((slot.place, backend), []).append(slot)
+        for (_, backend), of_place in lists.items():
+            ops.restore_(
+                [slot.param for slot in of_place],
+                [slot.old for slot in of_place],
+                backend=backend,
+                validate=False,
+            )
         slots.clear()
-        slots.update(freed)
+        slots.update((slot, None) for slot in lost if slot.param.shape == slot.old.shape)
         if lost:
+            shape = tuple(lost[0].param.shape)
             raise RuntimeError(
-                f"a parameter of shape {tuple(lost[0].shape)} changed its shape or lost its memory "
-                f"between first_step and second_step: {len(lost)} parameters cannot be restored. "
-                "All others were; if the memory comes back, call restore() again."
+                f"a parameter of shape {shape} changed its shape or lost its memory between "
+                f"first_step and second_step: {len(lost)} parameters cannot be restored. All "
+                "others were; if the memory comes back, call restore() again."
             )
 
     def _second_step(self) -> None:
@@ -452,29 +457,14 @@ class SAM(Optimizer):
         self._perturbation = None
 
     def _finish(self, perturbation: Perturbation) -> None:
-        buckets = self._slots.buckets(self.param_groups)
+        buckets = self._slots.buckets(self.param_groups, perturbation.slots)
         if not buckets:
             raise RuntimeError(
                 "second_step found no gradient: call loss.backward() at the perturbed weights "
                 "before it. The weights were restored."
             )
-        for bucket in buckets:
-            for p, slot in zip(bucket.params, bucket.slots, strict=True):
-                if perturbation.slots.get(p, slot) is not slot:
-                    raise RuntimeError(
-                        f"a parameter of shape {tuple(p.shape)} changed its shape, dtype, device "
-                        "or layout between first_step and second_step. The weights were restored."
-                    )
-
-        for bucket in buckets:
-            for p, grad in zip(bucket.params, bucket.grads, strict=True):
-                first = perturbation.first_grads.get(p)
-                if first is not None and first.numel() > 0 and first.data_ptr() == grad.data_ptr():
-                    raise RuntimeError(
-                        f"the second gradient of a parameter of shape {tuple(p.shape)} was written "
-                        "over the first one, whose memory first_step took over: let backward make "
-                        "a new .grad. The weights were restored."
-                    )
+        if perturbation.first_grads:
+            _check_first_grads_survived(buckets, perturbation.first_grads)
 
         # Without g1 there is nothing to recombine: like torch.optim without a gradient, leave the
         # parameter alone.
@@ -487,11 +477,11 @@ class SAM(Optimizer):
             norms = [ops.norms(bucket.grads, **bucket.options).total for bucket in updated]
             second_norm = ops.total_norm(norms)
 
-        done = {p for bucket in updated for p in bucket.params}
+        done = {slot for bucket in updated for slot in bucket.slots}
         if all(self._is_fused(bucket.group) for bucket in updated):
             # Of all groups, so that a wrong one is found before the first is updated.
             hyperparameters = [_sgd_options(bucket.group) for bucket in updated]
-            self._restore({p: s for p, s in perturbation.slots.items() if p not in done})
+            self._restore({slot: None for slot in perturbation.slots if slot not in done})
             for bucket, options in zip(updated, hyperparameters, strict=True):
                 self._update_with_sgd(bucket, options, perturbation, second_norm)
         else:
@@ -501,7 +491,7 @@ class SAM(Optimizer):
             for bucket in updated:
                 options = self._recombination(bucket, perturbation, second_norm)
                 ops.recombine_(bucket.grads, **options, **bucket.options)
-            self._step_base(done)
+            self._step_base({slot.param for slot in done})
 
     def _is_fused(self, group: dict[str, Any]) -> bool:
         # Hyperparameters on the device are left to torch.optim.SGD: reading them here would make
@@ -522,12 +512,12 @@ class SAM(Optimizer):
             "ascent_norm": bucket.bring(perturbation.ascent_norm),
         }
         if self._rule != "sam":
-            options["first_grads"] = [perturbation.first_grads[p] for p in bucket.params]
+            options["first_grads"] = [perturbation.first_grads[slot] for slot in bucket.slots]
             if bucket.granularity == "global":
                 options["first_norm"] = bucket.bring(perturbation.first_norm)
                 options["second_norm"] = bucket.bring(second_norm)
             elif bucket.granularity == "tensor":
-                options["first_norm"] = perturbation.first_norm_per_tensor(bucket.params)
+                options["first_norm"] = perturbation.first_norm_per_tensor(bucket.slots)
         return options
 
     def _update_with_sgd(
@@ -537,27 +527,14 @@ class SAM(Optimizer):
         perturbation: Perturbation,
         second_norm: Tensor | None,
     ) -> None:
-        if hyperparameters["momentum"] == 0:
-            parts = [(bucket, False)]
-        else:
-            new = {p for p in bucket.params if self.state[p].get("momentum_buffer") is None}
-            parts = [(bucket, False)]
-            if new:
-                old = bucket.select(lambda p: p not in new)
-                parts = [(bucket.select(new.__contains__), True), (old, False)]
-        for part, init_momentum in parts:
-            if not part.params:
-                continue
-            buffers = None
-            if hyperparameters["momentum"] != 0:
-                buffers = [self._momentum_buffer(p) for p in part.params]
+        parts: list[tuple[Bucket, list[Tensor] | None, bool]] = [(bucket, None, False)]
+        if hyperparameters["momentum"] != 0:
+            parts = self._momentum_parts(bucket)
+        for part, buffers, init_momentum in parts:
             ops.sgd_(
                 part.params,
                 # One that was not perturbed, for want of g1, is at w already.
-                [
-                    slot.old if p in perturbation.slots else p
-                    for p, slot in zip(part.params, part.slots, strict=True)
-                ],
+                [slot.old if slot in perturbation.slots else slot.param for slot in part.slots],
                 part.grads,
                 buffers,
                 init_momentum=init_momentum,
@@ -569,13 +546,30 @@ class SAM(Optimizer):
                 for p, buffer in zip(part.params, buffers or (), strict=True):
                     self.state[p]["momentum_buffer"] = buffer
 
-    def _momentum_buffer(self, p: Tensor) -> Tensor:
-        buffer = self.state[p].get("momentum_buffer")
-        if buffer is None:
-            return torch.empty_like(p, requires_grad=False)
-        if not fits(buffer, p):
-            buffer = self.state[p]["momentum_buffer"] = laid_out_like(p, buffer)
-        return buffer
+    def _momentum_parts(self, bucket: Bucket) -> list[tuple[Bucket, list[Tensor] | None, bool]]:
+        """The bucket, split by whether it has momentum yet: part, buffers, init_momentum."""
+        buffers = [self.state[p].get("momentum_buffer") for p in bucket.params]
+        running = [buffer for buffer in buffers if buffer is not None]
+        if len(running) == len(buffers):
+            return [(bucket, self._laid_out(bucket, running), False)]
+        new = {slot for slot, b in zip(bucket.slots, buffers, strict=True) if b is None}
+        new_part = bucket.select(new.__contains__)
+        empty = [torch.empty_like(p, requires_grad=False) for p in new_part.params]
+        if not running:
+            return [(new_part, empty, True)]
+        running_part = bucket.select(lambda slot: slot not in new)
+        return [
+            (running_part, self._laid_out(running_part, running), False),
+            (new_part, empty, True),
+        ]
+
+    def _laid_out(self, bucket: Bucket, buffers: list[Tensor]) -> list[Tensor]:
+        """The momentum buffers; those in another layout, as of a checkpoint, are replaced."""
+        if not bucket.layouts.are_of(buffers):
+            for i, p in enumerate(bucket.params):
+                if not fits(buffers[i], p):
+                    buffers[i] = self.state[p]["momentum_buffer"] = laid_out_like(p, buffers[i])
+        return buffers
 
     def _step_base(self, updated: set[Tensor]) -> None:
         hidden = {p: p.grad for p in self._all_params() if p not in updated and p.grad is not None}
@@ -594,7 +588,7 @@ class SAM(Optimizer):
             return None
         comparisons, weight_norms = [], []
         for bucket in buckets:
-            first_grads = [perturbation.first_grads[p] for p in bucket.params]
+            first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
             comparisons.append(ops.compare(first_grads, bucket.grads, **bucket.options))
             old_params = [slot.old for slot in bucket.slots]
             weight_norms.append(ops.norms(old_params, **bucket.options).total)
@@ -611,9 +605,21 @@ def _sgd_options(group: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _select(buckets: list[Bucket], keep: Callable[[Tensor], bool]) -> list[Bucket]:
+def _select(buckets: list[Bucket], keep: Callable[[Slot], bool]) -> list[Bucket]:
     parts = [bucket.select(keep) for bucket in buckets]
-    return [part for part in parts if part.params]
+    return [part for part in parts if part.slots]
+
+
+def _check_first_grads_survived(buckets: list[Bucket], first_grads: dict[Slot, Tensor]) -> None:
+    for bucket in buckets:
+        for slot, grad in zip(bucket.slots, bucket.grads, strict=True):
+            first = first_grads.get(slot)
+            if first is not None and first.numel() > 0 and first.data_ptr() == grad.data_ptr():
+                raise RuntimeError(
+                    f"the second gradient of a parameter of shape {tuple(grad.shape)} was written "
+                    "over the first one, whose memory first_step took over: let backward make a "
+                    "new .grad. The weights were restored."
+                )
 
 
 def _check_options(options: dict[str, Any], where: str) -> None:
