@@ -38,6 +38,13 @@ struct Execution {
   int num_threads = 1;     // threads on the host; unused on a device
 };
 
+// A hyperparameter: a number, or an address in the op's memory where a number lies that may change
+// without the host (CUDA graphs).
+struct Scalar {
+  float value;
+  const float* address;  // or null
+};
+
 constexpr int kNormsSums = 1;
 constexpr int kCompareSums = 5;
 
@@ -59,7 +66,7 @@ struct PerturbArgs {
   ReadOnlyList grads;      // [in] g1
   MutableList old_params;  // [out]
   const float* norm;       // [in] [1]
-  float rho;               // negative: away from the gradient
+  Scalar rho;              // negative: away from the gradient
   float eps;
   bool adaptive;
 };
@@ -99,7 +106,7 @@ struct RecombineArgs {
 //   d = u + momentum * buf if nesterov else buf;  params = w - lr * d
 // A skipped step restores params and leaves buf (0 if init_momentum).
 struct SgdOptions {
-  float lr;
+  Scalar lr;
   float momentum;
   float one_minus_dampening;
   float weight_decay;

@@ -109,7 +109,7 @@ def perturb_(
     grads: TensorList,
     old_params: TensorList,
     *,
-    rho: float,
+    rho: float | Tensor,
     norm: Tensor | None = None,
     adaptive: bool = False,
     maximize: bool = False,
@@ -126,7 +126,8 @@ def perturb_(
 
     Args:
         params, grads, old_params: lists of n tensors. old_params is overwritten with w.
-        rho: radius >= 0, in units of ||w||_2; dimensionless if adaptive.
+        rho: radius >= 0, in units of ||w||_2; dimensionless if adaptive. A tensor of one element
+            on the device of the parameters is read there, and its value is not checked.
         norm: n, if it is known or spans more than these tensors; shape (), on their device.
         maximize: move to w - e(w): the neighbour that is worst for an objective that is maximized.
         eps: added to n, in the units of n.
@@ -146,10 +147,12 @@ def perturb_(
     Source: Foret et al., arXiv:2010.01412; adaptive: Kwon et al., arXiv:2102.11600, as in
         davda54/sam.
     """
-    _check_non_negative("rho", rho)
     _check_non_negative("eps", eps)
+    if not isinstance(rho, Tensor):
+        _check_non_negative("rho", rho)
     lists = {"params": params, "grads": grads, "old_params": old_params}
     chosen = _backend_for(backend, lists, ("params", "old_params"), validate)
+    rho = _hyperparameter("rho", rho, params[0])
     if norm is None:
         norm = chosen.norms(grads, params if adaptive else None).total
     elif validate:
@@ -247,7 +250,7 @@ def sgd_(
     grads: TensorList,
     momentum_buffers: TensorList | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -274,6 +277,8 @@ def sgd_(
         params: overwritten; old_params: w, may be params itself; grads: g2. Lists of n tensors.
         momentum_buffers: buf, updated; needed if momentum is not 0.
         init_momentum: buf holds nothing yet.
+        lr: >= 0. A tensor of one element on the device of the parameters is read there, and its
+            value is not checked.
         rule, granularity, first_grads, first_norm, second_norm, eps: see `recombine_`.
         ascent_norm: the norm that the perturbation was made with, shape (). If it is not finite,
             the step is skipped on the device: params = old_params, and buf stays (0 if
@@ -315,7 +320,7 @@ def sgd_(
         validate=validate,
     )
     options = SgdOptions(
-        lr=lr,
+        lr=_hyperparameter("lr", lr, params[0]),
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,
@@ -364,7 +369,7 @@ def gradient_statistics(
 
 def check_sgd_options(
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float,
     dampening: float,
     weight_decay: float,
@@ -372,8 +377,9 @@ def check_sgd_options(
     maximize: bool,
 ) -> None:
     """Raise TypeError or ValueError unless these are hyperparameters of SGD."""
-    for name, value in (("momentum", momentum), ("weight_decay", weight_decay), ("lr", lr)):
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
         _check_non_negative(name, value)
+    check_hyperparameter("lr", lr)
     _check_number("dampening", dampening)
     for name, flag in (("nesterov", nesterov), ("maximize", maximize)):
         if not isinstance(flag, bool):
@@ -481,6 +487,35 @@ def _check_non_negative(name: str, value: float) -> None:
     _check_number(name, value)
     if value < 0:
         raise ValueError(f"{name}={value}: give a finite number >= 0")
+
+
+def check_hyperparameter(name: str, value: float | Tensor) -> None:
+    """Raise TypeError or ValueError unless this is a finite number >= 0, or a tensor of one
+    element; what is on a device is not looked at."""
+    if not isinstance(value, Tensor):
+        return _check_non_negative(name, value)
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"{name} is a tensor of shape {tuple(value.shape)} and {value.dtype}: give a number or "
+            "a floating-point tensor of one element"
+        )
+    if value.device.type == "cpu":
+        _check_non_negative(name, value.item())
+
+
+def _hyperparameter(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+    """As backends take it: a number, or a tensor of shape () beside `like`."""
+    check_hyperparameter(name, value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu" and like.device.type != "cpu":
+        return value.item()
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} is on {value.device}: give a number, or a tensor on {like.device}"
+        )
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return value.detach().reshape(()).to(dtype)
 
 
 def _check_norm(name: str, norm: Tensor, tensors: TensorList, shape: tuple[int, ...]) -> None:

@@ -61,11 +61,7 @@ def backend() -> ModuleType:
         assert device.type == "cpu"
         yield core.cuda(0)
 
-    vars(module).update(
-        _C=core,
-        _target=on_the_emulated_device,
-        DTYPES={dtype: getattr(core.DType, str(dtype).split(".")[1]) for dtype in native.DTYPES},
-    )
+    vars(module).update(_C=core, _target=on_the_emulated_device)
     return module
 
 

@@ -352,6 +352,28 @@ def test_something_that_is_no_number(name: str, option: str, value: Any) -> None
     refuses(name, arguments, TypeError, f"{option} is {type(value).__name__}")
 
 
+@pytest.mark.parametrize(("name", "option"), [("perturb_", "rho"), ("sgd_", "lr")])
+@pytest.mark.parametrize(
+    "value", [torch.ones(2), torch.ones(0), torch.tensor(1), torch.tensor(True)], ids=str
+)
+def test_tensors_that_are_no_hyperparameter(name: str, option: str, value: Tensor) -> None:
+    arguments = CALLS[name].arguments(**{option: value})
+    refuses(name, arguments, ValueError, option, str(tuple(value.shape)), "one element")
+
+
+@pytest.mark.parametrize(("name", "option"), [("perturb_", "rho"), ("sgd_", "lr")])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_tensors_out_of_range_on_the_host(name: str, option: str, value: float) -> None:
+    arguments = CALLS[name].arguments(**{option: torch.tensor(value)})
+    refuses(name, arguments, ValueError, f"{option}={value}")
+
+
+@pytest.mark.parametrize(("name", "option"), [("perturb_", "rho"), ("sgd_", "lr")])
+def test_hyperparameters_on_another_device(name: str, option: str) -> None:
+    arguments = CALLS[name].arguments(**{option: torch.tensor(0.1, device="meta")})
+    refuses(name, arguments, ValueError, f"{option} is on meta", "cpu")
+
+
 @pytest.mark.parametrize("options", [{"momentum": 0.0}, {"dampening": 0.5}], ids=str)
 def test_nesterov_needs_momentum_and_no_dampening(options: dict[str, float]) -> None:
     arguments = CALLS["sgd_"].arguments(nesterov=True, **options)

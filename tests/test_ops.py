@@ -807,6 +807,26 @@ def test_tuples_and_unchecked_calls_do_the_same(setting: Setting) -> None:
     assert_same_bits(results[2], results[0])
 
 
+@every_setting
+def test_rho_and_lr_as_tensors(setting: Setting) -> None:
+    """On the device they are read when the op runs there, as a CUDA graph needs it."""
+    results = []
+    for as_tensor in (False, True):
+        dtype = torch.float64 if setting.dtype is torch.float64 else torch.float32
+        rho, lr = (
+            torch.tensor(x, dtype=dtype, device=setting.device) if as_tensor else x
+            for x in (RHO, 0.1)
+        )
+        lists = Lists(LAYOUTS, setting)
+        w, old, backend = lists.params, lists.old_params, setting.backend
+        ops.perturb_(w, lists.first_grads, old, rho=rho, backend=backend)
+        perturbed = copies(w)
+        buffers = lists.momentum_buffers
+        ops.sgd_(w, old, lists.grads, buffers, lr=lr, momentum=0.9, backend=backend)
+        results.append([*perturbed, *old, *w, *buffers])
+    assert_same_bits(results[1], results[0])
+
+
 # Determinism
 
 

@@ -533,12 +533,20 @@ def test_a_scheduled_lr_is_the_lr_of_the_update(
             scheduler.step()
 
 
-def test_lr_as_a_tensor_on_the_host() -> None:
+def test_lr_and_rho_as_tensors() -> None:
+    """What is written to them between steps counts."""
     results = []
-    for lr in (0.5, torch.tensor(0.5)):
+    for as_tensor in (False, True):
+        lr, rho = (torch.tensor(x) if as_tensor else x for x in (0.5, 0.25))
         model = linear()
-        optimizer = SAM(model.parameters(), lr=lr, momentum=0.9)
+        optimizer = SAM(model.parameters(), rho=rho, lr=lr, momentum=0.9)
         take_step(optimizer, 0)
+        for group in optimizer.param_groups:
+            for name in ("lr", "rho"):
+                if as_tensor:
+                    group[name].mul_(0.5)
+                else:
+                    group[name] *= 0.5
         take_step(optimizer, 1)
         results.append(snapshot(model.parameters()))
     assert unchanged(results[0], results[1])
@@ -700,7 +708,7 @@ def test_granularity_may_differ_between_groups(backend: str) -> None:
 @pytest.mark.parametrize(
     ("group", "error", "text"),
     [
-        ({"rho": -0.1}, ValueError, r"rho=-0\.1 of parameter group 1"),
+        ({"rho": -0.1}, ValueError, r"rho of parameter group 1=-0\.1"),
         ({"rho": "0.1"}, TypeError, "rho of parameter group 1 is str"),
         ({"adaptive": 1}, TypeError, "adaptive of parameter group 1 is int"),
         ({"granularity": "layer"}, ValueError, "granularity of parameter group 1='layer'"),

@@ -17,20 +17,22 @@ struct CompareFunctor {
     const T* second = chunk.template At<const T>(1);
     int second_larger = 0;
     int signs_agree = 0;
-    ForEachVector<T>(chunk.n, IsAligned(first) && IsAligned(second), [&](int i, auto width) {
-      const auto firsts = Load<width>(first + i);
-      const auto seconds = Load<width>(second + i);
+    const auto load = [&](int i, auto width) {
+      return Loaded<T, width, 2>{{Load<width>(first + i), Load<width>(second + i)}};
+    };
+    ForEachVector<T, 2>(chunk.n, IsAligned(first) && IsAligned(second), load,
+                        [&](int, const auto& loaded, auto width) {
 #pragma unroll
-      for (int j = 0; j < width; ++j) {
-        const double a = ToFloat(firsts.lane[j]);
-        const double b = ToFloat(seconds.lane[j]);
-        sums[0] += a * a;
-        sums[1] += b * b;
-        sums[2] += a * b;
-        second_larger += fabs(b) > fabs(a);
-        signs_agree += a * b > 0.0;
-      }
-    });
+                          for (int j = 0; j < width; ++j) {
+                            const double a = ToFloat(loaded.of[0].lane[j]);
+                            const double b = ToFloat(loaded.of[1].lane[j]);
+                            sums[0] += a * a;
+                            sums[1] += b * b;
+                            sums[2] += a * b;
+                            second_larger += fabs(b) > fabs(a);
+                            signs_agree += a * b > 0.0;
+                          }
+                        });
     sums[3] += second_larger;
     sums[4] += signs_agree;
   }

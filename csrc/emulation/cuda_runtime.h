@@ -33,7 +33,12 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
+struct int4 {
+  int x, y, z, w;
+};
+
 enum cudaError_t { cudaSuccess, cudaErrorNoDevice };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
 struct cudaFuncAttributes {};
 
@@ -45,6 +50,20 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
 }
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// A small device: lists of a few chunks already take every block more than once round the loop.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 3;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
@@ -87,6 +106,13 @@ struct Block {
   unsigned current = 0;
   bool progressed = false;  // any fiber, in this round of the scheduler
 };
+
+// Bytes that kernels have read from and written to tensors.
+struct Traffic {
+  uint64_t read = 0;
+  uint64_t written = 0;
+};
+inline Traffic traffic;
 
 inline Block* block = nullptr;
 inline dim3 thread_index, block_index, grid_size;
@@ -194,4 +220,12 @@ inline unsigned atomicAdd(unsigned* to, unsigned value) {
 template <typename T>
 T __ldcg(const T* from) {
   return *from;
+}
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
 }

@@ -53,7 +53,9 @@ class Recombination:
 class SgdOptions:
     """The hyperparameters of torch.optim.SGD; init_momentum: the buffers hold nothing yet."""
 
-    lr: float
+    lr: (
+        float | Tensor
+    )  # a tensor of shape () on the lists' device, float32 (float64), is read there
     momentum: float
     dampening: float
     weight_decay: float
@@ -69,6 +71,14 @@ class Backend(Protocol):
         self, device: torch.device, dtype: torch.dtype, dense: bool
     ) -> str | None: ...
 
+    def prepare(self, tensors: TensorList) -> TensorList:
+        """The list in the form that this backend works with, for a list that several calls take.
+        Good for as long as no tensor in it gets other memory."""
+
+    def are_alike(self, first: TensorList, *others: TensorList) -> bool:
+        """Whether tensor i of all lists has the same dtype, device, shape and order in memory.
+        False may also mean that strides differ where it does not matter."""
+
     def norms(self, tensors: TensorList, weights: TensorList | None) -> Norms: ...
 
     def perturb_(
@@ -78,7 +88,7 @@ class Backend(Protocol):
         old_params: TensorList,
         *,
         norm: Tensor,
-        rho: float,
+        rho: float | Tensor,  # as SgdOptions.lr; negative: away from the gradient
         adaptive: bool,
         eps: float,
         journal: list[bool] | None,
@@ -100,3 +110,18 @@ class Backend(Protocol):
     ) -> None: ...
 
     def compare(self, first_grads: TensorList, second_grads: TensorList) -> Comparison: ...
+
+
+def prepare(tensors: TensorList) -> TensorList:
+    """Backend.prepare of a backend that takes lists as they are."""
+    return tensors
+
+
+def are_alike(first: TensorList, *others: TensorList) -> bool:
+    """Backend.are_alike in Python."""
+    layouts = [_layout(t) for t in first]
+    return all(layouts == [_layout(t) for t in other] for other in others)
+
+
+def _layout(t: Tensor) -> tuple[object, ...]:
+    return t.layout, t.dtype, t.device, t.shape, t.stride()

@@ -9,7 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import (
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+    are_alike,
+    prepare,
+)
+
+__all__ = [
+    "are_alike",
+    "compare",
+    "norms",
+    "perturb_",
+    "prepare",
+    "recombine_",
+    "restore_",
+    "sgd_",
+    "why_unavailable",
+]
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
@@ -33,7 +53,7 @@ def perturb_(
     old_params: TensorList,
     *,
     norm: Tensor,
-    rho: float,
+    rho: float | Tensor,
     adaptive: bool,
     eps: float,
     journal: list[bool] | None,
@@ -44,7 +64,8 @@ def perturb_(
     w, direction = _wide(params), _wide(grads)
     if adaptive:
         direction = torch._foreach_mul(torch._foreach_mul(w, w), direction)
-    scale = torch.full_like(norm, rho) / (norm + eps)
+    radius = rho if isinstance(rho, Tensor) else torch.full_like(norm, rho)
+    scale = radius / (norm + eps)
     perturbed = torch._foreach_add(w, torch._foreach_mul(direction, scale))
     torch._foreach_copy_(params, _where((norm > 0) & norm.isfinite(), perturbed, w))
 

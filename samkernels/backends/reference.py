@@ -10,7 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import (
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+    are_alike,
+    prepare,
+)
+
+__all__ = [
+    "are_alike",
+    "compare",
+    "norms",
+    "perturb_",
+    "prepare",
+    "recombine_",
+    "restore_",
+    "sgd_",
+    "why_unavailable",
+]
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
@@ -35,7 +55,7 @@ def perturb_(
     old_params: TensorList,
     *,
     norm: Tensor,
-    rho: float,
+    rho: float | Tensor,
     adaptive: bool,
     eps: float,
     journal: list[bool] | None,
@@ -47,7 +67,8 @@ def perturb_(
     # A zero norm has no direction, a non-finite one would put nan into every weight.
     perturbs = (norm > 0) & norm.isfinite()
     # rho as a tensor: PyTorch divides a number by a tensor with a reciprocal, an ulp off.
-    scale = torch.full_like(norm, rho) / (norm + eps)
+    radius = rho if isinstance(rho, Tensor) else torch.full_like(norm, rho)
+    scale = radius / (norm + eps)
     for w, g in zip(params, grads, strict=True):
         direction = _wide(w) * _wide(w) * _wide(g) if adaptive else _wide(g)
         w.copy_(torch.where(perturbs, _wide(w) + scale * direction, _wide(w)))

@@ -4,8 +4,6 @@ tensors in here."""
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels import backends, ops
+from samkernels.backends import TensorList
 from samkernels.optim._lists import Bucket, Perturbation, Place, Slot, Slots, fits, laid_out_like
 
 
@@ -46,7 +45,9 @@ class SAM(Optimizer):
         params: parameters or parameter groups, as for any torch.optim optimizer; a group may set
             its own rho, adaptive, and whatever the base optimizer knows.
         base_optimizer: a class, called as base_optimizer(param_groups, **base_options).
-        rho: radius >= 0 of the neighbourhood, in units of ||w||_2; dimensionless if adaptive.
+        rho: radius >= 0 of the neighbourhood, in units of ||w||_2; dimensionless if adaptive. Like
+            lr, it may be a tensor of one element: on the parameters' device it is read there, and
+            a CUDA graph sees what is written to it.
         adaptive: ASAM's perturbation, as in davda54/sam.
         backend: "auto" takes, per device and dtype, the fastest that can serve (see `backends`);
             "native", "foreach" or "reference" insists on one.
@@ -68,7 +69,7 @@ class SAM(Optimizer):
         self,
         params: ParamsT,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         adaptive: bool = False,
         *,
         backend: str = "auto",
@@ -404,7 +405,7 @@ class SAM(Optimizer):
         ops.perturb_(
             bucket.params,
             bucket.grads,
-            [slot.old for slot in bucket.slots],
+            bucket.old,
             rho=bucket.group["rho"],
             norm=bucket.bring(perturbation.ascent_norm),
             adaptive=bucket.group["adaptive"],
@@ -494,9 +495,13 @@ class SAM(Optimizer):
             self._step_base({slot.param for slot in done})
 
     def _is_fused(self, group: dict[str, Any]) -> bool:
-        # Hyperparameters on the device are left to torch.optim.SGD: reading them here would make
-        # the host wait.
-        on_device = any(isinstance(v, Tensor) and v.device.type != "cpu" for v in group.values())
+        # lr and rho may lie on the device; other hyperparameters there are left to torch.optim.SGD:
+        # reading them here would make the host wait.
+        on_device = any(
+            isinstance(value, Tensor) and value.device.type != "cpu"
+            for name, value in group.items()
+            if name not in ("lr", "rho")
+        )
         return (
             type(self.base_optimizer) is torch.optim.SGD
             and not group["differentiable"]
@@ -527,14 +532,18 @@ class SAM(Optimizer):
         perturbation: Perturbation,
         second_norm: Tensor | None,
     ) -> None:
-        parts: list[tuple[Bucket, list[Tensor] | None, bool]] = [(bucket, None, False)]
+        parts: list[tuple[Bucket, TensorList | None, bool]] = [(bucket, None, False)]
         if hyperparameters["momentum"] != 0:
             parts = self._momentum_parts(bucket)
         for part, buffers, init_momentum in parts:
             ops.sgd_(
                 part.params,
                 # One that was not perturbed, for want of g1, is at w already.
-                [slot.old if slot in perturbation.slots else slot.param for slot in part.slots],
+                part.old
+                if all(map(perturbation.slots.__contains__, part.slots))
+                else [
+                    slot.old if slot in perturbation.slots else slot.param for slot in part.slots
+                ],
                 part.grads,
                 buffers,
                 init_momentum=init_momentum,
@@ -546,7 +555,7 @@ class SAM(Optimizer):
                 for p, buffer in zip(part.params, buffers or (), strict=True):
                     self.state[p]["momentum_buffer"] = buffer
 
-    def _momentum_parts(self, bucket: Bucket) -> list[tuple[Bucket, list[Tensor] | None, bool]]:
+    def _momentum_parts(self, bucket: Bucket) -> list[tuple[Bucket, TensorList | None, bool]]:
         """The bucket, split by whether it has momentum yet: part, buffers, init_momentum."""
         buffers = [self.state[p].get("momentum_buffer") for p in bucket.params]
         running = [buffer for buffer in buffers if buffer is not None]
@@ -563,12 +572,14 @@ class SAM(Optimizer):
             (new_part, empty, True),
         ]
 
-    def _laid_out(self, bucket: Bucket, buffers: list[Tensor]) -> list[Tensor]:
+    def _laid_out(self, bucket: Bucket, buffers: list[Tensor]) -> TensorList:
         """The momentum buffers; those in another layout, as of a checkpoint, are replaced."""
-        if not bucket.layouts.are_of(buffers):
-            for i, p in enumerate(bucket.params):
-                if not fits(buffers[i], p):
-                    buffers[i] = self.state[p]["momentum_buffer"] = laid_out_like(p, buffers[i])
+        prepared = bucket.place.prepare(buffers)
+        if bucket.place.are_alike(bucket.old, prepared):
+            return prepared
+        for i, p in enumerate(bucket.params):
+            if not fits(buffers[i], p):
+                buffers[i] = self.state[p]["momentum_buffer"] = laid_out_like(p, buffers[i])
         return buffers
 
     def _step_base(self, updated: set[Tensor]) -> None:
@@ -590,17 +601,15 @@ class SAM(Optimizer):
         for bucket in buckets:
             first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
             comparisons.append(ops.compare(first_grads, bucket.grads, **bucket.options))
-            old_params = [slot.old for slot in bucket.slots]
-            weight_norms.append(ops.norms(old_params, **bucket.options).total)
+            weight_norms.append(ops.norms(bucket.old, **bucket.options).total)
         return ops.gradient_statistics(comparisons, weight_norms)
 
 
 def _sgd_options(group: dict[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
+    options = {name: group[name] for name in ("lr", "nesterov", "maximize")}
+    for name in ("momentum", "dampening", "weight_decay"):
         value = group[name]
         options[name] = value.item() if isinstance(value, Tensor) else value
-    options |= {name: group[name] for name in ("nesterov", "maximize")}
     ops.check_sgd_options(**options)
     return options
 
@@ -623,11 +632,7 @@ def _check_first_grads_survived(buckets: list[Bucket], first_grads: dict[Slot, T
 
 
 def _check_options(options: dict[str, Any], where: str) -> None:
-    rho = options.get("rho", 0.0)
-    if isinstance(rho, bool) or not isinstance(rho, numbers.Real):
-        raise TypeError(f"rho{where} is {type(rho).__name__}: give a number")
-    if not 0 <= float(rho) < math.inf:
-        raise ValueError(f"rho={rho}{where}: give a finite number >= 0")
+    ops.check_hyperparameter(f"rho{where}", options.get("rho", 0.0))
     adaptive = options.get("adaptive", False)
     if not isinstance(adaptive, bool):
         raise TypeError(f"adaptive{where} is {type(adaptive).__name__}: give True or False")
