@@ -270,10 +270,12 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   });
   m.def("compare",
         [](const Target& target, const TensorList& first_grads, const TensorList& second_grads,
-           std::uintptr_t workspace, std::uintptr_t sums) {
+           const TensorList& weights, std::uintptr_t workspace, std::uintptr_t sums) {
           const Shapes shapes("first_grads", first_grads, *target.ops);
-          const CompareArgs args = {shapes.tensors(), shapes.List("first_grads", first_grads),
+          const CompareArgs args = {shapes.tensors(),
+                                    shapes.List("first_grads", first_grads),
                                     shapes.List("second_grads", second_grads),
+                                    shapes.List("weights", weights),
                                     Required<void>("workspace", workspace),
                                     Required<double>("sums", sums)};
           py::gil_scoped_release release;

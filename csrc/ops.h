@@ -46,7 +46,7 @@ struct Scalar {
 };
 
 constexpr int kNormsSums = 1;
-constexpr int kCompareSums = 5;
+constexpr int kCompareSums = 6;
 
 // norm_i = ||s * x_i||_2 with s = |weights_i| if weights are given, else 1; total over all i.
 struct NormsArgs {
@@ -125,11 +125,13 @@ struct SgdArgs {
   SgdOptions options;
 };
 
-// Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|] and [g1 * g2 > 0], in this order.
+// Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0] and w^2, in this
+// order.
 struct CompareArgs {
   Tensors tensors;
   ReadOnlyList first_grads;   // [in] g1
   ReadOnlyList second_grads;  // [in] g2
+  ReadOnlyList weights;       // [in] w
   void* workspace;            // [out] WorkspaceBytes(.., kCompareSums)
   double* sums;               // [out] [kCompareSums]
 };

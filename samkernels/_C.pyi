@@ -76,5 +76,10 @@ def sgd(
     options: SgdOptions,
 ) -> None: ...
 def compare(
-    target: Target, first_grads: TensorList, second_grads: TensorList, workspace: int, sums: int
+    target: Target,
+    first_grads: TensorList,
+    second_grads: TensorList,
+    weights: TensorList,
+    workspace: int,
+    sums: int,
 ) -> None: ...

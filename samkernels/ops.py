@@ -335,23 +335,23 @@ def sgd_(
 def compare(
     first_grads: TensorList,
     second_grads: TensorList,
+    weights: TensorList,
     *,
     backend: str = "auto",
     validate: bool = True,
 ) -> Comparison:
-    """Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|] and [g1 * g2 > 0], read once.
+    """Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0] and w^2, all read
+    once.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `perturb_`.
     """
-    lists = {"first_grads": first_grads, "second_grads": second_grads}
-    return _backend_for(backend, lists, (), validate).compare(first_grads, second_grads)
+    lists = {"first_grads": first_grads, "second_grads": second_grads, "weights": weights}
+    return _backend_for(backend, lists, (), validate).compare(first_grads, second_grads, weights)
 
 
-def gradient_statistics(
-    comparisons: Sequence[Comparison], weight_norms: TensorList
-) -> GradientStatistics:
-    """Statistics over several lists, from what `compare` and `norms` gave for each."""
+def gradient_statistics(comparisons: Sequence[Comparison]) -> GradientStatistics:
+    """Statistics over several lists, from what `compare` gave for each."""
     device = comparisons[0].sums.device
     sums = torch.stack([c.sums.to(device, non_blocking=True) for c in comparisons]).sum(0)
     numel = max(1, sum(c.numel for c in comparisons))
@@ -359,7 +359,7 @@ def gradient_statistics(
     statistics = (
         first_norm,
         second_norm,
-        total_norm(weight_norms),
+        sums[5].sqrt(),
         sums[2] / (first_norm * second_norm),
         sums[3] / numel,
         sums[4] / numel,

@@ -121,7 +121,7 @@ def test_ops_on_native_refuse_what_it_cannot_serve(
         "restore_": lambda: ops.restore_(a, b, backend="native"),
         "recombine_": lambda: ops.recombine_(a, b, rule="samdirection", backend="native"),
         "sgd_": lambda: ops.sgd_(a, b, c, lr=0.1, backend="native"),
-        "compare": lambda: ops.compare(a, b, backend="native"),
+        "compare": lambda: ops.compare(a, b, c, backend="native"),
     }
     with pytest.raises(RuntimeError, match=reason):
         calls[op]()
@@ -182,7 +182,7 @@ class Core:
 
     def __init__(self) -> None:
         self.tensors = torch.arange(36.0).view(6, 2, 3)
-        self.sums = torch.zeros(5, dtype=torch.float64)
+        self.sums = torch.zeros(_C.COMPARE_SUMS, dtype=torch.float64)
         self.norms = torch.ones(3)
         self.target = _C.cpu(1)
         room = _C.workspace_bytes(self.target, self.list_of(0), _C.COMPARE_SUMS)
@@ -210,7 +210,7 @@ class Core:
         elif op == "sgd":
             _C.sgd(self.target, self.recombination(lists), *lists[:3], SGD_WITH_MOMENTUM)
         elif op == "compare":
-            _C.compare(self.target, *lists[:2], workspace, self.sums.data_ptr())
+            _C.compare(self.target, *lists[:3], workspace, self.sums.data_ptr())
         else:
             raise ValueError(op)
 
@@ -238,7 +238,7 @@ CORE_LISTS = {
         "3": "magnitude",
         "4": "sign",
     },
-    "compare": {"0": "first_grads", "1": "second_grads"},
+    "compare": {"0": "first_grads", "1": "second_grads", "2": "weights"},
 }
 every_core_list = pytest.mark.parametrize(
     ("op", "which", "name"),
@@ -388,11 +388,11 @@ def test_the_core_works_without_torch() -> None:
         LOAD_THE_CORE_WITHOUT_TORCH
         + """
 core.norms(target, tensors, None, at(room), at(norms), at(norms) + 8)
-core.compare(target, tensors, others, at(room), at(sums))
+core.compare(target, tensors, others, tensors, at(room), at(sums))
 print(list(norms), list(sums))
 """
     )
-    assert printed.strip() == "[5.0, 12.0, 13.0] [169.0, 169.0, 96.0, 2.0, 3.0]"
+    assert printed.strip() == "[5.0, 12.0, 13.0] [169.0, 169.0, 96.0, 2.0, 3.0, 169.0]"
 
 
 @pytest.mark.parametrize(
@@ -402,8 +402,8 @@ print(list(norms), list(sums))
         ("workspace", "core.norms(target, tensors, None, 0, at(norms), at(norms) + 8)"),
         ("per_tensor", "core.norms(target, tensors, None, at(room), 0, at(norms))"),
         ("total", "core.norms(target, tensors, None, at(room), at(norms), 0)"),
-        ("workspace", "core.compare(target, tensors, tensors, 0, at(sums))"),
-        ("sums", "core.compare(target, tensors, tensors, at(room), 0)"),
+        ("workspace", "core.compare(target, tensors, tensors, tensors, 0, at(sums))"),
+        ("sums", "core.compare(target, tensors, tensors, tensors, at(room), 0)"),
     ],
     ids=["perturb-norm", "norms-workspace", "per_tensor", "total", "compare-workspace", "sums"],
 )

@@ -53,7 +53,7 @@ CALLS = {
         written=("params", "momentum_buffers"),
         options={"lr": 0.1, "momentum": 0.9, "rule": "samdirection"},
     ),
-    "compare": Call(ops.compare, ("first_grads", "second_grads")),
+    "compare": Call(ops.compare, ("first_grads", "second_grads", "weights")),
 }
 EVERY_OP = list(CALLS)
 EVERY_LIST = [(name, list_) for name, call in CALLS.items() for list_ in call.lists]
@@ -102,7 +102,7 @@ def test_something_that_is_no_list(name: str, argument: str, value: Any) -> None
     refuses(name, arguments, TypeError, f"{argument} is {type(value).__name__}")
 
 
-OPTIONAL_LISTS = ("weights", "momentum_buffers")
+OPTIONAL_LISTS = ("weights", "momentum_buffers", "first_grads")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ OPTIONAL_LISTS = ("weights", "momentum_buffers")
     [
         (name, argument)
         for name, argument in EVERY_LIST
-        if argument not in OPTIONAL_LISTS and (argument != "first_grads" or name == "compare")
+        if name == "compare" or argument not in OPTIONAL_LISTS
     ],
 )
 def test_none_instead_of_a_list(name: str, argument: str) -> None:
@@ -315,7 +315,7 @@ def test_shifted_by_one_element_at_the_same_index(name: str, argument: str, othe
 def test_overlap_of_tensors_that_are_only_read_is_accepted() -> None:
     x = torch.tensor([0.0, 2.0])
     assert ops.norms([x, x], [x, x]).per_tensor.tolist() == [4, 4]
-    assert ops.compare([x, x], [x, x]).sums.tolist() == [8, 8, 8, 0, 2]
+    assert ops.compare([x, x], [x, x], [x, x]).sums.tolist() == [8, 8, 8, 0, 2, 8]
 
 
 # Numbers

@@ -33,6 +33,7 @@ from tests.helpers import (
     bits,
     copies,
     doubles,
+    flat,
     make_list,
     rejects,
     unit_roundoff,
@@ -373,13 +374,15 @@ def test_known_norms_are_used(setting: Setting, rule: str, granularity: str) -> 
 @every_list
 def test_compare(slots: list[Slot], setting: Setting) -> None:
     lists = Lists(slots, setting)
-    check_comparison(lists.first_grads, lists.grads, setting)
+    check_comparison(lists.first_grads, lists.grads, lists.old_params, setting)
     lists.assert_guards_intact()
 
 
-def check_comparison(first: list[Tensor], second: list[Tensor], setting: Setting) -> None:
-    sums, numel = ops.compare(first, second, backend=setting.backend)
-    g1, g2 = (torch.cat([t.flatten() for t in doubles(list_)]) for list_ in (first, second))
+def check_comparison(
+    first: list[Tensor], second: list[Tensor], weights: list[Tensor], setting: Setting
+) -> None:
+    sums, numel = ops.compare(first, second, weights, backend=setting.backend)
+    g1, g2, w = (flat(doubles(tensors)) for tensors in (first, second, weights))
     expected = torch.stack(
         [
             (g1 * g1).sum(),
@@ -387,11 +390,12 @@ def check_comparison(first: list[Tensor], second: list[Tensor], setting: Setting
             (g1 * g2).sum(),
             (g2.abs() > g1.abs()).sum(),
             (g1.sign() * g2.sign() > 0).sum(),
+            (w * w).sum(),
         ]
     )
     sizes = expected.clone()
     sizes[2] = (g1 * g2).abs().sum()
-    sizes[3:] = 0  # counts are exact
+    sizes[3:5] = 0  # counts are exact
     assert sums.dtype is torch.float64 and sums.device.type == setting.device
     assert numel == len(g1)
     # foreach has its sums from products, and from norms whose squares double the roundings.
@@ -738,8 +742,8 @@ def test_extreme_gradients_perturb_by_rho(setting: Setting, which: int) -> None:
 @every_setting
 @every_extreme
 def test_comparison_of_extreme_gradients(setting: Setting, which: int) -> None:
-    first, second = (extreme_list(setting, which, seed) for seed in range(2))
-    check_comparison(first, second, setting)
+    first, second, weights = (extreme_list(setting, which, seed) for seed in range(3))
+    check_comparison(first, second, weights, setting)
 
 
 # Memory
@@ -798,7 +802,7 @@ def test_tuples_and_unchecked_calls_do_the_same(setting: Setting) -> None:
         backend = {"backend": setting.backend, **options}
         norms = ops.norms(g1, w, **backend)
         norm = ops.perturb_(w, g1, old, rho=RHO, **backend)
-        sums = ops.compare(g1, g2, **backend).sums
+        sums = ops.compare(g1, g2, w, **backend).sums
         ops.recombine_(g2, g1, rule="sammagnitude", **backend)
         ops.sgd_(w, old, g2, buf, lr=0.1, momentum=0.9, **backend)
         ops.restore_(old, w, **backend)
@@ -861,7 +865,7 @@ def step(lists: Lists, setting: Setting) -> list[Tensor]:
     options = {"backend": setting.backend}
     norm = ops.perturb_(w, lists.first_grads, old, rho=RHO, adaptive=True, **options)
     norms = ops.norms(lists.grads, **options)
-    sums = ops.compare(lists.first_grads, lists.grads, **options).sums
+    sums = ops.compare(lists.first_grads, lists.grads, old, **options).sums
     ops.sgd_(
         w,
         old,
@@ -939,7 +943,7 @@ def test_version_counters_of_what_is_written(setting: Setting) -> None:
         (lambda: ops.recombine_(g2, g1, rule="samdirection", **backend), g2),
         (lambda: ops.sgd_(w, old, g2, lr=0.1, **backend), w),
         (lambda: ops.sgd_(w, old, g2, buf, lr=0.1, momentum=0.9, **backend), [*w, *buf]),
-        (lambda: ops.compare(g1, g2, **backend), []),
+        (lambda: ops.compare(g1, g2, w, **backend), []),
     ]
     everything = [*w, *old, *g1, *g2, *buf]
     for call, written in calls:

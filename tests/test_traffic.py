@@ -55,7 +55,7 @@ TRAFFIC: dict[str, tuple[Callable[..., Any], int, int]] = {
     "sgd, samdirection": (sgd("samdirection", **MOMENTUM), 4, 2),
     "sgd, sammagnitude": (sgd("sammagnitude", **MOMENTUM), 4, 2),
     "recombine, samdirection": (recombine("samdirection"), 2, 1),
-    "compare": (lambda w, old, g1, g2, buf: ops.compare(g1, g2, **OPTIONS), 2, 0),
+    "compare": (lambda w, old, g1, g2, buf: ops.compare(g1, g2, w, **OPTIONS), 3, 0),
 }
 
 

@@ -24,9 +24,9 @@ class Norms(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Sums over all elements of two lists of gradients, on their device."""
+    """Sums over all elements of two lists of gradients and of the weights, on their device."""
 
-    sums: Tensor  # float64, shape (5,): g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0]
+    sums: Tensor  # float64, shape (6,): g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2
     numel: int
 
 
@@ -109,7 +109,9 @@ class Backend(Protocol):
         options: SgdOptions,
     ) -> None: ...
 
-    def compare(self, first_grads: TensorList, second_grads: TensorList) -> Comparison: ...
+    def compare(
+        self, first_grads: TensorList, second_grads: TensorList, weights: TensorList
+    ) -> Comparison: ...
 
 
 def prepare(tensors: TensorList) -> TensorList:

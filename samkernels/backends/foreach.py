@@ -111,8 +111,8 @@ def sgd_(
     torch._foreach_copy_(params, _unless_skipped(recombination, updated, w))
 
 
-def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
-    g1, g2 = ([g.double() for g in grads] for grads in (first_grads, second_grads))
+def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
+    g1, g2, w = ([x.double() for x in xs] for xs in (first_grads, second_grads, weights))
     product = torch._foreach_mul(g1, g2)
     larger = torch._foreach_sub(torch._foreach_abs(g2), torch._foreach_abs(g1))
     sums = [
@@ -121,6 +121,7 @@ def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
         _sum(product),
         _sum([x > 0 for x in larger]),
         _sum([x > 0 for x in product]),
+        _sum(torch._foreach_mul(w, w)),
     ]
     return Comparison(torch.stack(sums), sum(g.numel() for g in first_grads))
 

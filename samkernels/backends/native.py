@@ -162,13 +162,20 @@ def sgd_(
     _mark_written(params, momentum_buffers or ())
 
 
-def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
+def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
     device = first_grads[0].device
     sums = torch.empty(_C.COMPARE_SUMS, dtype=torch.float64, device=device)
     first = _core(first_grads)
     with _target(device) as target:
         workspace = _workspace(target, first, _C.COMPARE_SUMS, device)
-        _C.compare(target, first, _core(second_grads), workspace.data_ptr(), sums.data_ptr())
+        _C.compare(
+            target,
+            first,
+            _core(second_grads),
+            _core(weights),
+            workspace.data_ptr(),
+            sums.data_ptr(),
+        )
     return Comparison(sums, sum(map(Tensor.numel, first_grads)))
 
 

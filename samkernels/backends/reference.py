@@ -113,10 +113,10 @@ def sgd_(
         w.copy_(_unless_skipped(recombination, updated, _wide(old)))
 
 
-def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
-    sums = torch.zeros(5, dtype=torch.float64, device=first_grads[0].device)
-    for first, second in zip(first_grads, second_grads, strict=True):
-        g1, g2 = first.double(), second.double()
+def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
+    sums = torch.zeros(6, dtype=torch.float64, device=first_grads[0].device)
+    for first, second, weight in zip(first_grads, second_grads, weights, strict=True):
+        g1, g2, w = first.double(), second.double(), weight.double()
         sums += torch.stack(
             [
                 (g1 * g1).sum(),
@@ -124,6 +124,7 @@ def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
                 (g1 * g2).sum(),
                 (g2.abs() > g1.abs()).sum(),
                 (g1 * g2 > 0).sum(),
+                (w * w).sum(),
             ]
         )
     return Comparison(sums=sums, numel=sum(g.numel() for g in first_grads))

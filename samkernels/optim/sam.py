@@ -597,12 +597,11 @@ class SAM(Optimizer):
     ) -> ops.GradientStatistics | None:
         if not buckets:
             return None
-        comparisons, weight_norms = [], []
+        comparisons = []
         for bucket in buckets:
             first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
-            comparisons.append(ops.compare(first_grads, bucket.grads, **bucket.options))
-            weight_norms.append(ops.norms(bucket.old, **bucket.options).total)
-        return ops.gradient_statistics(comparisons, weight_norms)
+            comparisons.append(ops.compare(first_grads, bucket.grads, bucket.old, **bucket.options))
+        return ops.gradient_statistics(comparisons)
 
 
 def _sgd_options(group: dict[str, Any]) -> dict[str, Any]:
