@@ -119,6 +119,8 @@ struct PyRecombination {
   bool per_tensor;
   float eps;
   std::uintptr_t ascent_norm;
+  std::uintptr_t grad_scale;
+  std::uintptr_t found_inf;
 
   Recombination For(const Shapes& shapes) const {
     return {shapes.List("magnitude", *magnitude),
@@ -127,7 +129,9 @@ struct PyRecombination {
             Pointer<const float>(denominator),
             per_tensor ? 1 : 0,
             eps,
-            Pointer<const float>(ascent_norm)};
+            Pointer<const float>(ascent_norm),
+            Pointer<const float>(grad_scale),
+            Pointer<const float>(found_inf)};
   }
 };
 
@@ -175,9 +179,10 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
 
   py::class_<PyRecombination>(m, "Recombination", py::module_local())
       .def(py::init<std::shared_ptr<TensorList>, std::shared_ptr<TensorList>, std::uintptr_t,
-                    std::uintptr_t, bool, float, std::uintptr_t>(),
+                    std::uintptr_t, bool, float, std::uintptr_t, std::uintptr_t, std::uintptr_t>(),
            py::arg("magnitude").none(false), py::arg("sign"), py::arg("numerator"),
-           py::arg("denominator"), py::arg("per_tensor"), py::arg("eps"), py::arg("ascent_norm"));
+           py::arg("denominator"), py::arg("per_tensor"), py::arg("eps"), py::arg("ascent_norm"),
+           py::arg("grad_scale"), py::arg("found_inf"));
   py::class_<SgdOptions>(m, "SgdOptions", py::module_local())
       .def(py::init([](float lr, std::uintptr_t lr_address, float momentum,
                        float one_minus_dampening, float weight_decay, float gradient_sign,

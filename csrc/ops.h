@@ -79,9 +79,10 @@ struct RestoreArgs {
 };
 
 // What takes the gradient's place:
-//   u = |magnitude| * sign(sign)                                         if `sign` is given, else
-//   u = (numerator / (denominator + eps)) * magnitude                    if `numerator` is given,
-//   else u = magnitude.
+//   u = |magnitude| * sign(sign)                          if `sign` is given, else
+//   u = (numerator / (denominator + eps)) * magnitude     if `numerator` is given, else
+//   u = magnitude,
+// divided by grad_scale if that is given.
 struct Recombination {
   ReadOnlyList magnitude;    // [in]
   ReadOnlyList sign;         // [in] or null
@@ -91,6 +92,8 @@ struct Recombination {
   float eps;
   const float* ascent_norm;  // [in] [1] or null. Not finite: the step is skipped (see
                              // RecombineArgs, SgdArgs).
+  const float* grad_scale;   // [in] [1] or null
+  const float* found_inf;    // [in] [1] or null. Not 0: the step is skipped.
 };
 
 // out = u; 0 where the step is skipped.

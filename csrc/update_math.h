@@ -46,15 +46,28 @@ static inline SAMKERNELS_HOST_DEVICE float Perturbed(float w, float g, float sca
   return w + scale * direction;
 }
 
-// numerator / (denominator + eps) of tensor i, or 1.
+// The factor of tensor i, if HasCoefficient: numerator / (denominator + eps) / grad_scale.
 static inline SAMKERNELS_HOST_DEVICE float Coefficient(const Recombination& r, int64_t tensor) {
-  if (r.numerator == nullptr) return 1.0f;
-  const int64_t i = r.norm_stride * tensor;
-  return r.numerator[i] / (r.denominator[i] + r.eps);
+  float coefficient = 1.0f;
+  if (r.numerator != nullptr) {
+    const int64_t i = r.norm_stride * tensor;
+    coefficient = r.numerator[i] / (r.denominator[i] + r.eps);
+  }
+  return r.grad_scale != nullptr ? coefficient / *r.grad_scale : coefficient;
+}
+
+static inline SAMKERNELS_HOST_DEVICE bool HasCoefficient(const Recombination& r) {
+  return r.numerator != nullptr || r.grad_scale != nullptr;
 }
 
 static inline SAMKERNELS_HOST_DEVICE bool IsSkipped(const Recombination& r) {
-  return r.ascent_norm != nullptr && !IsFinite(*r.ascent_norm);
+  return (r.ascent_norm != nullptr && !IsFinite(*r.ascent_norm)) ||
+         (r.found_inf != nullptr && *r.found_inf != 0.0f);
+}
+
+static inline SAMKERNELS_HOST_DEVICE float Scaled(float x, float coefficient,
+                                                  bool has_coefficient) {
+  return has_coefficient ? coefficient * x : x;
 }
 
 // u from signs: |magnitude| * sign(sign).

@@ -23,6 +23,8 @@ class Recombination:
         per_tensor: bool,
         eps: float,
         ascent_norm: int,
+        grad_scale: int,
+        found_inf: int,
     ) -> None: ...
 
 class SgdOptions:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -198,6 +198,8 @@ def recombine_(
     first_norm: Tensor | None = None,
     second_norm: Tensor | None = None,
     ascent_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     eps: float = 1e-12,
     backend: str = "auto",
     validate: bool = True,
@@ -217,6 +219,9 @@ def recombine_(
             "tensor".
         ascent_norm: the norm that the perturbation was made with, shape (). If it is not finite,
             u = 0.
+        grad_scale: what the loss was multiplied with, shape (): u is divided by it. See
+            torch.amp.GradScaler.
+        found_inf: shape (); if it is not 0, u = 0.
         eps: added to the norm that divides.
 
     Raises:
@@ -236,10 +241,13 @@ def recombine_(
         first_norm=first_norm,
         second_norm=second_norm,
         ascent_norm=ascent_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
         eps=eps,
         validate=validate,
     )
-    if rule != "sam" or ascent_norm is not None:  # else u is g2 already
+    if rule != "sam" or any(x is not None for x in (ascent_norm, grad_scale, found_inf)):
+        # else u is g2 already
         chosen.recombine_(grads, recombination)
 
 
@@ -263,6 +271,8 @@ def sgd_(
     first_norm: Tensor | None = None,
     second_norm: Tensor | None = None,
     ascent_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     eps: float = 1e-12,
     backend: str = "auto",
     validate: bool = True,
@@ -279,10 +289,10 @@ def sgd_(
         init_momentum: buf holds nothing yet.
         lr: >= 0. A tensor of one element on the device of the parameters is read there, and its
             value is not checked.
-        rule, granularity, first_grads, first_norm, second_norm, eps: see `recombine_`.
-        ascent_norm: the norm that the perturbation was made with, shape (). If it is not finite,
-            the step is skipped on the device: params = old_params, and buf stays (0 if
-            init_momentum).
+        rule, granularity, first_grads, first_norm, second_norm, grad_scale, eps: see `recombine_`.
+        ascent_norm, found_inf: shape (). If the norm that the perturbation was made with is not
+            finite, or found_inf is not 0, the step is skipped on the device: params = old_params,
+            and buf stays (0 if init_momentum).
 
     Raises:
         TypeError, ValueError, RuntimeError: see `recombine_`.
@@ -316,6 +326,8 @@ def sgd_(
         first_norm=first_norm,
         second_norm=second_norm,
         ascent_norm=ascent_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
         eps=eps,
         validate=validate,
     )
@@ -350,15 +362,19 @@ def compare(
     return _backend_for(backend, lists, (), validate).compare(first_grads, second_grads, weights)
 
 
-def gradient_statistics(comparisons: Sequence[Comparison]) -> GradientStatistics:
-    """Statistics over several lists, from what `compare` gave for each."""
+def gradient_statistics(
+    comparisons: Sequence[Comparison], grad_scale: Tensor | None = None
+) -> GradientStatistics:
+    """Statistics over several lists, from what `compare` gave for each; of gradients divided by
+    grad_scale if that is given."""
     device = comparisons[0].sums.device
     sums = torch.stack([c.sums.to(device, non_blocking=True) for c in comparisons]).sum(0)
     numel = max(1, sum(c.numel for c in comparisons))
     first_norm, second_norm = sums[0].sqrt(), sums[1].sqrt()
+    scale = 1 if grad_scale is None else grad_scale.to(device, non_blocking=True)
     statistics = (
-        first_norm,
-        second_norm,
+        first_norm / scale,
+        second_norm / scale,
         sums[5].sqrt(),
         sums[2] / (first_norm * second_norm),
         sums[3] / numel,
@@ -430,21 +446,30 @@ def _recombination(
     first_norm: Tensor | None,
     second_norm: Tensor | None,
     ascent_norm: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
     eps: float,
     validate: bool,
 ) -> Recombination:
     check_choice("rule", rule, RULES)
     check_choice("granularity", granularity, GRANULARITIES)
     _check_non_negative("eps", eps)
-    if validate and ascent_norm is not None:
-        _check_norm("ascent_norm", ascent_norm, grads, ())
+    scalars: dict[str, Any] = {
+        "ascent_norm": ascent_norm,
+        "grad_scale": grad_scale,
+        "found_inf": found_inf,
+    }
+    if validate:
+        for name, scalar in scalars.items():
+            if scalar is not None:
+                _check_norm(name, scalar, grads, ())
     if rule == "sam":
-        return Recombination(magnitude=grads, ascent_norm=ascent_norm)
+        return Recombination(grads, **scalars)
     if first_grads is None:
         raise ValueError(f'first_grads is missing: rule="{rule}" needs the first gradients')
     if granularity == "element":
         magnitude, sign = (first_grads, grads) if rule == "samdirection" else (grads, first_grads)
-        return Recombination(magnitude=magnitude, sign=sign, ascent_norm=ascent_norm)
+        return Recombination(magnitude, sign, **scalars)
 
     if validate:
         shape = () if granularity == "global" else (len(grads),)
@@ -455,8 +480,8 @@ def _recombination(
     n1 = first_norm if first_norm is not None else getattr(chosen.norms(first_grads, None), field)
     n2 = second_norm if second_norm is not None else getattr(chosen.norms(grads, None), field)
     if rule == "samdirection":
-        return Recombination(grads, None, n1, n2, eps, ascent_norm)
-    return Recombination(first_grads, None, n2, n1, eps, ascent_norm)
+        return Recombination(grads, None, n1, n2, eps, **scalars)
+    return Recombination(first_grads, None, n2, n1, eps, **scalars)
 
 
 def _backend_for(

@@ -193,7 +193,7 @@ class Core:
         return fakes((first.data_ptr(), 3), (second.data_ptr(), second_numel))
 
     def recombination(self, lists: list[Any]) -> Any:
-        return _C.Recombination(lists[3], lists[4], 0, 0, False, 0.0, 0)
+        return _C.Recombination(lists[3], lists[4], 0, 0, False, 0.0, 0, 0, 0)
 
     def call(self, op: str, *, second_numel: int = 3, **wrong: Any) -> None:
         """With lists called "0", "1", ...; `wrong` replaces some of them."""

@@ -456,7 +456,7 @@ def test_native_recombines_as_the_reference_bit_for_bit(
             lists.first_grads,
             rule=rule,
             granularity=granularity,
-            ascent_norm=ascent_norm(1.0, one),
+            ascent_norm=scalar(1.0, one),
             backend=one.backend,
             **known_norms(one, rule, granularity, len(MIXED)),
         )
@@ -622,7 +622,7 @@ def test_sgd_skips_a_step_whose_norm_is_not_finite(
         lr=0.1,
         rule=rule,
         first_grads=lists.first_grads,
-        ascent_norm=ascent_norm(norm, setting),
+        ascent_norm=scalar(norm, setting),
         backend=setting.backend,
         **options,
     )
@@ -640,7 +640,7 @@ def test_a_finite_ascent_norm_changes_nothing(
     setting: Setting, rule: str, granularity: str, options: str
 ) -> None:
     def sgd(*args: Any, **kwargs: Any) -> None:
-        ops.sgd_(*args, ascent_norm=ascent_norm(1.5, setting), **kwargs)
+        ops.sgd_(*args, ascent_norm=scalar(1.5, setting), **kwargs)
 
     recombination = {"rule": rule, "granularity": granularity}
     check_sgd(sgd, LAYOUTS, setting, **recombination, **SGD_OPTIONS[options])
@@ -661,14 +661,108 @@ def test_recombine_gives_zero_where_the_norm_is_not_finite(
         lists.first_grads,
         rule=rule,
         granularity=granularity,
-        ascent_norm=ascent_norm(norm, setting),
+        ascent_norm=scalar(norm, setting),
         backend=setting.backend,
     )
     assert_equal(lists.grads, [torch.zeros_like(g) for g in lists.grads])
     lists.assert_guards_intact()
 
 
-def ascent_norm(value: float, setting: Setting) -> Tensor:
+@every_setting
+@every_rule
+@pytest.mark.parametrize("scale", [1024.0, 3.0])
+def test_sgd_divides_by_the_grad_scale(
+    setting: Setting, rule: str, granularity: str, scale: float
+) -> None:
+    """As if lr and weight decay, without momentum, belonged to gradients that were divided."""
+
+    def sgd(*args: Any, lr: float, weight_decay: float, **kwargs: Any) -> None:
+        options = {"lr": lr * scale, "weight_decay": weight_decay / scale, **kwargs}
+        ops.sgd_(*args, grad_scale=scalar(scale, setting), **options)
+
+    check_sgd(sgd, LAYOUTS, setting, rule=rule, granularity=granularity, weight_decay=0.01)
+
+
+@every_setting
+@every_rule
+def test_recombine_divides_by_the_grad_scale(setting: Setting, rule: str, granularity: str) -> None:
+    results = []
+    for scale in (None, 64.0):  # a power of 2: exact
+        lists = Lists(LAYOUTS, setting)
+        ops.recombine_(
+            lists.grads,
+            lists.first_grads,
+            rule=rule,
+            granularity=granularity,
+            grad_scale=None if scale is None else scalar(scale, setting),
+            backend=setting.backend,
+        )
+        results.append(doubles(lists.grads))
+    if setting.dtype is torch.float16:  # may lose bits where it becomes subnormal
+        for u, divided in zip(*results, strict=True):
+            torch.testing.assert_close(divided, u / 64, rtol=0, atol=2.0**-25)
+    else:
+        assert_same_bits(results[1], [u / 64 for u in results[0]])
+
+
+@every_setting
+@pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
+@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0])
+def test_sgd_skips_a_step_that_overflowed(
+    setting: Setting, options: dict[str, Any], rule: str, found_inf: float
+) -> None:
+    results = []
+    for found in (None, scalar(found_inf, setting)):
+        lists = Lists(PLANT_SLOTS, setting)
+        if found is not None and found_inf != 0:
+            for where in PLANTS:
+                plant(lists.grads, where, math.inf)
+        ops.sgd_(
+            lists.params,
+            lists.old_params,
+            lists.grads,
+            lists.momentum_buffers,
+            lr=0.1,
+            rule=rule,
+            first_grads=lists.first_grads,
+            ascent_norm=scalar(1.5, setting),
+            found_inf=found,
+            backend=setting.backend,
+            **options,
+        )
+        results.append((lists.params, lists.momentum_buffers))
+    expected = results[0]
+    if found_inf != 0:
+        untouched = Lists(PLANT_SLOTS, setting)
+        buffers: list[Tensor] = untouched.momentum_buffers
+        if "init_momentum" in options:
+            buffers = [torch.zeros_like(b) for b in buffers]
+        expected = (untouched.old_params, buffers)
+    for actual, wanted in zip(results[1], expected, strict=True):
+        assert_same_bits(actual, wanted)
+
+
+@every_setting
+@every_rule
+def test_recombine_gives_zero_after_an_overflow(
+    setting: Setting, rule: str, granularity: str
+) -> None:
+    lists = Lists(PLANT_SLOTS, setting)
+    for where in PLANTS:
+        plant(lists.grads, where, math.inf)
+    ops.recombine_(
+        lists.grads,
+        lists.first_grads,
+        rule=rule,
+        granularity=granularity,
+        found_inf=scalar(1.0, setting),
+        backend=setting.backend,
+    )
+    assert_equal(lists.grads, [torch.zeros_like(g) for g in lists.grads])
+
+
+def scalar(value: float, setting: Setting) -> Tensor:
     dtype = torch.float64 if setting.dtype is torch.float64 else torch.float32
     return torch.tensor(value, dtype=dtype, device=setting.device)
 

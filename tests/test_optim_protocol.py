@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -552,26 +554,125 @@ def test_lr_and_rho_as_tensors() -> None:
     assert unchanged(results[0], results[1])
 
 
+# -- torch.amp.GradScaler --------------------------------------------------------------------------
+
+SCALED = pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (SAM, {}),
+        *(
+            (cls, {"granularity": g})
+            for cls in (SAMDirection, SAMMagnitude)
+            for g in ops.GRANULARITIES
+        ),
+    ],
+)
+
+
+def scaled_step(model: nn.Module, optimizer: SAM, scaler: Any, spoil: str = "") -> None:
+    """The training step of the documentation; `spoil` makes "first" or "second" overflow."""
+    scaler.scale(loss_of(model)).backward()
+    if spoil == "first":
+        spoil_gradient(model)
+    optimizer.first_step()
+    scaler.scale(loss_of(model)).backward()
+    if spoil:
+        spoil_gradient(model)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not optimizer.is_perturbed
+    optimizer.zero_grad()
+
+
+def spoil_gradient(model: nn.Module) -> None:
+    grad = next(model.parameters()).grad
+    assert grad is not None
+    grad.view(-1)[1] = math.inf
+
+
+@SCALED
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
-def test_a_grad_scaler_sees_a_real_step(base: type[torch.optim.Optimizer]) -> None:
-    """e(w) does not depend on the scale of g1, and the scaler unscales g2."""
+def test_a_grad_scaler_changes_nothing_but_roundings(
+    base: type[torch.optim.Optimizer], cls: type[SAM], options: dict[str, Any]
+) -> None:
+    results, statistics = [], []
+    for enabled in (False, True):
+        model = linear()
+        optimizer = cls(
+            model.parameters(),
+            base,
+            0.1,
+            lr=0.1,
+            track_statistics=True,
+            weight_decay=0.01,
+            **options,
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        for _ in range(3):
+            scaled_step(model, optimizer, scaler)
+        results.append(snapshot(model.parameters()))
+        statistics.append(optimizer.statistics)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(*statistics, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not unchanged(results[1], snapshot(linear().parameters()))
+
+
+@SCALED
+@pytest.mark.parametrize("spoil", ["first", "second"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_an_overflow_skips_the_step_and_lowers_the_scale(
+    base: type[torch.optim.Optimizer], spoil: str, cls: type[SAM], options: dict[str, Any]
+) -> None:
+    model = linear()
+    momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    optimizer = cls(model.parameters(), base, 0.1, lr=0.1, **momentum, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled_step(model, optimizer, scaler)
+    weights = snapshot(model.parameters())
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    scaled_step(model, optimizer, scaler, spoil)
+    assert unchanged(weights, snapshot(model.parameters()))
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    assert scaler.get_scale() == 512
+    scaled_step(model, optimizer, scaler)
+    assert not unchanged(weights, snapshot(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"), [(SAMDirection, {}), (SAM, {"track_statistics": True})]
+)
+def test_unscaling_one_gradient_of_two_is_refused(cls: type[SAM], options: dict[str, Any]) -> None:
+    model = linear()
+    weights = snapshot(model.parameters())
+    optimizer = cls(model.parameters(), rho=0.1, lr=0.1, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(model)).backward()
+    optimizer.first_step()
+    scaler.scale(loss_of(model)).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) was called between"):
+        scaler.step(optimizer)
+    assert unchanged(weights, snapshot(model.parameters()))
+
+
+@pytest.mark.parametrize("cls", [SAM, SAMMagnitude])
+def test_gradients_may_be_clipped_after_unscaling(cls: type[SAM]) -> None:
     results = []
     for enabled in (False, True):
         model = linear()
-        optimizer = SAM(model.parameters(), base, 0.1, lr=0.1)
+        optimizer = cls(model.parameters(), rho=0.1, lr=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
-        for _ in range(3):
-            scaler.scale(loss_of(model)).backward()
-            optimizer.first_step()
-            scaler.scale(loss_of(model)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            assert not optimizer.is_perturbed
-            optimizer.zero_grad()
+        scaler.scale(loss_of(model)).backward()
+        optimizer.first_step()
+        scaler.scale(loss_of(model)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
         results.append(snapshot(model.parameters()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-    assert not unchanged(results[1], snapshot(linear().parameters()))
 
 
 # -- hooks -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ struct RecombineFunctor {
     const T* sign = chunk.template At<const T>(kSign);
     T* out = chunk.template At<T>(kOut);
     const bool skipped = IsSkipped(recombination);
-    const bool is_scaled = recombination.numerator != nullptr;
+    const bool has_coefficient = HasCoefficient(recombination);
     const float coefficient = Coefficient(recombination, chunk.TensorInWholeList());
     const bool aligned = IsAligned(magnitude) && IsAligned(sign) && IsAligned(out);
     const auto load = [&](int i, auto width) {
@@ -33,7 +33,7 @@ struct RecombineFunctor {
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const float value = Recombined<kSigned>(ToFloat(magnitudes.lane[j]), ToFloat(signs.lane[j]),
-                                                coefficient, is_scaled);
+                                                coefficient, has_coefficient);
         u.lane[j] = FromFloat<T>(skipped ? 0.0f : value);
       }
       Store<width>(out + i, u);

@@ -26,7 +26,7 @@ struct SgdFunctor {
     T* buffer = kHasBuffer ? chunk.template At<T>(kBuffer) : params;
     const float lr = Read(options.lr);
     const bool skipped = IsSkipped(recombination);
-    const bool is_scaled = recombination.numerator != nullptr;
+    const bool has_coefficient = HasCoefficient(recombination);
     const float coefficient = Coefficient(recombination, chunk.TensorInWholeList());
     const bool aligned = IsAligned(params) && IsAligned(old_params) && IsAligned(magnitude) &&
                          IsAligned(sign) && IsAligned(buffer);
@@ -47,7 +47,7 @@ struct SgdFunctor {
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const float u = Recombined<kSigned>(ToFloat(magnitudes.lane[j]), ToFloat(signs.lane[j]),
-                                            coefficient, is_scaled);
+                                            coefficient, has_coefficient);
         float b = ToFloat(buf.lane[j]);
         const float updated = SgdUpdated<kMomentum>(options, lr, ToFloat(w.lane[j]), u, b);
         if (!skipped) {

@@ -38,7 +38,8 @@ class Recombination:
     u = (numerator / (denominator + eps)) * magnitude              if `numerator` is given, else
     u = magnitude
 
-    If ascent_norm is given and not finite, the step is skipped.
+    u is divided by grad_scale if that is given. If ascent_norm is given and not finite, or
+    found_inf is given and not 0, the step is skipped.
     """
 
     magnitude: TensorList
@@ -46,7 +47,16 @@ class Recombination:
     numerator: Tensor | None = None  # norms: shape () or (n,)
     denominator: Tensor | None = None
     eps: float = 1e-12
-    ascent_norm: Tensor | None = None  # shape ()
+    ascent_norm: Tensor | None = None  # shape (), as all below
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def takes_place(self) -> Tensor | None:
+        """Whether the step is not skipped, on the device; None if nothing can make it so."""
+        takes = None if self.ascent_norm is None else self.ascent_norm.isfinite()
+        if self.found_inf is None:
+            return takes
+        return self.found_inf == 0 if takes is None else takes & (self.found_inf == 0)
 
 
 @dataclass(frozen=True)

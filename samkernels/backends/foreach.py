@@ -76,9 +76,7 @@ def restore_(params: TensorList, old_params: TensorList) -> None:
 
 def recombine_(out: TensorList, recombination: Recombination) -> None:
     u = _recombined(recombination)
-    if recombination.ascent_norm is not None:
-        u = _where(recombination.ascent_norm.isfinite(), u, [torch.zeros_like(x) for x in u])
-    torch._foreach_copy_(out, u)
+    torch._foreach_copy_(out, _unless_skipped(recombination, u, [torch.zeros_like(x) for x in u]))
 
 
 def sgd_(
@@ -133,24 +131,27 @@ def _wide(tensors: TensorList) -> TensorList:
 
 
 def _recombined(recombination: Recombination) -> TensorList:
-    magnitude = _wide(recombination.magnitude)
+    u = _wide(recombination.magnitude)
+    coefficient = None
     if recombination.sign is not None:
         signs = torch._foreach_sign(_wide(recombination.sign))
-        return list(torch._foreach_mul(torch._foreach_abs(magnitude), signs))
-    if recombination.numerator is not None and recombination.denominator is not None:
-        scale = recombination.numerator / (recombination.denominator + recombination.eps)
-        if scale.dim() == 0:
-            return list(torch._foreach_mul(magnitude, scale))
-        return list(torch._foreach_mul(magnitude, list(scale.unbind())))
-    return magnitude
+        u = torch._foreach_mul(torch._foreach_abs(u), signs)
+    elif recombination.numerator is not None and recombination.denominator is not None:
+        coefficient = recombination.numerator / (recombination.denominator + recombination.eps)
+    if recombination.grad_scale is not None:
+        one = torch.ones_like(recombination.grad_scale)
+        coefficient = (one if coefficient is None else coefficient) / recombination.grad_scale
+    if coefficient is None:
+        return list(u)
+    scale = coefficient if coefficient.dim() == 0 else list(coefficient.unbind())
+    return list(torch._foreach_mul(u, scale))
 
 
 def _unless_skipped(
     recombination: Recombination, updated: TensorList, kept: TensorList
 ) -> TensorList:
-    if recombination.ascent_norm is None:
-        return updated
-    return _where(recombination.ascent_norm.isfinite(), updated, kept)
+    takes_place = recombination.takes_place()
+    return updated if takes_place is None else _where(takes_place, updated, kept)
 
 
 def _where(condition: Tensor, new: TensorList, kept: TensorList) -> TensorList:

@@ -207,7 +207,6 @@ def _workspace(
 
 def _core_recombination(recombination: Recombination) -> _C.Recombination:
     numerator, denominator = recombination.numerator, recombination.denominator
-    ascent_norm = recombination.ascent_norm
     return _C.Recombination(
         _core(recombination.magnitude),
         None if recombination.sign is None else _core(recombination.sign),
@@ -215,7 +214,10 @@ def _core_recombination(recombination: Recombination) -> _C.Recombination:
         0 if denominator is None else denominator.data_ptr(),
         numerator is not None and numerator.dim() == 1,
         recombination.eps,
-        0 if ascent_norm is None else ascent_norm.data_ptr(),
+        *(
+            0 if x is None else x.data_ptr()
+            for x in (recombination.ascent_norm, recombination.grad_scale, recombination.found_inf)
+        ),
     )
 
 

@@ -82,9 +82,7 @@ def restore_(params: TensorList, old_params: TensorList) -> None:
 def recombine_(out: TensorList, recombination: Recombination) -> None:
     for i, target in enumerate(out):
         u = _recombined(recombination, i)
-        if recombination.ascent_norm is not None:
-            u = torch.where(recombination.ascent_norm.isfinite(), u, torch.zeros_like(u))
-        target.copy_(u)
+        target.copy_(_unless_skipped(recombination, u, torch.zeros_like(u)))
 
 
 def sgd_(
@@ -136,18 +134,21 @@ def _wide(x: Tensor) -> Tensor:
 
 def _recombined(recombination: Recombination, i: int) -> Tensor:
     magnitude = _wide(recombination.magnitude[i])
+    coefficient = None
     if recombination.sign is not None:
-        return magnitude.abs() * _wide(recombination.sign[i]).sign()
-    if recombination.numerator is not None and recombination.denominator is not None:
+        magnitude = magnitude.abs() * _wide(recombination.sign[i]).sign()
+    elif recombination.numerator is not None and recombination.denominator is not None:
         numerator, denominator = (
             norm if norm.dim() == 0 else norm[i]
             for norm in (recombination.numerator, recombination.denominator)
         )
-        return numerator / (denominator + recombination.eps) * magnitude
-    return magnitude
+        coefficient = numerator / (denominator + recombination.eps)
+    if recombination.grad_scale is not None:
+        one = torch.ones_like(recombination.grad_scale)
+        coefficient = (one if coefficient is None else coefficient) / recombination.grad_scale
+    return magnitude if coefficient is None else coefficient * magnitude
 
 
 def _unless_skipped(recombination: Recombination, updated: Tensor, kept: Tensor) -> Tensor:
-    if recombination.ascent_norm is None:
-        return updated
-    return torch.where(recombination.ascent_norm.isfinite(), updated, kept)
+    takes_place = recombination.takes_place()
+    return updated if takes_place is None else torch.where(takes_place, updated, kept)

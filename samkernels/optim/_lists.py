@@ -60,11 +60,12 @@ class Bucket:
         return self.group.get("granularity", "element")
 
     def bring(self, norm: Tensor | None) -> Tensor | None:
-        """A norm over all buckets, on this one's device, in the dtype that ops take it in."""
+        """A norm over all buckets, or another scalar, on this one's device, in the dtype that ops
+        take it in."""
         if norm is None:
             return None
         dtype = torch.float64 if self.place.dtype is torch.float64 else torch.float32
-        return norm.to(self.place.device, dtype, non_blocking=True)
+        return norm.reshape(()).to(self.place.device, dtype, non_blocking=True)
 
     def select(self, keep: Callable[[Slot], bool]) -> Bucket:
         """The part whose slots satisfy `keep`; the bucket itself if all do."""

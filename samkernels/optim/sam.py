@@ -39,6 +39,9 @@ class SAM(Optimizer):
         loss_fn(model(x), y).backward()
         optimizer.second_step(zero_grad=True)      # or optimizer.step()
 
+    With torch.amp.GradScaler, scale the loss of both passes and call scaler.step(optimizer) for the
+    second step: u is unscaled in the update, and a step whose gradients overflowed is skipped.
+
     Memory: one copy of the parameters beside the base optimizer's state.
 
     Args:
@@ -64,6 +67,10 @@ class SAM(Optimizer):
 
     # How u is made of g1 and g2: one of ops.RULES.
     _rule = "sam"
+
+    # For the time of a step torch.amp.GradScaler.step() sets grad_scale and found_inf, instead of
+    # waiting for the device to know whether the step may be made.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -467,6 +474,10 @@ class SAM(Optimizer):
         if perturbation.first_grads:
             _check_first_grads_survived(buckets, perturbation.first_grads)
 
+        found_inf = self._of_scaler("found_inf")
+        if found_inf is not None and self._of_scaler("grad_scale") is None:
+            self._require_same_scale()
+
         # Without g1 there is nothing to recombine: like torch.optim without a gradient, leave the
         # parameter alone.
         has_both = perturbation.first_grads.__contains__
@@ -489,10 +500,23 @@ class SAM(Optimizer):
             for bucket in updated:
                 ops.check_disjoint(".grad of the parameters", bucket.grads)  # u goes in there
             self._restore(dict(perturbation.slots))
+            if found_inf is not None and found_inf.item():
+                return
             for bucket in updated:
                 options = self._recombination(bucket, perturbation, second_norm)
                 ops.recombine_(bucket.grads, **options, **bucket.options)
             self._step_base({slot.param for slot in done})
+
+    def _of_scaler(self, name: str) -> Tensor | None:
+        return getattr(self, name, None)
+
+    def _require_same_scale(self) -> None:
+        if self._rule == "samdirection" or self.track_statistics:
+            raise RuntimeError(
+                "GradScaler.unscale_() was called between first_step and step: g2 was unscaled "
+                "and g1 was not, so their magnitudes cannot be compared. Leave unscale_() out; "
+                "scaler.step() unscales both. The weights were restored."
+            )
 
     def _is_fused(self, group: dict[str, Any]) -> bool:
         # lr and rho may lie on the device; other hyperparameters there are left to torch.optim.SGD:
@@ -515,6 +539,8 @@ class SAM(Optimizer):
             "rule": self._rule,
             "granularity": bucket.granularity,
             "ascent_norm": bucket.bring(perturbation.ascent_norm),
+            "grad_scale": bucket.bring(self._of_scaler("grad_scale")),
+            "found_inf": bucket.bring(self._of_scaler("found_inf")),
         }
         if self._rule != "sam":
             options["first_grads"] = [perturbation.first_grads[slot] for slot in bucket.slots]
@@ -601,7 +627,7 @@ class SAM(Optimizer):
         for bucket in buckets:
             first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
             comparisons.append(ops.compare(first_grads, bucket.grads, bucket.old, **bucket.options))
-        return ops.gradient_statistics(comparisons)
+        return ops.gradient_statistics(comparisons, self._of_scaler("grad_scale"))
 
 
 def _sgd_options(group: dict[str, Any]) -> dict[str, Any]:
