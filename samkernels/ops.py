@@ -502,7 +502,9 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
         raise TypeError(f"{name} is {type(value).__name__}: give a number")
     if not math.isfinite(value):
         raise ValueError(f"{name}={value}: give a finite number")

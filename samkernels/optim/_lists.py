@@ -3,6 +3,7 @@ steps."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -129,11 +130,8 @@ class Slots:
         """
         buckets: list[Bucket] = []
         for index, group in enumerate(groups):
-            params, grads = [], []
-            for p in group["params"]:
-                if (grad := p.grad) is not None:
-                    params.append(p)
-                    grads.append(grad)
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
             if not params:
                 continue
             current = _unchanged(self._last.get(index, []), group, params, grads)
@@ -180,7 +178,7 @@ def _unchanged(
     (bucket,) = last
     if len(params) != len(bucket.slots) or any(map(Tensor.is_neg, grads)):
         return None
-    if not all(p is slot.param for p, slot in zip(params, bucket.slots, strict=True)):
+    if not all(map(operator.is_, params, map(_param_of, bucket.slots))):
         return None
     place = bucket.place
     try:
@@ -190,6 +188,9 @@ def _unchanged(
     except (RuntimeError, TypeError):  # a tensor without memory; the closer look finds words for it
         return None
     return [Bucket(group, place, bucket.slots, *prepared, bucket.old)]
+
+
+_param_of = operator.attrgetter("param")
 
 
 def bucket_of(

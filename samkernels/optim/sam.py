@@ -493,7 +493,8 @@ class SAM(Optimizer):
         if all(self._is_fused(bucket.group) for bucket in updated):
             # Of all groups, so that a wrong one is found before the first is updated.
             hyperparameters = [_sgd_options(bucket.group) for bucket in updated]
-            self._restore({slot: None for slot in perturbation.slots if slot not in done})
+            if not done.issuperset(perturbation.slots):
+                self._restore({slot: None for slot in perturbation.slots if slot not in done})
             for bucket, options in zip(updated, hyperparameters, strict=True):
                 self._update_with_sgd(bucket, options, perturbation, second_norm)
         else:
