@@ -162,15 +162,22 @@ FOREACH = "torch._foreach, fused SGD"
 COMPILED = "torch.compile of the foreach step"
 
 
+def kernel_backends(machine: Machine) -> list[str]:
+    """The backends with kernels of their own; native first."""
+    found = [machine.backend]
+    if "triton" in backends.BACKENDS and not backends.why_unavailable("triton", machine.device):
+        found.append("triton")
+    return found
+
+
 def candidates(machine: Machine) -> dict[str, Callable[[list[Tensor]], Any]]:
     """Optimizers by name; native first. The compiled one is last: it may take too long."""
 
     def ours(backend: str) -> Callable[[list[Tensor]], Any]:
         return lambda params: samkernels.SAM(params, rho=RHO, backend=backend, **SGD_OPTIONS)
 
-    found: dict[str, Callable[[list[Tensor]], Any]] = {"native": ours(machine.backend)}
-    if "triton" in backends.BACKENDS and not backends.why_unavailable("triton", machine.device):
-        found["triton"] = ours("triton")
+    native, *others = kernel_backends(machine)
+    found = {"native": ours(native), **{name: ours(name) for name in others}}
     compiler = "eager" if machine.dry_run else "inductor"
     return {
         **found,
