@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from samkernels import backends
-from tests import emulated
+from tests import emulated, interpreted
 
 emulated.register()
+interpreted.register()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

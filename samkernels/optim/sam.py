@@ -49,7 +49,7 @@ class SAM(Optimizer):
         rho: radius >= 0 of the neighbourhood, in units of ||w||_2; dimensionless if adaptive.
         adaptive: ASAM's perturbation, as in davda54/sam.
         backend: "auto" takes, per device and dtype, the fastest that can serve (see `backends`);
-            "native", "foreach" or "reference" insists on one.
+            "native", "triton", "foreach" or "reference" insists on one.
         track_statistics: fill `statistics` in each second step.
         base_options: lr, momentum, weight_decay and so on.
 
