@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -218,6 +219,34 @@ def test_the_journal_stays_empty_if_there_is_no_launch(monkeypatch: pytest.Monke
     assert journal == [] and gpu.launches == []
 
 
+# Alignment: one list that is off by an element rules vectors out. tests/interpreted.py checks every
+# address that Triton is told to be a multiple of 16 bytes.
+
+ALIGNED = [Slot((8192,))]
+MISALIGNED = [Slot((8192,), offset=1)]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_the_alignment_of_every_list_counts(which: int) -> None:
+    results = []
+    for odd in (ALIGNED, MISALIGNED):
+        w, g1, g2, old, buffer = (
+            make_list(odd if i == which else ALIGNED, torch.float32, seed=i) for i in range(5)
+        )
+        options = {"backend": "interpreted"}
+        norms = [*ops.norms(g1, w, **options), ops.compare(g1, g2, **options).sums]
+        ops.perturb_(w, g1, old, rho=0.1, **options)
+        perturbed = copies(w)
+        for name, granularity in product(("samdirection", "sammagnitude"), ops.GRANULARITIES):
+            rule = {"rule": name, "granularity": granularity}
+            ops.recombine_(g2, g1, **rule, **options)
+            ops.sgd_(w, old, g2, buffer, lr=0.1, momentum=0.9, first_grads=g1, **rule, **options)
+        updated = copies(w)
+        ops.restore_(w, old, **options)
+        results.append([*norms, *perturbed, *updated, *w, *g2, *buffer])
+    assert_same_bits(*results)
+
+
 # Hyperparameters on the device
 
 
@@ -291,41 +320,58 @@ def test_tables_are_kept_until_an_address_or_a_size_changes() -> None:
 
 
 @pytest.fixture
-def staging(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Uploads to a device that is none; [whether a graph is being captured]."""
-    captures = [False]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures[0])
+def staging(monkeypatch: pytest.MonkeyPatch) -> triton.CaptureStaging:
+    """Memory for captures, with room for 4 numbers; as if a graph was being captured."""
+    staging = triton.CaptureStaging(min_room=4)
+    monkeypatch.setattr(triton, "_capture_staging", staging)
     monkeypatch.setattr(triton, "_pinned", lambda values: values.clone())
-    monkeypatch.setattr(triton, "_capture_staging", [])
-    monkeypatch.setattr(triton, "_capture_taken", 0)
-    monkeypatch.setattr(triton, "CAPTURE_STAGING_NUMEL", 8)
-    return captures
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    return staging
 
 
-def test_what_a_graph_copies_from_is_never_written_again(staging: list[bool]) -> None:
-    device = torch.device("meta")
+def upload(*values: int) -> None:
+    device = torch.device("meta")  # any that is not the CPU
+    on_device = triton._upload(torch.tensor(values), device)
+    assert on_device.device == device and on_device.shape == (len(values),)
 
-    def upload(*values: int) -> None:
-        on_device = triton._upload(torch.tensor(values), device)
-        assert on_device.device == device and on_device.shape == (len(values),)
 
-    staging[0] = True
-    with pytest.raises(RuntimeError, match="once outside of the capture"):
-        upload(1)
-    staging[0] = False
-    upload(1, 2)  # holds memory ready
-    staging[0] = True
+def test_what_a_graph_copies_from_is_never_written_again(staging: triton.CaptureStaging) -> None:
+    staging.hold_ready()  # by a step outside of the capture: 8 numbers
     upload(1, 2, 3)
     upload(4, 5)
-    with pytest.raises(RuntimeError, match="once outside of the capture"):
+    with pytest.raises(RuntimeError, match="once outside of a capture"):
         upload(6, 7, 8, 9)
-    staging[0] = False
-    upload(0)  # more than half is taken: a new buffer
-    staging[0] = True
+    staging.hold_ready()
     upload(6, 7, 8, 9)
-    first, second = triton._capture_staging
+    first, second = staging.buffers
     assert first[:5].tolist() == [1, 2, 3, 4, 5]
     assert second[:4].tolist() == [6, 7, 8, 9]
+
+
+def test_captures_need_a_step_before(staging: triton.CaptureStaging) -> None:
+    with pytest.raises(RuntimeError, match="once outside of a capture"):
+        upload(1)
+
+
+def test_memory_for_captures_grows_with_the_tables(staging: triton.CaptureStaging) -> None:
+    staging.hold_ready()
+    (unused,) = staging.buffers
+    with pytest.raises(RuntimeError, match="once outside of a capture"):
+        upload(*range(9))
+    staging.hold_ready()
+    for _ in range(10):
+        upload(*range(9))
+    (buffer,) = staging.buffers
+    assert buffer is not unused
+    assert buffer[:90].tolist() == 10 * list(range(9))
+
+
+def test_outside_of_a_capture_the_memory_for_captures_is_not_touched(
+    staging: triton.CaptureStaging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    upload(1, 2, 3)
+    assert staging.taken == 0 and staging.buffers == []
 
 
 @pytest.mark.skipif(
@@ -425,6 +471,15 @@ def test_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         found = triton.why_unavailable(CUDA, torch.float32, True)
         triton._why_no_gpu.cache_clear()
         assert found == reason if reason is None else reason in str(found)
+
+
+def test_old_versions_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, reason in (("3.2.0", "Triton 3.2.0 is too old"), ("3.10.0+git1", None)):
+        monkeypatch.setattr(triton._kernels().triton, "__version__", version)
+        triton._why_no_triton.cache_clear()
+        found = triton._why_no_triton()
+        triton._why_no_triton.cache_clear()
+        assert found is None if reason is None else str(found).startswith(reason)
 
 
 @pytest.mark.parametrize(

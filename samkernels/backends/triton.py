@@ -25,6 +25,7 @@ from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOp
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 COMPARE_SUMS = 5
 MIN_CAPABILITY = (8, 0)  # what Triton supports
+MIN_VERSION = (3, 3)  # from which on launchers take all arguments, constants too: see _launch
 
 
 class Launch(NamedTuple):
@@ -51,9 +52,6 @@ CANDIDATES = (Launch(1024, 4), Launch(2048, 4), Launch(4096, 4), Launch(4096, 8)
 SUM_CHUNK = 16384
 SUM_LAUNCH = Launch(1024, 4)
 
-# See _upload.
-CAPTURE_STAGING_NUMEL = 2**17
-
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
     """Why the Triton kernels cannot serve such tensors, or None if they can."""
@@ -71,7 +69,8 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
 
 
 def _is_interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter. Does not import triton to say no."""
+    """Whether the kernels run in Triton's interpreter, a debugger (it cuts float32 off to bfloat16,
+    where a GPU rounds). Does not import triton to say no."""
     asked = bool(os.environ.get("TRITON_INTERPRET"))
     return asked and _why_no_triton() is None and _kernels().INTERPRETED
 
@@ -81,9 +80,11 @@ def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return 'Triton is not installed (pip install "samkernels[triton]")'
     try:
-        _kernels()
+        version = _kernels().triton.__version__
     except Exception as error:  # whatever a broken installation raises
         return f"Triton could not be imported: {error}"
+    if tuple(map(int, version.split(".")[:2])) < MIN_VERSION:
+        return f"Triton {version} is too old: 3.3 or newer is needed"
     return None
 
 
@@ -333,13 +334,17 @@ def _table(lists: dict[str, TensorList], chunk: int) -> Table:
     device = first[0].device
     plan: Callable[..., Tensor] = _plan
     place: Callable[..., Tensor] = _place
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A cached table could be freed while the graph needs it, or not be filled before a replay.
+    captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if captures:
+        # A table of the cache could be freed while the graph needs it, and one that the graph
+        # fills would be empty until the first replay.
         plan, place = _plan.__wrapped__, _place.__wrapped__
     stream = _stream(device)
+    of_chunks, of_tensors = plan(device, stream, numel, chunk), place(device, stream, addresses)
+    if device.type == "cuda" and not captures:
+        _capture_staging.hold_ready()
     dtype = getattr(_kernels().tl, DTYPES[first[0].dtype])
-    on_device = plan(device, stream, numel, chunk)
-    return Table(on_device, place(device, stream, addresses), len(on_device), dtype)
+    return Table(of_chunks, of_tensors, len(of_chunks), dtype)
 
 
 def _check_memory(name: str, addresses: Sequence[int], numel: Sequence[int]) -> None:
@@ -369,35 +374,60 @@ def _place(device: torch.device, stream: int, addresses: tuple[int, ...]) -> Ten
     return _upload(torch.tensor(addresses, dtype=torch.int64), device)
 
 
-# Pinned memory for copies that become part of a CUDA graph: elements of the last buffer that are
-# taken. During a capture no memory may be pinned, so it is held ready.
-_capture_staging: list[Tensor] = []
-_capture_taken = 0
+class CaptureStaging:
+    """Pinned memory for the copies that become part of a CUDA graph.
+
+    No memory may be pinned during a capture, so it is held ready. A graph copies at every replay:
+    what it copies from is never given back, nor written again.
+    """
+
+    def __init__(self, min_room: int) -> None:
+        self.min_room = min_room  # elements
+        self.buffers: list[Tensor] = []
+        self.taken = 0  # elements of the last buffer
+        self.largest = 0  # table so far; a step has some of them, for each parameter group
+
+    def room(self) -> int:
+        return self.buffers[-1].numel() - self.taken if self.buffers else 0
+
+    def hold_ready(self) -> None:
+        wanted = max(self.min_room, 16 * self.largest)
+        if self.room() < wanted:
+            if self.buffers and self.taken == 0:
+                self.buffers.pop()  # no graph has any of it
+            self.buffers.append(_pinned(torch.empty(2 * wanted, dtype=torch.int64)))
+            self.taken = 0
+
+    def take(self, values: Tensor) -> Tensor:
+        """A copy of the values.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        if self.room() < values.numel():
+            raise RuntimeError(
+                "no pinned memory is left for the tables of a CUDA graph: make the same step once "
+                "outside of a capture"
+            )
+        begin, self.taken = self.taken, self.taken + values.numel()
+        return self.buffers[-1][begin : self.taken].view(values.shape).copy_(values)
+
+
+_capture_staging = CaptureStaging(min_room=2**16)
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:
     """A copy on the device that the host does not wait for.
 
     Pinned memory must not be written while a copy from it is pending. None is written twice here:
-    PyTorch takes it back when the copy is done. A CUDA graph copies at every replay, so what it
-    copies from is never given back.
+    PyTorch takes it back when the copy is done.
     """
-    global _capture_taken
     if device.type == "cpu":
         return values
+    _capture_staging.largest = max(_capture_staging.largest, values.numel())
     if torch.cuda.is_current_stream_capturing():
-        if not _capture_staging or _capture_taken + values.numel() > CAPTURE_STAGING_NUMEL:
-            raise RuntimeError(
-                "there is no pinned memory left for the tables of a CUDA graph: run the same step "
-                "once outside of the capture"
-            )
-        staging = _capture_staging[-1][_capture_taken : _capture_taken + values.numel()]
-        _capture_taken += values.numel()
-        staging = staging.view(values.shape).copy_(values)
+        staging = _capture_staging.take(values)
     else:
-        if not _capture_staging or _capture_taken > CAPTURE_STAGING_NUMEL // 2:
-            _capture_staging.append(_pinned(torch.empty(CAPTURE_STAGING_NUMEL, dtype=torch.int64)))
-            _capture_taken = 0
         staging = _pinned(values)
     return torch.empty_like(values, device=device).copy_(staging, non_blocking=True)
 

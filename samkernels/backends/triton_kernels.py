@@ -19,10 +19,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
-
-# Whether the functions below run in Triton's interpreter, on CPU tensors.
-INTERPRETED = bool(knobs.runtime.interpret)
 
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 PLAN_COLUMNS = tl.constexpr(5)
@@ -43,8 +39,10 @@ def _chunk(plan):
 
 @triton.jit
 def _address(addresses, tensor, begin, LIST: tl.constexpr, LISTS: tl.constexpr, T: tl.constexpr):
-    """Of element `begin`."""
-    return tl.load(addresses + tensor * LISTS + LIST) + begin * (T.primitive_bitwidth // 8)
+    """Of element `begin`. An integer: a pointer would keep what `_pointers` says of it from
+    Triton."""
+    SIZE: tl.constexpr = 4 if T == tl.float32 else 2
+    return tl.load(addresses + tensor * LISTS + LIST) + begin * SIZE
 
 
 @triton.jit
@@ -531,3 +529,7 @@ def compare(plan, addresses, workspace, finished, sums, T: tl.constexpr, BLOCK: 
     if _is_last(finished, chunks):
         for k in tl.static_range(SUMS):
             tl.store(sums + k, _sum(workspace + k, 0, chunks, SUMS, BLOCK))
+
+
+# Whether all this was meant for Triton's interpreter (TRITON_INTERPRET), and takes CPU tensors.
+INTERPRETED = not isinstance(restore, triton.JITFunction)
