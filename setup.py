@@ -1,6 +1,7 @@
 """Builds samkernels._C with CMake and Ninja; everything else is in pyproject.toml.
 
-Environment: SAMKERNELS_CUDA=AUTO|ON|OFF, SAMKERNELS_CUDA_ARCHS="80;90" (see CMakeLists.txt).
+Environment: SAMKERNELS_CUDA=AUTO|ON|OFF, SAMKERNELS_CUDA_ARCHS="80;90",
+SAMKERNELS_CXX_DEFINES="NAME=1 OTHER=2" (see CMakeLists.txt).
 """
 
 import os
@@ -37,6 +38,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DSAMKERNELS_CUDA={os.environ.get('SAMKERNELS_CUDA', 'AUTO')}",
             f"-DSAMKERNELS_CUDA_ARCHS={os.environ.get('SAMKERNELS_CUDA_ARCHS', '')}",
+            f"-DSAMKERNELS_CXX_DEFINES={os.environ.get('SAMKERNELS_CXX_DEFINES', '')}",
         ]
         try:
             subprocess.run(configure, check=True)

@@ -1,12 +1,13 @@
-// The Python module samkernels._C. The only file that knows pybind11.
+// The Python module samkernels._C. Only this file and python_tensors.cpp know pybind11.
 //
-// Lists arrive as Python lists of addresses (tensor.data_ptr()), with the element counts beside
-// them. Whoever calls has checked shapes, dtypes, devices and layouts (samkernels/ops.py); here
-// only lengths and null addresses are.
+// Lists arrive as TensorList. Whoever calls has checked what is said about tensors in
+// samkernels/ops.py; here it is checked that lists agree and have memory, since what follows walks
+// them by address.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,11 @@
 
 #include "chunk_plan.h"
 #include "ops.h"
+#include "python_tensors.h"
+
+#ifdef SAMKERNELS_EMULATED
+#include <cuda_runtime.h>  // the stand-in of csrc/emulation
+#endif
 
 #ifndef SAMKERNELS_MODULE
 #define SAMKERNELS_MODULE _C
@@ -23,8 +29,6 @@ namespace py = pybind11;
 
 namespace samkernels {
 namespace {
-
-using Addresses = std::vector<std::uintptr_t>;
 
 const OpTable& TableFor(bool cuda) {
   if (!cuda) return CpuOps();
@@ -47,49 +51,45 @@ Target CudaTarget(std::uintptr_t stream) {
   return {&TableFor(true), {reinterpret_cast<void*>(stream), 1}};
 }
 
-// Owns what Tensors points to, and checks the lists that are given with it.
+// Owns what Tensors points to, and checks the lists that go together.
 class Shapes {
  public:
-  Shapes(const std::vector<int64_t>& numel, DType dtype, const OpTable& ops)
-      : numel_(Checked(numel)), plan_(numel_.data(), numel_.size(), ops.chunk_size) {
-    tensors_ = {dtype,
-                static_cast<int64_t>(numel_.size()),
-                numel_.data(),
-                plan_.first_chunk(),
-                plan_.chunk_size(),
-                plan_.total_numel()};
-  }
+  Shapes(const char* name, const TensorList& list, const OpTable& ops)
+      : name_(name),
+        list_(list),
+        plan_(list.numel().data(), list.size(), ops.chunk_size),
+        tensors_{list.dtype(),        static_cast<int64_t>(list.size()),
+                 list.numel().data(), plan_.first_chunk(),
+                 plan_.chunk_size(),  plan_.total_numel()} {}
 
   const Tensors& tensors() const { return tensors_; }
 
-  MutableList List(const char* name, const Addresses& addresses) const {
-    if (addresses.size() != numel_.size()) {
-      throw std::invalid_argument(std::string(name) + " has " + std::to_string(addresses.size()) +
-                                  " addresses for " + std::to_string(numel_.size()) + " tensors");
+  MutableList List(const char* name, const TensorList& list) const {
+    if (list.size() != list_.size()) {
+      throw std::invalid_argument(std::string(name) + " has " + std::to_string(list.size()) +
+                                  " tensors and " + name_ + " has " + std::to_string(list_.size()));
     }
-    for (size_t i = 0; i < addresses.size(); ++i) {
-      if (addresses[i] == 0 && numel_[i] > 0) {
+    if (!list.IsAlike(list_)) {
+      throw std::invalid_argument(std::string(name) + " and " + name_ +
+                                  " differ in dtype, device, shape or strides of a tensor");
+    }
+    for (size_t i = 0; i < list.size(); ++i) {
+      if (list.addresses()[i] == nullptr && list.numel()[i] > 0) {
         throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) +
-                                    "] has no memory (address 0) but " + std::to_string(numel_[i]) +
-                                    " elements");
+                                    "] has no memory (address 0) but " +
+                                    std::to_string(list.numel()[i]) + " elements");
       }
     }
-    return reinterpret_cast<MutableList>(addresses.data());
+    return list.addresses().data();
   }
 
-  MutableList Optional(const char* name, const std::optional<Addresses>& addresses) const {
-    return addresses ? List(name, *addresses) : nullptr;
+  MutableList Optional(const char* name, const TensorList* list) const {
+    return list ? List(name, *list) : nullptr;
   }
 
  private:
-  static const std::vector<int64_t>& Checked(const std::vector<int64_t>& numel) {
-    for (int64_t n : numel) {
-      if (n < 0) throw std::invalid_argument("numel holds a negative count");
-    }
-    return numel;
-  }
-
-  const std::vector<int64_t>& numel_;
+  const char* name_;
+  const TensorList& list_;
   ChunkPlan plan_;
   Tensors tensors_;
 };
@@ -105,24 +105,33 @@ T* Required(const char* name, std::uintptr_t address) {
   return Pointer<T>(address);
 }
 
+// A number that Python gave, or a float32 in the memory that the op works on.
+Scalar ScalarOf(float value, std::uintptr_t address) {
+  return {value, Pointer<const float>(address)};
+}
+
 // The Python side of Recombination.
 struct PyRecombination {
-  Addresses magnitude;
-  std::optional<Addresses> sign;
+  std::shared_ptr<TensorList> magnitude;
+  std::shared_ptr<TensorList> sign;  // or null
   std::uintptr_t numerator;
   std::uintptr_t denominator;
   bool per_tensor;
   float eps;
   std::uintptr_t ascent_norm;
+  std::uintptr_t grad_scale;
+  std::uintptr_t found_inf;
 
   Recombination For(const Shapes& shapes) const {
-    return {shapes.List("magnitude", magnitude),
-            shapes.Optional("sign", sign),
+    return {shapes.List("magnitude", *magnitude),
+            shapes.Optional("sign", sign.get()),
             Pointer<const float>(numerator),
             Pointer<const float>(denominator),
             per_tensor ? 1 : 0,
             eps,
-            Pointer<const float>(ascent_norm)};
+            Pointer<const float>(ascent_norm),
+            Pointer<const float>(grad_scale),
+            Pointer<const float>(found_inf)};
   }
 };
 
@@ -130,11 +139,6 @@ struct PyRecombination {
 
 PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   m.doc() = "Compiled core of samkernels. Private: use samkernels.ops.";
-
-  py::enum_<DType>(m, "DType", py::module_local())
-      .value("float32", DType::kFloat32)
-      .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16);
 
   py::class_<Target>(m, "Target", py::module_local());
   m.def("cpu", CpuTarget, py::arg("num_threads"));
@@ -158,31 +162,55 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
     return "the core was built without CUDA";
 #endif
   });
+  py::class_<TensorList, std::shared_ptr<TensorList>>(m, "TensorList", py::module_local())
+      .def(py::init<const py::list&, bool>(), py::arg("tensors"),
+           py::arg("use_exchange_api") = true)
+      .def("is_alike", &TensorList::IsAlike, py::arg("other"));
+
   m.def(
       "workspace_bytes",
-      [](const Target& target, const std::vector<int64_t>& numel, int num_sums) {
-        const ChunkPlan plan(numel.data(), numel.size(), target.ops->chunk_size);
-        return WorkspaceBytes(plan.num_chunks(), numel.size(), num_sums);
+      [](const Target& target, const TensorList& list, int num_sums) {
+        const ChunkPlan plan(list.numel().data(), list.size(), target.ops->chunk_size);
+        return WorkspaceBytes(plan.num_chunks(), list.size(), num_sums);
       },
-      py::arg("target"), py::arg("numel"), py::arg("num_sums"));
+      py::arg("target"), py::arg("tensors"), py::arg("num_sums"));
   m.attr("NORMS_SUMS") = kNormsSums;
   m.attr("COMPARE_SUMS") = kCompareSums;
 
   py::class_<PyRecombination>(m, "Recombination", py::module_local())
-      .def(py::init<Addresses, std::optional<Addresses>, std::uintptr_t, std::uintptr_t, bool,
-                    float, std::uintptr_t>(),
-           py::kw_only(), py::arg("magnitude"), py::arg("sign"), py::arg("numerator"),
-           py::arg("denominator"), py::arg("per_tensor"), py::arg("eps"), py::arg("ascent_norm"));
+      .def(py::init<std::shared_ptr<TensorList>, std::shared_ptr<TensorList>, std::uintptr_t,
+                    std::uintptr_t, bool, float, std::uintptr_t, std::uintptr_t, std::uintptr_t>(),
+           py::arg("magnitude").none(false), py::arg("sign"), py::arg("numerator"),
+           py::arg("denominator"), py::arg("per_tensor"), py::arg("eps"), py::arg("ascent_norm"),
+           py::arg("grad_scale"), py::arg("found_inf"));
   py::class_<SgdOptions>(m, "SgdOptions", py::module_local())
-      .def(py::init<float, float, float, float, float, bool, bool, bool>(), py::kw_only(),
-           py::arg("lr"), py::arg("momentum"), py::arg("one_minus_dampening"),
-           py::arg("weight_decay"), py::arg("gradient_sign"), py::arg("nesterov"),
-           py::arg("has_momentum"), py::arg("init_momentum"));
+      .def(py::init([](float lr, std::uintptr_t lr_address, float momentum,
+                       float one_minus_dampening, float weight_decay, float gradient_sign,
+                       bool nesterov, bool has_momentum, bool init_momentum) {
+             return SgdOptions{ScalarOf(lr, lr_address),
+                               momentum,
+                               one_minus_dampening,
+                               weight_decay,
+                               gradient_sign,
+                               nesterov,
+                               has_momentum,
+                               init_momentum};
+           }),
+           py::kw_only(), py::arg("lr"), py::arg("lr_address"), py::arg("momentum"),
+           py::arg("one_minus_dampening"), py::arg("weight_decay"), py::arg("gradient_sign"),
+           py::arg("nesterov"), py::arg("has_momentum"), py::arg("init_momentum"));
 
-  m.def("norms", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
-                    const Addresses& x, const std::optional<Addresses>& weights,
+#ifdef SAMKERNELS_EMULATED
+  m.def("take_traffic", [] {
+    const emulation::Traffic traffic = emulation::traffic;
+    emulation::traffic = {};
+    return py::make_tuple(traffic.read, traffic.written);
+  });
+#endif
+
+  m.def("norms", [](const Target& target, const TensorList& x, const TensorList* weights,
                     std::uintptr_t workspace, std::uintptr_t per_tensor, std::uintptr_t total) {
-    const Shapes shapes(numel, dtype, *target.ops);
+    const Shapes shapes("x", x, *target.ops);
     const NormsArgs args = {shapes.tensors(),
                             shapes.List("x", x),
                             shapes.Optional("weights", weights),
@@ -192,70 +220,72 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
     py::gil_scoped_release release;
     target.ops->norms(args, target.execution);
   });
-  m.def("perturb", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
-                      const Addresses& params, const Addresses& grads, const Addresses& old_params,
-                      std::uintptr_t norm, float rho, float eps, bool adaptive,
-                      std::optional<py::list> journal) {
-    const Shapes shapes(numel, dtype, *target.ops);
-    const PerturbArgs args = {shapes.tensors(),
-                              shapes.List("params", params),
-                              shapes.List("grads", grads),
-                              shapes.List("old_params", old_params),
-                              Required<const float>("norm", norm),
-                              rho,
-                              eps,
-                              adaptive};
-    {
-      py::gil_scoped_release release;
-      target.ops->perturb(args, target.execution);
-    }
-    // Here, where no signal handler of Python can come between: see contract.Backend.perturb_.
-    if (journal) journal->append(true);
-  });
-  m.def("restore", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
-                      const Addresses& params, const Addresses& old_params) {
-    const Shapes shapes(numel, dtype, *target.ops);
-    const RestoreArgs args = {shapes.tensors(), shapes.List("params", params),
-                              shapes.List("old_params", old_params)};
-    py::gil_scoped_release release;
-    target.ops->restore(args, target.execution);
-  });
-  m.def("recombine", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
-                        const PyRecombination& recombination, const Addresses& out) {
-    const Shapes shapes(numel, dtype, *target.ops);
-    const RecombineArgs args = {shapes.tensors(), recombination.For(shapes),
-                                shapes.List("out", out)};
-    py::gil_scoped_release release;
-    target.ops->recombine(args, target.execution);
-  });
-  m.def("sgd", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
-                  const PyRecombination& recombination, const Addresses& params,
-                  const Addresses& old_params, const std::optional<Addresses>& momentum_buffer,
-                  const SgdOptions& options) {
-    const Shapes shapes(numel, dtype, *target.ops);
+  m.def("perturb",
+        [](const Target& target, const TensorList& params, const TensorList& grads,
+           const TensorList& old_params, std::uintptr_t norm, float rho, std::uintptr_t rho_address,
+           float eps, bool adaptive, std::optional<py::list> journal) {
+          const Shapes shapes("params", params, *target.ops);
+          const PerturbArgs args = {shapes.tensors(),
+                                    shapes.List("params", params),
+                                    shapes.List("grads", grads),
+                                    shapes.List("old_params", old_params),
+                                    Required<const float>("norm", norm),
+                                    ScalarOf(rho, rho_address),
+                                    eps,
+                                    adaptive};
+          {
+            py::gil_scoped_release release;
+            target.ops->perturb(args, target.execution);
+          }
+          // Here, where no signal handler of Python can come between: see
+          // contract.Backend.perturb_.
+          if (journal) journal->append(true);
+        });
+  m.def("restore",
+        [](const Target& target, const TensorList& params, const TensorList& old_params) {
+          const Shapes shapes("params", params, *target.ops);
+          const RestoreArgs args = {shapes.tensors(), shapes.List("params", params),
+                                    shapes.List("old_params", old_params)};
+          py::gil_scoped_release release;
+          target.ops->restore(args, target.execution);
+        });
+  m.def("recombine",
+        [](const Target& target, const PyRecombination& recombination, const TensorList& out) {
+          const Shapes shapes("out", out, *target.ops);
+          const RecombineArgs args = {shapes.tensors(), recombination.For(shapes),
+                                      shapes.List("out", out)};
+          py::gil_scoped_release release;
+          target.ops->recombine(args, target.execution);
+        });
+  m.def("sgd", [](const Target& target, const PyRecombination& recombination,
+                  const TensorList& params, const TensorList& old_params,
+                  const TensorList* momentum_buffers, const SgdOptions& options) {
+    const Shapes shapes("params", params, *target.ops);
     const SgdArgs args = {shapes.tensors(),
                           recombination.For(shapes),
                           shapes.List("params", params),
                           shapes.List("old_params", old_params),
-                          shapes.Optional("momentum_buffer", momentum_buffer),
+                          shapes.Optional("momentum_buffers", momentum_buffers),
                           options};
     if (options.has_momentum && args.momentum_buffer == nullptr) {
-      throw std::invalid_argument("momentum_buffer is missing");
+      throw std::invalid_argument("momentum_buffers is missing");
     }
     py::gil_scoped_release release;
     target.ops->sgd(args, target.execution);
   });
-  m.def("compare", [](const Target& target, const std::vector<int64_t>& numel, DType dtype,
-                      const Addresses& first_grads, const Addresses& second_grads,
-                      std::uintptr_t workspace, std::uintptr_t sums) {
-    const Shapes shapes(numel, dtype, *target.ops);
-    const CompareArgs args = {shapes.tensors(), shapes.List("first_grads", first_grads),
-                              shapes.List("second_grads", second_grads),
-                              Required<void>("workspace", workspace),
-                              Required<double>("sums", sums)};
-    py::gil_scoped_release release;
-    target.ops->compare(args, target.execution);
-  });
+  m.def("compare",
+        [](const Target& target, const TensorList& first_grads, const TensorList& second_grads,
+           const TensorList& weights, std::uintptr_t workspace, std::uintptr_t sums) {
+          const Shapes shapes("first_grads", first_grads, *target.ops);
+          const CompareArgs args = {shapes.tensors(),
+                                    shapes.List("first_grads", first_grads),
+                                    shapes.List("second_grads", second_grads),
+                                    shapes.List("weights", weights),
+                                    Required<void>("workspace", workspace),
+                                    Required<double>("sums", sums)};
+          py::gil_scoped_release release;
+          target.ops->compare(args, target.execution);
+        });
 }
 
 }  // namespace samkernels

@@ -38,8 +38,15 @@ struct Execution {
   int num_threads = 1;     // threads on the host; unused on a device
 };
 
+// A hyperparameter: a number, or an address in the op's memory where a number lies that may change
+// without the host (CUDA graphs).
+struct Scalar {
+  float value;
+  const float* address;  // or null
+};
+
 constexpr int kNormsSums = 1;
-constexpr int kCompareSums = 5;
+constexpr int kCompareSums = 6;
 
 // norm_i = ||s * x_i||_2 with s = |weights_i| if weights are given, else 1; total over all i.
 struct NormsArgs {
@@ -59,7 +66,7 @@ struct PerturbArgs {
   ReadOnlyList grads;      // [in] g1
   MutableList old_params;  // [out]
   const float* norm;       // [in] [1]
-  float rho;               // negative: away from the gradient
+  Scalar rho;              // negative: away from the gradient
   float eps;
   bool adaptive;
 };
@@ -72,9 +79,10 @@ struct RestoreArgs {
 };
 
 // What takes the gradient's place:
-//   u = |magnitude| * sign(sign)                                         if `sign` is given, else
-//   u = (numerator / (denominator + eps)) * magnitude                    if `numerator` is given,
-//   else u = magnitude.
+//   u = |magnitude| * sign(sign)                          if `sign` is given, else
+//   u = (numerator / (denominator + eps)) * magnitude     if `numerator` is given, else
+//   u = magnitude,
+// divided by grad_scale if that is given.
 struct Recombination {
   ReadOnlyList magnitude;    // [in]
   ReadOnlyList sign;         // [in] or null
@@ -84,6 +92,8 @@ struct Recombination {
   float eps;
   const float* ascent_norm;  // [in] [1] or null. Not finite: the step is skipped (see
                              // RecombineArgs, SgdArgs).
+  const float* grad_scale;   // [in] [1] or null
+  const float* found_inf;    // [in] [1] or null. Not 0: the step is skipped.
 };
 
 // out = u; 0 where the step is skipped.
@@ -99,7 +109,7 @@ struct RecombineArgs {
 //   d = u + momentum * buf if nesterov else buf;  params = w - lr * d
 // A skipped step restores params and leaves buf (0 if init_momentum).
 struct SgdOptions {
-  float lr;
+  Scalar lr;
   float momentum;
   float one_minus_dampening;
   float weight_decay;
@@ -118,11 +128,13 @@ struct SgdArgs {
   SgdOptions options;
 };
 
-// Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|] and [g1 * g2 > 0], in this order.
+// Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0] and w^2, in this
+// order.
 struct CompareArgs {
   Tensors tensors;
   ReadOnlyList first_grads;   // [in] g1
   ReadOnlyList second_grads;  // [in] g2
+  ReadOnlyList weights;       // [in] w
   void* workspace;            // [out] WorkspaceBytes(.., kCompareSums)
   double* sums;               // [out] [kCompareSums]
 };

@@ -30,6 +30,10 @@ static inline SAMKERNELS_HOST_DEVICE float Sign(float x) {
   return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f);
 }
 
+static inline SAMKERNELS_HOST_DEVICE float Read(const Scalar& x) {
+  return x.address ? *x.address : x.value;
+}
+
 // 0 stands for "perturb nothing": without a gradient there is no direction, and a gradient that is
 // not finite would put nan into every weight.
 static inline SAMKERNELS_HOST_DEVICE float PerturbScale(float norm, float rho, float eps) {
@@ -42,15 +46,28 @@ static inline SAMKERNELS_HOST_DEVICE float Perturbed(float w, float g, float sca
   return w + scale * direction;
 }
 
-// numerator / (denominator + eps) of tensor i, or 1.
+// The factor of tensor i, if HasCoefficient: numerator / (denominator + eps) / grad_scale.
 static inline SAMKERNELS_HOST_DEVICE float Coefficient(const Recombination& r, int64_t tensor) {
-  if (r.numerator == nullptr) return 1.0f;
-  const int64_t i = r.norm_stride * tensor;
-  return r.numerator[i] / (r.denominator[i] + r.eps);
+  float coefficient = 1.0f;
+  if (r.numerator != nullptr) {
+    const int64_t i = r.norm_stride * tensor;
+    coefficient = r.numerator[i] / (r.denominator[i] + r.eps);
+  }
+  return r.grad_scale != nullptr ? coefficient / *r.grad_scale : coefficient;
+}
+
+static inline SAMKERNELS_HOST_DEVICE bool HasCoefficient(const Recombination& r) {
+  return r.numerator != nullptr || r.grad_scale != nullptr;
 }
 
 static inline SAMKERNELS_HOST_DEVICE bool IsSkipped(const Recombination& r) {
-  return r.ascent_norm != nullptr && !IsFinite(*r.ascent_norm);
+  return (r.ascent_norm != nullptr && !IsFinite(*r.ascent_norm)) ||
+         (r.found_inf != nullptr && *r.found_inf != 0.0f);
+}
+
+static inline SAMKERNELS_HOST_DEVICE float Scaled(float x, float coefficient,
+                                                  bool has_coefficient) {
+  return has_coefficient ? coefficient * x : x;
 }
 
 // u from signs: |magnitude| * sign(sign).
@@ -64,17 +81,18 @@ static inline SAMKERNELS_HOST_DEVICE Momentum MomentumOf(const SgdOptions& o) {
   return !o.has_momentum ? Momentum::kNone : o.init_momentum ? Momentum::kInit : Momentum::kRunning;
 }
 
-// The new weight; buf is read if it is running, and written unless there is none.
+// The new weight, with lr = Read(o.lr); buf is read if it is running, and written unless there is
+// none.
 template <Momentum kMomentum>
-static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, float w, float u,
-                                                      float& buf) {
+static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, float lr, float w,
+                                                      float u, float& buf) {
   u = o.gradient_sign * u;
   if (o.weight_decay != 0.0f) u = u + o.weight_decay * w;
   if (kMomentum != Momentum::kNone) {
     buf = kMomentum == Momentum::kInit ? u : o.momentum * buf + o.one_minus_dampening * u;
     u = o.nesterov ? u + o.momentum * buf : buf;
   }
-  return w - o.lr * u;
+  return w - lr * u;
 }
 
 }  // namespace samkernels

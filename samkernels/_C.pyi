@@ -1,28 +1,30 @@
 """The compiled core (csrc/bindings.cpp). Addresses are data_ptr(); 0 stands for none."""
 
-import enum
+from collections.abc import Sequence
+
+from torch import Tensor
 
 NORMS_SUMS: int
 COMPARE_SUMS: int
 
-class DType(enum.Enum):
-    float32 = ...
-    bfloat16 = ...
-    float16 = ...
-
 class Target: ...
+
+class TensorList:
+    def __init__(self, tensors: Sequence[Tensor], use_exchange_api: bool = True) -> None: ...
+    def is_alike(self, other: TensorList) -> bool: ...
 
 class Recombination:
     def __init__(
         self,
-        *,
-        magnitude: list[int],
-        sign: list[int] | None,
+        magnitude: TensorList,
+        sign: TensorList | None,
         numerator: int,
         denominator: int,
         per_tensor: bool,
         eps: float,
         ascent_norm: int,
+        grad_scale: int,
+        found_inf: int,
     ) -> None: ...
 
 class SgdOptions:
@@ -30,6 +32,7 @@ class SgdOptions:
         self,
         *,
         lr: float,
+        lr_address: int,
         momentum: float,
         one_minus_dampening: float,
         weight_decay: float,
@@ -43,56 +46,42 @@ def build_info() -> dict[str, str]: ...
 def why_no_cuda() -> str | None: ...
 def cpu(num_threads: int) -> Target: ...
 def cuda(stream: int) -> Target: ...
-def workspace_bytes(target: Target, numel: list[int], num_sums: int) -> int: ...
+def workspace_bytes(target: Target, tensors: TensorList, num_sums: int) -> int: ...
 def norms(
     target: Target,
-    numel: list[int],
-    dtype: DType,
-    x: list[int],
-    weights: list[int] | None,
+    x: TensorList,
+    weights: TensorList | None,
     workspace: int,
     per_tensor: int,
     total: int,
 ) -> None: ...
 def perturb(
     target: Target,
-    numel: list[int],
-    dtype: DType,
-    params: list[int],
-    grads: list[int],
-    old_params: list[int],
+    params: TensorList,
+    grads: TensorList,
+    old_params: TensorList,
     norm: int,
     rho: float,
+    rho_address: int,
     eps: float,
     adaptive: bool,
     journal: list[bool] | None,
 ) -> None: ...
-def restore(
-    target: Target, numel: list[int], dtype: DType, params: list[int], old_params: list[int]
-) -> None: ...
-def recombine(
-    target: Target,
-    numel: list[int],
-    dtype: DType,
-    recombination: Recombination,
-    out: list[int],
-) -> None: ...
+def restore(target: Target, params: TensorList, old_params: TensorList) -> None: ...
+def recombine(target: Target, recombination: Recombination, out: TensorList) -> None: ...
 def sgd(
     target: Target,
-    numel: list[int],
-    dtype: DType,
     recombination: Recombination,
-    params: list[int],
-    old_params: list[int],
-    momentum_buffer: list[int] | None,
+    params: TensorList,
+    old_params: TensorList,
+    momentum_buffers: TensorList | None,
     options: SgdOptions,
 ) -> None: ...
 def compare(
     target: Target,
-    numel: list[int],
-    dtype: DType,
-    first_grads: list[int],
-    second_grads: list[int],
+    first_grads: TensorList,
+    second_grads: TensorList,
+    weights: TensorList,
     workspace: int,
     sums: int,
 ) -> None: ...

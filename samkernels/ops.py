@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def perturb_(
     grads: TensorList,
     old_params: TensorList,
     *,
-    rho: float,
+    rho: float | Tensor,
     norm: Tensor | None = None,
     adaptive: bool = False,
     maximize: bool = False,
@@ -127,7 +127,8 @@ def perturb_(
 
     Args:
         params, grads, old_params: lists of n tensors. old_params is overwritten with w.
-        rho: radius >= 0, in units of ||w||_2; dimensionless if adaptive.
+        rho: radius >= 0, in units of ||w||_2; dimensionless if adaptive. A tensor of one element
+            on the device of the parameters is read there, and its value is not checked.
         norm: n, if it is known or spans more than these tensors; shape (), on their device.
         maximize: move to w - e(w): the neighbour that is worst for an objective that is maximized.
         eps: added to n, in the units of n.
@@ -147,10 +148,12 @@ def perturb_(
     Source: Foret et al., arXiv:2010.01412; adaptive: Kwon et al., arXiv:2102.11600, as in
         davda54/sam.
     """
-    _check_non_negative("rho", rho)
     _check_non_negative("eps", eps)
+    if not isinstance(rho, Tensor):
+        _check_non_negative("rho", rho)
     lists = {"params": params, "grads": grads, "old_params": old_params}
     chosen = _backend_for(backend, lists, ("params", "old_params"), validate)
+    rho = _hyperparameter("rho", rho, params[0])
     if norm is None:
         norm = chosen.norms(grads, params if adaptive else None).total
     elif validate:
@@ -196,6 +199,8 @@ def recombine_(
     first_norm: Tensor | None = None,
     second_norm: Tensor | None = None,
     ascent_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     eps: float = 1e-12,
     backend: str = "auto",
     validate: bool = True,
@@ -215,6 +220,9 @@ def recombine_(
             "tensor".
         ascent_norm: the norm that the perturbation was made with, shape (). If it is not finite,
             u = 0.
+        grad_scale: what the loss was multiplied with, shape (): u is divided by it. See
+            torch.amp.GradScaler.
+        found_inf: shape (); if it is not 0, u = 0.
         eps: added to the norm that divides.
 
     Raises:
@@ -234,10 +242,13 @@ def recombine_(
         first_norm=first_norm,
         second_norm=second_norm,
         ascent_norm=ascent_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
         eps=eps,
         validate=validate,
     )
-    if rule != "sam" or ascent_norm is not None:  # else u is g2 already
+    if rule != "sam" or any(x is not None for x in (ascent_norm, grad_scale, found_inf)):
+        # else u is g2 already
         chosen.recombine_(grads, recombination)
 
 
@@ -248,7 +259,7 @@ def sgd_(
     grads: TensorList,
     momentum_buffers: TensorList | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -261,6 +272,8 @@ def sgd_(
     first_norm: Tensor | None = None,
     second_norm: Tensor | None = None,
     ascent_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     eps: float = 1e-12,
     backend: str = "auto",
     validate: bool = True,
@@ -275,10 +288,12 @@ def sgd_(
         params: overwritten; old_params: w, may be params itself; grads: g2. Lists of n tensors.
         momentum_buffers: buf, updated; needed if momentum is not 0.
         init_momentum: buf holds nothing yet.
-        rule, granularity, first_grads, first_norm, second_norm, eps: see `recombine_`.
-        ascent_norm: the norm that the perturbation was made with, shape (). If it is not finite,
-            the step is skipped on the device: params = old_params, and buf stays (0 if
-            init_momentum).
+        lr: >= 0. A tensor of one element on the device of the parameters is read there, and its
+            value is not checked.
+        rule, granularity, first_grads, first_norm, second_norm, grad_scale, eps: see `recombine_`.
+        ascent_norm, found_inf: shape (). If the norm that the perturbation was made with is not
+            finite, or found_inf is not 0, the step is skipped on the device: params = old_params,
+            and buf stays (0 if init_momentum).
 
     Raises:
         TypeError, ValueError, RuntimeError: see `recombine_`.
@@ -312,11 +327,13 @@ def sgd_(
         first_norm=first_norm,
         second_norm=second_norm,
         ascent_norm=ascent_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
         eps=eps,
         validate=validate,
     )
     options = SgdOptions(
-        lr=lr,
+        lr=_hyperparameter("lr", lr, params[0]),
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,
@@ -331,31 +348,35 @@ def sgd_(
 def compare(
     first_grads: TensorList,
     second_grads: TensorList,
+    weights: TensorList,
     *,
     backend: str = "auto",
     validate: bool = True,
 ) -> Comparison:
-    """Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|] and [g1 * g2 > 0], read once.
+    """Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0] and w^2, all read
+    once.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `perturb_`.
     """
-    lists = {"first_grads": first_grads, "second_grads": second_grads}
-    return _backend_for(backend, lists, (), validate).compare(first_grads, second_grads)
+    lists = {"first_grads": first_grads, "second_grads": second_grads, "weights": weights}
+    return _backend_for(backend, lists, (), validate).compare(first_grads, second_grads, weights)
 
 
 def gradient_statistics(
-    comparisons: Sequence[Comparison], weight_norms: TensorList
+    comparisons: Sequence[Comparison], grad_scale: Tensor | None = None
 ) -> GradientStatistics:
-    """Statistics over several lists, from what `compare` and `norms` gave for each."""
+    """Statistics over several lists, from what `compare` gave for each; of gradients divided by
+    grad_scale if that is given."""
     device = comparisons[0].sums.device
     sums = torch.stack([c.sums.to(device, non_blocking=True) for c in comparisons]).sum(0)
     numel = max(1, sum(c.numel for c in comparisons))
     first_norm, second_norm = sums[0].sqrt(), sums[1].sqrt()
+    scale = 1 if grad_scale is None else grad_scale.to(device, non_blocking=True)
     statistics = (
-        first_norm,
-        second_norm,
-        total_norm(weight_norms),
+        first_norm / scale,
+        second_norm / scale,
+        sums[5].sqrt(),
         sums[2] / (first_norm * second_norm),
         sums[3] / numel,
         sums[4] / numel,
@@ -365,7 +386,7 @@ def gradient_statistics(
 
 def check_sgd_options(
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float,
     dampening: float,
     weight_decay: float,
@@ -373,8 +394,9 @@ def check_sgd_options(
     maximize: bool,
 ) -> None:
     """Raise TypeError or ValueError unless these are hyperparameters of SGD."""
-    for name, value in (("momentum", momentum), ("weight_decay", weight_decay), ("lr", lr)):
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
         _check_non_negative(name, value)
+    check_hyperparameter("lr", lr)
     _check_number("dampening", dampening)
     for name, flag in (("nesterov", nesterov), ("maximize", maximize)):
         if not isinstance(flag, bool):
@@ -425,21 +447,30 @@ def _recombination(
     first_norm: Tensor | None,
     second_norm: Tensor | None,
     ascent_norm: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
     eps: float,
     validate: bool,
 ) -> Recombination:
     check_choice("rule", rule, RULES)
     check_choice("granularity", granularity, GRANULARITIES)
     _check_non_negative("eps", eps)
-    if validate and ascent_norm is not None:
-        _check_norm("ascent_norm", ascent_norm, grads, ())
+    scalars: dict[str, Any] = {
+        "ascent_norm": ascent_norm,
+        "grad_scale": grad_scale,
+        "found_inf": found_inf,
+    }
+    if validate:
+        for name, scalar in scalars.items():
+            if scalar is not None:
+                _check_norm(name, scalar, grads, ())
     if rule == "sam":
-        return Recombination(magnitude=grads, ascent_norm=ascent_norm)
+        return Recombination(grads, **scalars)
     if first_grads is None:
         raise ValueError(f'first_grads is missing: rule="{rule}" needs the first gradients')
     if granularity == "element":
         magnitude, sign = (first_grads, grads) if rule == "samdirection" else (grads, first_grads)
-        return Recombination(magnitude=magnitude, sign=sign, ascent_norm=ascent_norm)
+        return Recombination(magnitude, sign, **scalars)
 
     if validate:
         shape = () if granularity == "global" else (len(grads),)
@@ -450,8 +481,8 @@ def _recombination(
     n1 = first_norm if first_norm is not None else getattr(chosen.norms(first_grads, None), field)
     n2 = second_norm if second_norm is not None else getattr(chosen.norms(grads, None), field)
     if rule == "samdirection":
-        return Recombination(grads, None, n1, n2, eps, ascent_norm)
-    return Recombination(first_grads, None, n2, n1, eps, ascent_norm)
+        return Recombination(grads, None, n1, n2, eps, **scalars)
+    return Recombination(first_grads, None, n2, n1, eps, **scalars)
 
 
 def _backend_for(
@@ -472,7 +503,9 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, numbers.Real)
+    ):
         raise TypeError(f"{name} is {type(value).__name__}: give a number")
     if not math.isfinite(value):
         raise ValueError(f"{name}={value}: give a finite number")
@@ -482,6 +515,35 @@ def _check_non_negative(name: str, value: float) -> None:
     _check_number(name, value)
     if value < 0:
         raise ValueError(f"{name}={value}: give a finite number >= 0")
+
+
+def check_hyperparameter(name: str, value: float | Tensor) -> None:
+    """Raise TypeError or ValueError unless this is a finite number >= 0, or a tensor of one
+    element; what is on a device is not looked at."""
+    if not isinstance(value, Tensor):
+        return _check_non_negative(name, value)
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(
+            f"{name} is a tensor of shape {tuple(value.shape)} and {value.dtype}: give a number or "
+            "a floating-point tensor of one element"
+        )
+    if value.device.type == "cpu":
+        _check_non_negative(name, value.item())
+
+
+def _hyperparameter(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+    """As backends take it: a number, or a tensor of shape () beside `like`."""
+    check_hyperparameter(name, value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.device.type == "cpu" and like.device.type != "cpu":
+        return value.item()
+    if value.device != like.device:
+        raise ValueError(
+            f"{name} is on {value.device}: give a number, or a tensor on {like.device}"
+        )
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return value.detach().reshape(()).to(dtype)
 
 
 def _check_norm(name: str, norm: Tensor, tensors: TensorList, shape: tuple[int, ...]) -> None:

@@ -22,58 +22,65 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "emulation"
 
 
-def build() -> Any:
-    """Configure and build the module `_emulated` (a second time only if a source is newer), and
-    import it."""
+def build(folder: Path = BUILD, *options: str) -> Path:
+    """Configure and build the module `_emulated`; a second time only if a source is newer."""
     cmake = [sys.executable, "-m", "cmake"]
-    options = [
+    options = (
+        *options,
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]
-    configure = [
+    )
+    configure: list[str | Path] = [
         *cmake,
         "-S",
         ROOT,
         "-B",
-        BUILD,
+        folder,
         "-G",
         "Ninja",
         "-DSAMKERNELS_EMULATION=ON",
         *options,
     ]
-    for command in (configure, [*cmake, "--build", BUILD]):
+    build_it: list[str | Path] = [*cmake, "--build", folder]
+    for command in (configure, build_it):
         result = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         if result.returncode != 0:
             raise RuntimeError(f"the emulated core cannot be built:\n{result.stdout}")
-    (path,) = BUILD.glob("_emulated*.so")
+    (path,) = folder.glob("_emulated*.so")
+    return path
+
+
+def load(path: Path) -> Any:
+    """Import what was built."""
     return _load("samkernels._emulated", path)
 
 
-def backend() -> ModuleType:
-    """A second instance of the native backend, over the emulated core, that serves CPU tensors."""
-    core = build()
+def backend(core: Any, cuda: bool = True) -> ModuleType:
+    """Another instance of the native backend, over this core, that serves CPU tensors: with the
+    emulated CUDA kernels, or with those for the CPU."""
     module = _load("samkernels.backends.emulated", Path(native.__file__))
 
     @contextlib.contextmanager
     def on_the_emulated_device(device: torch.device) -> Iterator[Any]:
         assert device.type == "cpu"
-        yield core.cuda(0)
+        yield core.cuda(0) if cuda else core.cpu(torch.get_num_threads())
 
-    vars(module).update(
-        _C=core,
-        _target=on_the_emulated_device,
-        DTYPES={dtype: getattr(core.DType, str(dtype).split(".")[1]) for dtype in native.DTYPES},
-    )
+    vars(module).update(_C=core, _target=on_the_emulated_device)
     return module
 
 
 def register() -> None:
     """Make `backend="emulated"` known to samkernels. The last one: "auto" never takes it."""
     if "emulated" not in backends.BACKENDS:
-        backends._MODULES["emulated"] = backend()
-        backends.BACKENDS = (*backends.BACKENDS, "emulated")
+        add("emulated", backend(load(build())))
+
+
+def add(name: str, module: ModuleType) -> None:
+    """Make a backend known to samkernels, behind all others."""
+    backends._MODULES[name] = module
+    backends.BACKENDS = (*backends.BACKENDS, name)
 
 
 def _load(name: str, path: Path) -> Any:

@@ -4,13 +4,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from samkernels import _C, backends, ops
+from samkernels.backends import contract
 from tests.helpers import DTYPES, assert_same_bits, copies
 
 CPU = torch.device("cpu")
@@ -123,7 +125,7 @@ def test_ops_on_native_refuse_what_it_cannot_serve(
         "restore_": lambda: ops.restore_(a, b, backend="native"),
         "recombine_": lambda: ops.recombine_(a, b, rule="samdirection", backend="native"),
         "sgd_": lambda: ops.sgd_(a, b, c, lr=0.1, backend="native"),
-        "compare": lambda: ops.compare(a, b, backend="native"),
+        "compare": lambda: ops.compare(a, b, c, backend="native"),
     }
     with pytest.raises(RuntimeError, match=reason):
         calls[op]()
@@ -155,7 +157,28 @@ def test_dense_layouts(tensor: Tensor, dense: bool) -> None:
     assert ops.is_dense(tensor) == dense
 
 
-# The compiled core: it knows addresses only, and refuses what would crash
+# The compiled core: it walks lists by address, and refuses what would crash
+
+
+class Fake:
+    """What the core asks of a tensor, where its type has no exchange API."""
+
+    dtype = "torch.float32"
+    device = SimpleNamespace(type="cpu", index=None)
+
+    def __init__(self, address: int, numel: int) -> None:
+        self.address = address
+        self.shape = (numel,)
+
+    def stride(self) -> tuple[int]:
+        return (1,)
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def fakes(*tensors: tuple[int, int]) -> Any:
+    return _C.TensorList([cast(Tensor, Fake(*tensor)) for tensor in tensors])
 
 
 class Core:
@@ -163,49 +186,42 @@ class Core:
 
     def __init__(self) -> None:
         self.tensors = torch.arange(36.0).view(6, 2, 3)
-        self.sums = torch.zeros(5, dtype=torch.float64)
+        self.sums = torch.zeros(_C.COMPARE_SUMS, dtype=torch.float64)
         self.norms = torch.ones(3)
         self.target = _C.cpu(1)
-        room = _C.workspace_bytes(self.target, [3, 3], _C.COMPARE_SUMS)
+        room = _C.workspace_bytes(self.target, self.list_of(0), _C.COMPARE_SUMS)
         self.workspace = torch.empty(room, dtype=torch.uint8)
 
-    def lists(self, **wrong: list[int] | None) -> list[Any]:
-        """Addresses of lists called "0", "1", ...; `wrong` replaces some of them."""
-        good = [[t.data_ptr() for t in list_] for list_ in self.tensors]
-        return [wrong.get(str(i), addresses) for i, addresses in enumerate(good)]
+    def list_of(self, i: int, second_numel: int = 3) -> Any:
+        first, second = self.tensors[i]
+        return fakes((first.data_ptr(), 3), (second.data_ptr(), second_numel))
 
-    def recombination(self, lists: list[Any], **options: Any) -> Any:
-        defaults: dict[str, Any] = {
-            "numerator": 0,
-            "denominator": 0,
-            "per_tensor": False,
-            "eps": 0.0,
-            "ascent_norm": 0,
-        }
-        return _C.Recombination(magnitude=lists[3], sign=lists[4], **{**defaults, **options})
+    def recombination(self, lists: list[Any]) -> Any:
+        return _C.Recombination(lists[3], lists[4], 0, 0, False, 0.0, 0, 0, 0)
 
-    def call(self, op: str, *, numel: tuple[int, ...] = (3, 3), **wrong: list[int] | None) -> None:
-        lists = self.lists(**wrong)
-        start = (self.target, list(numel), _C.DType.float32)
+    def call(self, op: str, *, second_numel: int = 3, **wrong: Any) -> None:
+        """With lists called "0", "1", ...; `wrong` replaces some of them."""
+        lists = [wrong.get(str(i), self.list_of(i, second_numel)) for i in range(len(self.tensors))]
         norm, workspace = self.norms.data_ptr(), self.workspace.data_ptr()
         if op == "norms":
-            _C.norms(*start, lists[0], lists[1], workspace, norm, norm + 8)
+            _C.norms(self.target, lists[0], lists[1], workspace, norm, norm + 8)
         elif op == "perturb":
-            _C.perturb(*start, *lists[:3], norm, 0.1, 0.0, False, None)
+            _C.perturb(self.target, *lists[:3], norm, 0.1, 0, 0.0, False, None)
         elif op == "restore":
-            _C.restore(*start, *lists[:2])
+            _C.restore(self.target, *lists[:2])
         elif op == "recombine":
-            _C.recombine(*start, self.recombination(lists), lists[0])
+            _C.recombine(self.target, self.recombination(lists), lists[0])
         elif op == "sgd":
-            _C.sgd(*start, self.recombination(lists), *lists[:3], SGD_WITH_MOMENTUM)
+            _C.sgd(self.target, self.recombination(lists), *lists[:3], SGD_WITH_MOMENTUM)
         elif op == "compare":
-            _C.compare(*start, *lists[:2], workspace, self.sums.data_ptr())
+            _C.compare(self.target, *lists[:3], workspace, self.sums.data_ptr())
         else:
             raise ValueError(op)
 
 
 SGD_WITH_MOMENTUM = _C.SgdOptions(
     lr=0.1,
+    lr_address=0,
     momentum=0.9,
     one_minus_dampening=1.0,
     weight_decay=0.0,
@@ -222,11 +238,11 @@ CORE_LISTS = {
     "sgd": {
         "0": "params",
         "1": "old_params",
-        "2": "momentum_buffer",
+        "2": "momentum_buffers",
         "3": "magnitude",
         "4": "sign",
     },
-    "compare": {"0": "first_grads", "1": "second_grads"},
+    "compare": {"0": "first_grads", "1": "second_grads", "2": "weights"},
 }
 every_core_list = pytest.mark.parametrize(
     ("op", "which", "name"),
@@ -243,16 +259,16 @@ def test_the_calls_of_the_core_below_are_right_but_for_one_list(op: str) -> None
 def test_the_core_refuses_null_addresses(op: str, which: str, name: str) -> None:
     core = Core()
     before = core.tensors.clone()
-    addresses = [core.tensors[0][0].data_ptr(), 0]
     with pytest.raises(ValueError, match=rf"{name}\[1\] has no memory .* 3 elements"):
-        core.call(op, **{which: addresses})
+        core.call(op, **{which: fakes((core.tensors[0][0].data_ptr(), 3), (0, 3))})
     assert torch.equal(core.tensors, before)
 
 
 @every_core_list
 def test_the_core_accepts_null_addresses_of_empty_tensors(op: str, which: str, name: str) -> None:
     core = Core()
-    core.call(op, numel=(3, 0), **{which: [core.tensors[5][0].data_ptr(), 0]})
+    empty = fakes((core.tensors[5][0].data_ptr(), 3), (0, 0))
+    core.call(op, second_numel=0, **{which: empty})
 
 
 @every_core_list
@@ -262,30 +278,112 @@ def test_the_core_refuses_lists_of_different_lengths(
 ) -> None:
     core = Core()
     before = core.tensors.clone()
-    addresses = [core.tensors[0][0].data_ptr()] * length
-    with pytest.raises(ValueError, match=f"{name} has {length} addresses for 2 tensors"):
-        core.call(op, **{which: addresses})
+    wrong = fakes(*[(core.tensors[0][0].data_ptr(), 3)] * length)
+    message = rf" has {length} tensors " if which == "0" else f"{name} has {length} tensors "
+    with pytest.raises(ValueError, match=f"{message}|has 2 tensors and {name} has {length}"):
+        core.call(op, **{which: wrong})
     assert torch.equal(core.tensors, before)
+
+
+@every_core_list
+def test_the_core_refuses_lists_of_different_sizes(op: str, which: str, name: str) -> None:
+    core = Core()
+    before = core.tensors.clone()
+    longer = fakes(*[(core.tensors[0][0].data_ptr(), numel) for numel in (3, 4)])
+    with pytest.raises(ValueError, match=f"{name}.* differ in dtype, device, shape or strides"):
+        core.call(op, **{which: longer})
+    assert torch.equal(core.tensors, before)
+
+
+LISTS_THAT_DIFFER: dict[str, tuple[Tensor, Tensor]] = {
+    "dtype": (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float16)),
+    "half dtypes": (torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.float16)),
+    "shape": (torch.zeros(2, 3), torch.zeros(3, 2)),
+    "dimensions": (torch.zeros(6), torch.zeros(6, 1)),
+    "strides": (torch.zeros(2, 3), torch.zeros(3, 2).t()),
+}
+
+
+@pytest.mark.parametrize("exchange_api", [True, False])
+@pytest.mark.parametrize("what", LISTS_THAT_DIFFER)
+def test_lists_that_differ_are_not_alike(what: str, exchange_api: bool) -> None:
+    a, b = (_C.TensorList([t], exchange_api) for t in LISTS_THAT_DIFFER[what])
+    assert a.is_alike(a) and b.is_alike(b)
+    assert not a.is_alike(b) and not b.is_alike(a)
+    first, second = LISTS_THAT_DIFFER[what]
+    assert not contract.are_alike([first], [second])
+
+
+@pytest.mark.parametrize("exchange_api", [True, False])
+def test_strides_that_are_never_walked_do_not_matter(exchange_api: bool) -> None:
+    for a, b in [
+        (torch.zeros(4, 1, 3), torch.zeros(4, 3, 1).transpose(1, 2)),
+        (torch.zeros(0, 3), torch.zeros(3, 0).t()),
+        (torch.zeros(64, 3, 1, 1), torch.zeros(64, 3, 1, 1).to(memory_format=torch.channels_last)),
+    ]:
+        assert _C.TensorList([a], exchange_api).is_alike(_C.TensorList([b], exchange_api))
+
+
+def test_both_ways_of_reading_a_tensor_agree() -> None:
+    tensors = [
+        torch.zeros(5)[2:],
+        torch.nn.Parameter(torch.zeros(2, 3)),
+        torch.zeros(()),
+        torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        torch.zeros(3, 0),
+    ]
+    for dtype in NATIVE_DTYPES:
+        cast_tensors = [t.to(dtype) for t in tensors]
+        lists = [_C.TensorList(cast_tensors, exchange_api) for exchange_api in (True, False)]
+        assert lists[0].is_alike(lists[1])
+
+
+@pytest.mark.parametrize("exchange_api", [True, False])
+def test_the_core_refuses_other_dtypes(exchange_api: bool) -> None:
+    core = Core()
+    for dtype in (torch.float64, torch.int32):
+        tensors = _C.TensorList([torch.zeros(3, dtype=dtype)], exchange_api)
+        with pytest.raises(TypeError, match="float32, bfloat16 and float16"):
+            _C.restore(core.target, tensors, tensors)
+    mixed = _C.TensorList([torch.zeros(3), torch.zeros(3).half()], exchange_api)
+    with pytest.raises(TypeError, match="differ in dtype"):
+        _C.restore(core.target, mixed, mixed)
+
+
+@pytest.mark.parametrize("exchange_api", [True, False])
+@pytest.mark.parametrize(
+    "thing", [None, 3, torch.zeros(3, 3).to_sparse()], ids=["None", "3", "sparse"]
+)
+def test_the_core_refuses_what_is_no_tensor_with_memory(thing: Any, exchange_api: bool) -> None:
+    with pytest.raises((RuntimeError, AttributeError)):
+        _C.TensorList([torch.zeros(3, 3), thing], exchange_api)
 
 
 def test_the_core_refuses_momentum_without_buffers() -> None:
     core = Core()
-    with pytest.raises(ValueError, match="momentum_buffer is missing"):
+    with pytest.raises(ValueError, match="momentum_buffers is missing"):
         core.call("sgd", **{"2": None})
 
 
 LOAD_THE_CORE_WITHOUT_TORCH = f"""
-import array, importlib.util, sys
+import array, importlib.util, sys, types
 sys.modules["torch"] = None
 spec = importlib.util.spec_from_file_location("samkernels._C", {_C.__file__!r})
 core = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(core)
 at = lambda values: values.buffer_info()[0]
-target, numel, dtype = core.cpu(2), [2, 1], core.DType.float32
+
+class Fake:
+    dtype, device = "torch.float32", types.SimpleNamespace(type="cpu", index=None)
+    def __init__(self, address, numel):
+        self.data_ptr, self.shape, self.stride = lambda: address, (numel,), lambda: (1,)
+
 x, norms = array.array("f", [3.0, 4.0, 12.0]), array.array("f", [0.0] * 3)
 sums = array.array("d", [0.0] * core.COMPARE_SUMS)
-room = array.array("B", bytes(core.workspace_bytes(target, numel, core.COMPARE_SUMS)))
-tensors, others = [at(x), at(x) + 8], [at(x) + 4, at(x)]
+tensors = core.TensorList([Fake(at(x), 2), Fake(at(x) + 8, 1)])
+others = core.TensorList([Fake(at(x) + 4, 2), Fake(at(x), 1)])
+target = core.cpu(2)
+room = array.array("B", bytes(core.workspace_bytes(target, tensors, core.COMPARE_SUMS)))
 """
 
 
@@ -293,23 +391,23 @@ def test_the_core_works_without_torch() -> None:
     printed = run_python(
         LOAD_THE_CORE_WITHOUT_TORCH
         + """
-core.norms(target, numel, dtype, tensors, None, at(room), at(norms), at(norms) + 8)
-core.compare(target, numel, dtype, tensors, others, at(room), at(sums))
+core.norms(target, tensors, None, at(room), at(norms), at(norms) + 8)
+core.compare(target, tensors, others, tensors, at(room), at(sums))
 print(list(norms), list(sums))
 """
     )
-    assert printed.strip() == "[5.0, 12.0, 13.0] [169.0, 169.0, 96.0, 2.0, 3.0]"
+    assert printed.strip() == "[5.0, 12.0, 13.0] [169.0, 169.0, 96.0, 2.0, 3.0, 169.0]"
 
 
 @pytest.mark.parametrize(
     ("argument", "call"),
     [
-        ("norm", "core.perturb(*start, tensors, tensors, tensors, 0, 0.1, 0.0, False, None)"),
-        ("workspace", "core.norms(*start, tensors, None, 0, at(norms), at(norms) + 8)"),
-        ("per_tensor", "core.norms(*start, tensors, None, at(room), 0, at(norms))"),
-        ("total", "core.norms(*start, tensors, None, at(room), at(norms), 0)"),
-        ("workspace", "core.compare(*start, tensors, tensors, 0, at(sums))"),
-        ("sums", "core.compare(*start, tensors, tensors, at(room), 0)"),
+        ("norm", "core.perturb(target, tensors, tensors, tensors, 0, 0.1, 0, 0.0, False, None)"),
+        ("workspace", "core.norms(target, tensors, None, 0, at(norms), at(norms) + 8)"),
+        ("per_tensor", "core.norms(target, tensors, None, at(room), 0, at(norms))"),
+        ("total", "core.norms(target, tensors, None, at(room), at(norms), 0)"),
+        ("workspace", "core.compare(target, tensors, tensors, tensors, 0, at(sums))"),
+        ("sums", "core.compare(target, tensors, tensors, tensors, at(room), 0)"),
     ],
     ids=["perturb-norm", "norms-workspace", "per_tensor", "total", "compare-workspace", "sums"],
 )
@@ -318,7 +416,6 @@ def test_the_core_refuses_null_addresses_of_scalars(argument: str, call: str) ->
     printed = run_python(
         LOAD_THE_CORE_WITHOUT_TORCH
         + f"""
-start = (target, numel, dtype)
 try:
     {call}
 except ValueError as error:

@@ -53,7 +53,7 @@ CALLS = {
         written=("params", "momentum_buffers"),
         options={"lr": 0.1, "momentum": 0.9, "rule": "samdirection"},
     ),
-    "compare": Call(ops.compare, ("first_grads", "second_grads")),
+    "compare": Call(ops.compare, ("first_grads", "second_grads", "weights")),
 }
 EVERY_OP = list(CALLS)
 EVERY_LIST = [(name, list_) for name, call in CALLS.items() for list_ in call.lists]
@@ -102,7 +102,7 @@ def test_something_that_is_no_list(name: str, argument: str, value: Any) -> None
     refuses(name, arguments, TypeError, f"{argument} is {type(value).__name__}")
 
 
-OPTIONAL_LISTS = ("weights", "momentum_buffers")
+OPTIONAL_LISTS = ("weights", "momentum_buffers", "first_grads")
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ OPTIONAL_LISTS = ("weights", "momentum_buffers")
     [
         (name, argument)
         for name, argument in EVERY_LIST
-        if argument not in OPTIONAL_LISTS and (argument != "first_grads" or name == "compare")
+        if name == "compare" or argument not in OPTIONAL_LISTS
     ],
 )
 def test_none_instead_of_a_list(name: str, argument: str) -> None:
@@ -315,7 +315,7 @@ def test_shifted_by_one_element_at_the_same_index(name: str, argument: str, othe
 def test_overlap_of_tensors_that_are_only_read_is_accepted() -> None:
     x = torch.tensor([0.0, 2.0])
     assert ops.norms([x, x], [x, x]).per_tensor.tolist() == [4, 4]
-    assert ops.compare([x, x], [x, x]).sums.tolist() == [8, 8, 8, 0, 2]
+    assert ops.compare([x, x], [x, x], [x, x]).sums.tolist() == [8, 8, 8, 0, 2, 8]
 
 
 # Numbers
@@ -350,6 +350,28 @@ def test_numbers_that_are_not_finite(name: str, option: str, value: float) -> No
 def test_something_that_is_no_number(name: str, option: str, value: Any) -> None:
     arguments = CALLS[name].arguments(**{option: value})
     refuses(name, arguments, TypeError, f"{option} is {type(value).__name__}")
+
+
+@pytest.mark.parametrize(("name", "option"), [("perturb_", "rho"), ("sgd_", "lr")])
+@pytest.mark.parametrize(
+    "value", [torch.ones(2), torch.ones(0), torch.tensor(1), torch.tensor(True)], ids=str
+)
+def test_tensors_that_are_no_hyperparameter(name: str, option: str, value: Tensor) -> None:
+    arguments = CALLS[name].arguments(**{option: value})
+    refuses(name, arguments, ValueError, option, str(tuple(value.shape)), "one element")
+
+
+@pytest.mark.parametrize(("name", "option"), [("perturb_", "rho"), ("sgd_", "lr")])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_tensors_out_of_range_on_the_host(name: str, option: str, value: float) -> None:
+    arguments = CALLS[name].arguments(**{option: torch.tensor(value)})
+    refuses(name, arguments, ValueError, f"{option}={value}")
+
+
+@pytest.mark.parametrize(("name", "option"), [("perturb_", "rho"), ("sgd_", "lr")])
+def test_hyperparameters_on_another_device(name: str, option: str) -> None:
+    arguments = CALLS[name].arguments(**{option: torch.tensor(0.1, device="meta")})
+    refuses(name, arguments, ValueError, f"{option} is on meta", "cpu")
 
 
 @pytest.mark.parametrize("options", [{"momentum": 0.0}, {"dampening": 0.5}], ids=str)

@@ -1,32 +1,357 @@
-"""The CUDA sources compile for Ampere and Hopper without register spills. Needs nvcc, no GPU."""
+"""What the assembler makes of the CUDA sources, for Ampere, Hopper and Blackwell: no spills, no
+local memory, loads and stores of 128 bits, and enough warps to hide latency. Needs nvcc, no GPU."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import importlib.util
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
-ARCHITECTURES = ("80", "90")
+ARCHITECTURES = ("80", "90", "100")
 SOURCES = sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.name != "op_table.cu")
 
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_no_kernel_spills(source: Path, tmp_path: Path) -> None:
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+
+class Code(NamedTuple):
+    """The machine code of a function."""
+
+    opcodes: dict[int, str]  # by address, with their modifiers, such as LDG.E.128
+    loops: list[range]  # the addresses between the target of a backward branch and the branch
+
+    def count(self, pattern: str, addresses: range | None = None) -> int:
+        return sum(
+            re.fullmatch(pattern, opcode) is not None
+            for address, opcode in self.opcodes.items()
+            if addresses is None or address in addresses
+        )
+
+
+class Kernel(NamedTuple):
+    """One kernel of one architecture, as the assembler reports it and the disassembler shows it."""
+
+    name: str  # demangled
+    arch: str
+    registers: int
+    shared_bytes: int  # static; the launcher asks for no dynamic ones
+    stack_bytes: int
+    spilled_bytes: int
+    threads: int  # of a block: what the launch bounds promise
+    code: Code
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch} {self.name}"
+
+
+# Occupancy
+
+
+class Limits(NamedTuple):
+    """Of one multiprocessor: CUDA C++ Programming Guide, technical specifications per compute
+    capability, and NVIDIA's occupancy calculator for the granularities."""
+
+    shared_bytes: int
+    warps: int = 64
+    blocks: int = 32
+    registers: int = 64 * 1024
+    registers_granularity: int = 256  # a warp's registers come in such portions
+    warps_granularity: int = 4  # one for each of the four schedulers
+    shared_granularity: int = 128
+    shared_reserved: int = 1024  # per block, for the system
+
+
+LIMITS = {
+    "80": Limits(shared_bytes=164 * 1024),
+    "90": Limits(shared_bytes=228 * 1024),
+    "100": Limits(shared_bytes=228 * 1024),
+}
+
+
+def occupancy(limits: Limits, threads: int, registers: int, shared_bytes: int) -> float:
+    """The share of a multiprocessor's warps that can be resident with blocks of this kind."""
+    warps = -(-threads // 32)
+    portion = limits.registers_granularity
+    of_warp = -(-registers * 32 // portion) * portion
+    warps_with_registers = limits.registers // of_warp
+    warps_with_registers -= warps_with_registers % limits.warps_granularity
+    portion = limits.shared_granularity
+    of_block = -(-(shared_bytes + limits.shared_reserved) // portion) * portion
+    blocks = min(
+        limits.blocks,
+        limits.warps // warps,
+        warps_with_registers // warps,
+        limits.shared_bytes // of_block,
+    )
+    return blocks * warps / limits.warps
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared_bytes", "expected"),
+    [
+        ("90", 256, 32, 0, 1.0),
+        ("90", 256, 40, 1096, 0.75),  # 51 warps' worth of registers, 48 after rounding
+        ("90", 256, 64, 0, 0.5),
+        ("90", 256, 65, 0, 0.375),  # rounded up to 72 registers
+        ("90", 256, 255, 0, 0.125),
+        ("90", 32, 32, 0, 0.5),  # 32 blocks
+        ("90", 1024, 65, 0, 0.0),  # cannot be launched
+        ("80", 256, 32, 48 * 1024, 0.375),  # three blocks of 49 KiB in 164 KiB
+        ("100", 256, 32, 48 * 1024, 0.5),  # four in 228 KiB
+    ],
+)
+def test_occupancy(
+    arch: str, threads: int, registers: int, shared_bytes: int, expected: float
+) -> None:
+    assert occupancy(LIMITS[arch], threads, registers, shared_bytes) == expected
+
+
+# What is expected of a kernel. Each check returns what is wrong, "" if nothing is.
+
+
+def local_memory(kernel: Kernel) -> str:
+    """Registers that did not suffice, or arrays with an index that is not known at compile time."""
+    accesses = kernel.code.count(r"(LDL|STL)\b.*")
+    if kernel.stack_bytes or kernel.spilled_bytes or accesses:
+        return (
+            f"{kernel}: {kernel.stack_bytes} bytes of stack, {kernel.spilled_bytes} spilled, "
+            f"{accesses} accesses to local memory"
+        )
+    return ""
+
+
+def few_warps(kernel: Kernel) -> str:
+    share = occupancy(LIMITS[kernel.arch], kernel.threads, kernel.registers, kernel.shared_bytes)
+    if share < 0.5:
+        return (
+            f"{kernel}: {share:.0%} of the warps fit, with {kernel.registers} registers, "
+            f"{kernel.shared_bytes} bytes of shared memory and {kernel.threads} threads"
+        )
+    return ""
+
+
+VECTOR_LOAD = r"LDG\.(.*\.)?(128|256)\b.*"
+VECTOR_STORE = r"STG\.(.*\.)?(128|256)\b.*"
+
+
+def narrow_accesses(kernel: Kernel) -> str:
+    """There is a loop that reads and writes each list 128 bits at a time."""
+    needed = lists_of(kernel.name)
+    found = [
+        (kernel.code.count(VECTOR_LOAD, loop), kernel.code.count(VECTOR_STORE, loop))
+        for loop in kernel.code.loops
+    ]
+    if any(loads >= needed[0] and stores >= needed[1] for loads, stores in found):
+        return ""
+    return (
+        f"{kernel}: needs a loop with {needed[0]} loads and {needed[1]} stores of 128 bits, one "
+        f"for each list; its loops have {found}"
+    )
+
+
+def lists_of(name: str) -> tuple[int, int]:
+    """How many lists a kernel reads and writes, from its functor: csrc/ops.h says which."""
+    match = re.search(r"(\w+)Functor<([^<>]*)>", name)
+    assert match is not None, f"{name}: no functor tells which op this is"
+    op, flags = match[1], [argument.split(")")[-1] for argument in match[2].split(", ")[1:]]
+    if op == "Norms":
+        return 1 + (flags[0] == "true"), 0  # weights
+    if op == "Perturb":
+        return 2, 2
+    if op == "Restore":
+        return 1, 1
+    if op == "Recombine":
+        return 1 + (flags[0] == "true"), 1  # signs
+    if op == "Sgd":
+        momentum = int(flags[1])  # Momentum: none, init, running
+        return 2 + (flags[0] == "true") + (momentum == 2), 1 + (momentum > 0)
+    assert op == "Compare", f"{name}: say here how many lists {op} reads and writes"
+    return 2, 0
+
+
+# Compiling and reading
+
+
+def tool(name: str) -> str:
+    """A tool of the CUDA toolkit: from PATH, else the one that comes with Triton."""
+    if path := shutil.which(name):
+        return path
+    triton = importlib.util.find_spec("triton")
+    assert triton is not None and triton.origin is not None, f"{name} was not found, nor Triton"
+    path = Path(triton.origin).parent / "backends/nvidia/bin" / name
+    assert path.exists(), f"{name} was not found on PATH, nor in {path.parent}"
+    return str(path)
+
+
+def demangled(names: list[str]) -> list[str]:
+    for filter_ in ("cu++filt", "c++filt"):
+        if shutil.which(filter_):
+            return output_of([filter_], "\n".join(names)).splitlines()
+    raise AssertionError("neither cu++filt nor c++filt was found")
+
+
+def output_of(command: list[str], text: str | None = None) -> str:
+    result = subprocess.run(
+        command, input=text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert result.returncode == 0, f"{' '.join(command)}:\n{result.stdout}"
+    return result.stdout
+
+
+REPORT = re.compile(
+    r"entry function '(?P<name>\w+)' for.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+def compiled(source: Path, arch: str, folder: Path) -> list[Kernel]:
+    """The kernels of a source file."""
+    cubin = folder / f"{source.stem}_{arch}.cubin"
     # The flags of CMakeLists.txt, and the assembler's report.
-    command = [NVCC, "-std=c++17", "-O3", "--fmad=false", "--threads=2", *targets]
-    command += ["-Xptxas=-v", "-Werror=all-warnings", "-c", str(source), "-o", tmp_path / "x.o"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas=-v", "-Werror=all-warnings"]
+    report = output_of(
+        [str(NVCC), *flags, "-cubin", f"-arch=sm_{arch}", "-o", str(cubin), str(source)]
+    )
+    code = code_of(output_of([tool("cuobjdump"), "-sass", str(cubin)]))
+    threads = threads_of(output_of([tool("cuobjdump"), "-elf", str(cubin)]))
+    entries = list(REPORT.finditer(report))
+    names = [entry["name"] for entry in entries]
+    assert names and set(names) == set(code) == set(threads), f"{source}: {names}"
+    return [
+        Kernel(
+            name=name,
+            arch=arch,
+            registers=int(entry["registers"]),
+            shared_bytes=int(m[1]) if (m := re.search(r"(\d+) bytes smem", entry["rest"])) else 0,
+            stack_bytes=int(entry["stack"]),
+            spilled_bytes=int(entry["stores"]) + int(entry["loads"]),
+            threads=threads[entry["name"]],
+            code=code[entry["name"]],
+        )
+        for entry, name in zip(entries, demangled(names), strict=True)
+    ]
 
-    for arch in ARCHITECTURES:
-        assert f"for 'sm_{arch}'" in result.stderr
-    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", result.stderr)
-    assert len(stacks) >= 2 * len(ARCHITECTURES), "the assembler reported too few kernels"
-    assert all(stack == ("0", "0") for stack in stacks), result.stderr
+
+def code_of(sass: str) -> dict[str, Code]:
+    """The functions of a listing."""
+    _, *functions = re.split(r"\n\s*Function : ", sass)
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
+    codes = {}
+    for text in functions:
+        opcodes, loops = {}, []
+        for match in line.finditer(text):
+            address, opcode = int(match[1], 16), match[2]
+            opcodes[address] = opcode
+            target = re.search(r"\b0x[0-9a-f]+$", match[3].rstrip())
+            if opcode.startswith("BRA") and target and int(target[0], 16) < address:
+                loops.append(range(int(target[0], 16), address + 1))
+        codes[text.split()[0]] = Code(opcodes, loops)
+    return codes
+
+
+def threads_of(elf: str) -> dict[str, int]:
+    """The most threads that a block of each kernel may have, from its launch bounds."""
+    _, *kernels = re.split(r"\n\.nv\.info\.", elf)
+    threads = {}
+    for text in kernels:
+        bounds = re.search(r"EIATTR_MAX_THREADS\n.*\n\s*Value:\s*(\w+) (\w+) (\w+)", text)
+        assert bounds is not None, f"{text.split()[0]}: no launch bounds"
+        x, y, z = (int(value, 16) for value in bounds.groups())
+        threads[text.split()[0]] = x * y * z
+    return threads
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[Kernel]]:
+    """By source and architecture; each pair is compiled once, two at a time."""
+    folder = tmp_path_factory.mktemp("cubins")
+    pairs = [(source, arch) for source in SOURCES for arch in ARCHITECTURES]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda pair: compiled(*pair, folder), pairs))
+    return {(pair[0].stem, pair[1]): result for pair, result in zip(pairs, results, strict=True)}
+
+
+every_arch = pytest.mark.parametrize("arch", ARCHITECTURES)
+every_source = pytest.mark.parametrize("source", [path.stem for path in SOURCES])
+
+
+@every_arch
+@every_source
+def test_every_dtype_has_a_kernel(
+    kernels: dict[tuple[str, str], list[Kernel]], source: str, arch: str
+) -> None:
+    names = " ".join(kernel.name for kernel in kernels[source, arch])
+    assert all(f"Functor<{dtype}" in names for dtype in ("float", "__half", "__nv_bfloat16"))
+
+
+@every_arch
+@every_source
+@pytest.mark.parametrize("check", [local_memory, narrow_accesses, few_warps])
+def test_no_kernel_is_slow_by_construction(
+    kernels: dict[tuple[str, str], list[Kernel]],
+    source: str,
+    arch: str,
+    check: Callable[[Kernel], str],
+) -> None:
+    findings = [finding for kernel in kernels[source, arch] if (finding := check(kernel))]
+    assert not findings, "\n".join(findings)
+
+
+# Mutants: the checks find what they are for
+
+MUTANTS = """
+template <typename T> struct RestoreFunctor { T* out; const T* in; };
+
+// An index that is not known at compile time: the array goes to local memory.
+template <typename F> __global__ void __launch_bounds__(256) Indexed(F f, int k) {
+  float values[64];
+  for (int i = 0; i < 64; ++i) values[(i * k) & 63] = f.in[i * k];
+  for (int i = 0; i < 64; ++i) f.out[i] = values[(i + k) & 63];
+}
+
+// One element at a time.
+template <typename F> __global__ void __launch_bounds__(256) Scalar(F f, int k) {
+  for (int i = threadIdx.x; i < k; i += 256) f.out[i] = f.in[i];
+}
+
+// 100 KiB of shared memory: one block fits on Ampere, two on the others.
+template <typename F> __global__ void __launch_bounds__(128) Shared(F f, int k) {
+  __shared__ float4 values[48 * 64];
+  for (int i = threadIdx.x; i < 48 * 64; i += 128) values[i] = ((const float4*)f.in)[i * k];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 48 * 64; i += 128) ((float4*)f.out)[i] = values[i ^ k];
+}
+
+template __global__ void Indexed(RestoreFunctor<float>, int);
+template __global__ void Scalar(RestoreFunctor<float>, int);
+template __global__ void Shared(RestoreFunctor<float>, int);
+"""
+
+
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
+    folder = tmp_path_factory.mktemp("mutants")
+    source = folder / "mutants.cu"
+    source.write_text(MUTANTS)
+    found = compiled(source, "80", folder)
+    return {name: k for k in found for name in ("Indexed", "Scalar", "Shared") if name in k.name}
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check"),
+    [("Indexed", local_memory), ("Scalar", narrow_accesses), ("Shared", few_warps)],
+)
+def test_a_kernel_that_is_slow_by_construction_is_found(
+    mutants: dict[str, Kernel], mutant: str, check: Callable[[Kernel], str]
+) -> None:
+    assert check(mutants[mutant])

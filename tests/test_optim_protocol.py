@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -533,37 +535,144 @@ def test_a_scheduled_lr_is_the_lr_of_the_update(
             scheduler.step()
 
 
-def test_lr_as_a_tensor_on_the_host() -> None:
+def test_lr_and_rho_as_tensors() -> None:
+    """What is written to them between steps counts."""
     results = []
-    for lr in (0.5, torch.tensor(0.5)):
+    for as_tensor in (False, True):
+        lr, rho = (torch.tensor(x) if as_tensor else x for x in (0.5, 0.25))
         model = linear()
-        optimizer = SAM(model.parameters(), lr=lr, momentum=0.9)
+        optimizer = SAM(model.parameters(), rho=rho, lr=lr, momentum=0.9)
         take_step(optimizer, 0)
+        for group in optimizer.param_groups:
+            for name in ("lr", "rho"):
+                if as_tensor:
+                    group[name].mul_(0.5)
+                else:
+                    group[name] *= 0.5
         take_step(optimizer, 1)
         results.append(snapshot(model.parameters()))
     assert unchanged(results[0], results[1])
 
 
+# -- torch.amp.GradScaler --------------------------------------------------------------------------
+
+SCALED = pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (SAM, {}),
+        *(
+            (cls, {"granularity": g})
+            for cls in (SAMDirection, SAMMagnitude)
+            for g in ops.GRANULARITIES
+        ),
+    ],
+)
+
+
+def scaled_step(model: nn.Module, optimizer: SAM, scaler: Any, spoil: str = "") -> None:
+    """The training step of the documentation; `spoil` makes "first" or "second" overflow."""
+    scaler.scale(loss_of(model)).backward()
+    if spoil == "first":
+        spoil_gradient(model)
+    optimizer.first_step()
+    scaler.scale(loss_of(model)).backward()
+    if spoil:
+        spoil_gradient(model)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not optimizer.is_perturbed
+    optimizer.zero_grad()
+
+
+def spoil_gradient(model: nn.Module) -> None:
+    grad = next(model.parameters()).grad
+    assert grad is not None
+    grad.view(-1)[1] = math.inf
+
+
+@SCALED
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
-def test_a_grad_scaler_sees_a_real_step(base: type[torch.optim.Optimizer]) -> None:
-    """e(w) does not depend on the scale of g1, and the scaler unscales g2."""
+def test_a_grad_scaler_changes_nothing_but_roundings(
+    base: type[torch.optim.Optimizer], cls: type[SAM], options: dict[str, Any]
+) -> None:
+    results, statistics = [], []
+    for enabled in (False, True):
+        model = linear()
+        optimizer = cls(
+            model.parameters(),
+            base,
+            0.1,
+            lr=0.1,
+            track_statistics=True,
+            weight_decay=0.01,
+            **options,
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        for _ in range(3):
+            scaled_step(model, optimizer, scaler)
+        results.append(snapshot(model.parameters()))
+        statistics.append(optimizer.statistics)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(*statistics, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not unchanged(results[1], snapshot(linear().parameters()))
+
+
+@SCALED
+@pytest.mark.parametrize("spoil", ["first", "second"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_an_overflow_skips_the_step_and_lowers_the_scale(
+    base: type[torch.optim.Optimizer], spoil: str, cls: type[SAM], options: dict[str, Any]
+) -> None:
+    model = linear()
+    momentum = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    optimizer = cls(model.parameters(), base, 0.1, lr=0.1, **momentum, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled_step(model, optimizer, scaler)
+    weights = snapshot(model.parameters())
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    scaled_step(model, optimizer, scaler, spoil)
+    assert unchanged(weights, snapshot(model.parameters()))
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    assert scaler.get_scale() == 512
+    scaled_step(model, optimizer, scaler)
+    assert not unchanged(weights, snapshot(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"), [(SAMDirection, {}), (SAM, {"track_statistics": True})]
+)
+def test_unscaling_one_gradient_of_two_is_refused(cls: type[SAM], options: dict[str, Any]) -> None:
+    model = linear()
+    weights = snapshot(model.parameters())
+    optimizer = cls(model.parameters(), rho=0.1, lr=0.1, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(model)).backward()
+    optimizer.first_step()
+    scaler.scale(loss_of(model)).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) was called between"):
+        scaler.step(optimizer)
+    assert unchanged(weights, snapshot(model.parameters()))
+
+
+@pytest.mark.parametrize("cls", [SAM, SAMMagnitude])
+def test_gradients_may_be_clipped_after_unscaling(cls: type[SAM]) -> None:
     results = []
     for enabled in (False, True):
         model = linear()
-        optimizer = SAM(model.parameters(), base, 0.1, lr=0.1)
+        optimizer = cls(model.parameters(), rho=0.1, lr=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
-        for _ in range(3):
-            scaler.scale(loss_of(model)).backward()
-            optimizer.first_step()
-            scaler.scale(loss_of(model)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            assert not optimizer.is_perturbed
-            optimizer.zero_grad()
+        scaler.scale(loss_of(model)).backward()
+        optimizer.first_step()
+        scaler.scale(loss_of(model)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        scaler.step(optimizer)
         results.append(snapshot(model.parameters()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-    assert not unchanged(results[1], snapshot(linear().parameters()))
 
 
 # -- hooks -----------------------------------------------------------------------------------------
@@ -700,7 +809,7 @@ def test_granularity_may_differ_between_groups(backend: str) -> None:
 @pytest.mark.parametrize(
     ("group", "error", "text"),
     [
-        ({"rho": -0.1}, ValueError, r"rho=-0\.1 of parameter group 1"),
+        ({"rho": -0.1}, ValueError, r"rho of parameter group 1=-0\.1"),
         ({"rho": "0.1"}, TypeError, "rho of parameter group 1 is str"),
         ({"adaptive": 1}, TypeError, "adaptive of parameter group 1 is int"),
         ({"granularity": "layer"}, ValueError, "granularity of parameter group 1='layer'"),

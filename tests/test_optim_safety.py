@@ -1046,7 +1046,8 @@ def test_sparse_parameters() -> None:
         ({"rho": "0.1"}, TypeError, "rho is str"),
         ({"rho": None}, TypeError, "rho is NoneType"),
         ({"rho": True}, TypeError, "rho is bool"),
-        ({"rho": torch.tensor(0.1)}, TypeError, "rho is Tensor"),
+        ({"rho": torch.tensor(-0.1)}, ValueError, "rho=-0.1"),
+        ({"rho": torch.ones(2)}, ValueError, "rho is a tensor of shape"),
         ({"adaptive": 1}, TypeError, "adaptive is int"),
         ({"adaptive": "yes"}, TypeError, "adaptive is str"),
         ({"backend": "cuda"}, ValueError, "backend='cuda': give one of 'auto', 'native'"),
@@ -1086,7 +1087,7 @@ def test_base_optimizer_as_an_instance() -> None:
         (torch.zeros(3), TypeError, "params argument"),
         ([torch.zeros(3, requires_grad=True) * 2], ValueError, "non-leaf"),
         ([3.0], TypeError, "can only optimize Tensors"),
-        ([{"params": [parameter(1.0)], "rho": -1.0}], ValueError, "rho=-1.0 of parameter group 0"),
+        ([{"params": [parameter(1.0)], "rho": -1.0}], ValueError, "rho of parameter group 0=-1.0"),
     ],
 )
 def test_bad_params(params: Any, error: type[Exception], text: str) -> None:

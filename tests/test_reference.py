@@ -351,18 +351,19 @@ def test_sgd_with_element_rules_by_hand() -> None:
 
 def test_comparison_by_hand() -> None:
     g1, g2 = [vector(3, -4), vector(0, 1)], [vector(4, 2), vector(5, 1)]
-    sums, numel = ops.compare(g1, g2, backend="reference")
+    weights = [vector(1, 2), vector(0, -3)]
+    sums, numel = ops.compare(g1, g2, weights, backend="reference")
     assert numel == 4
     assert sums.dtype is torch.float64
-    assert sums.tolist() == [26, 46, 5, 2, 2]  # |g2| > |g1|: 4, 5; same sign: 3*4, 1*1
+    assert sums.tolist() == [26, 46, 5, 2, 2, 14]  # |g2| > |g1|: 4, 5; same sign: 3*4, 1*1
 
 
 def test_statistics_over_two_lists_by_hand() -> None:
     comparisons = [
-        ops.compare([vector(3)], [vector(4)], backend="reference"),
-        ops.compare([vector(4)], [vector(-3)], backend="reference"),
+        ops.compare([vector(3)], [vector(4)], [vector(-6)], backend="reference"),
+        ops.compare([vector(4)], [vector(-3)], [vector(8)], backend="reference"),
     ]
-    statistics = ops.gradient_statistics(comparisons, [torch.tensor(6.0), torch.tensor(8.0)])
+    statistics = ops.gradient_statistics(comparisons)
     assert all(value.shape == () and value.dtype is torch.float32 for value in statistics)
     assert statistics._asdict() == {
         "first_grad_norm": 5,

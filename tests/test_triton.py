@@ -53,16 +53,17 @@ class Lists:
     def __init__(self, dtype: torch.dtype) -> None:
         self.w, self.g1, self.g2, self.old, self.buffer = (tensors(dtype) for _ in range(5))
         self.norm, self.norms = torch.ones(()), torch.ones(2)
-        # The guarded ones have the longer arithmetic.
+        # With all that makes the arithmetic longer.
+        checks = {"ascent_norm": self.norm, "grad_scale": self.norm, "found_inf": self.norm}
         self.rules = {
-            "plain": Recombination(self.g2, ascent_norm=self.norm),
-            "signed": Recombination(self.g1, self.g2, ascent_norm=self.norm),
-            "scaled": Recombination(self.g1, None, self.norms, self.norms, ascent_norm=self.norm),
+            "plain": Recombination(self.g2, **checks),
+            "signed": Recombination(self.g1, self.g2, **checks),
+            "scaled": Recombination(self.g1, None, self.norms, self.norms, **checks),
         }
         self.calls: dict[str, tuple[Callable[[], Any], int, int]] = {
             "norms": (lambda: triton.norms(self.g1, None), 1, 0),
             "norms, weighted": (lambda: triton.norms(self.g1, self.w), 2, 0),
-            "compare": (lambda: triton.compare(self.g1, self.g2), 2, 0),
+            "compare": (lambda: triton.compare(self.g1, self.g2, self.w), 3, 0),
             "restore": (lambda: triton.restore_(self.w, self.old), 1, 1),
             "perturb": (lambda: self.perturb(0.1, False), 2, 2),
             "perturb, adaptive": (lambda: self.perturb(self.norm, True), 2, 2),
@@ -166,7 +167,7 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
         norm = torch.ones(8)[len(sizes) % 3]
         per_tensor = torch.ones(len(sizes) + 1)[1:]
         triton.norms(g1, w)
-        triton.compare(g1, g2)
+        triton.compare(g1, g2, w)
         for journal in (None, []):
             triton.perturb_(
                 w, g1, old, norm=norm, rho=rho, adaptive=True, eps=rho / 7, journal=journal
@@ -234,7 +235,7 @@ def test_the_alignment_of_every_list_counts(which: int) -> None:
             make_list(odd if i == which else ALIGNED, torch.float32, seed=i) for i in range(5)
         )
         options = {"backend": "interpreted"}
-        norms = [*ops.norms(g1, w, **options), ops.compare(g1, g2, **options).sums]
+        norms = [*ops.norms(g1, w, **options), ops.compare(g1, g2, w, **options).sums]
         ops.perturb_(w, g1, old, rho=0.1, **options)
         perturbed = copies(w)
         for name, granularity in product(("samdirection", "sammagnitude"), ops.GRANULARITIES):
@@ -273,13 +274,13 @@ def test_sums_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(INTERPRETED, "SUM_LAUNCH", triton.Launch(8, 1))
     generator = torch.Generator().manual_seed(0)
     sizes = (1, 32 * 21 + 5, 0, *(range(1, 20)))
-    first, second = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(2))
+    first, second, w = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(3))
     total, per_tensor = ops.norms(first, backend="interpreted")
     expected = ops.norms([x.double() for x in first], backend="reference")
     torch.testing.assert_close(per_tensor.double(), expected.per_tensor, rtol=2**-23, atol=0)
     torch.testing.assert_close(total.double(), expected.total, rtol=2**-23, atol=0)
-    sums = ops.compare(first, second, backend="interpreted").sums
-    expected_sums = ops.compare(first, second, backend="reference").sums
+    sums = ops.compare(first, second, w, backend="interpreted").sums
+    expected_sums = ops.compare(first, second, w, backend="reference").sums
     torch.testing.assert_close(sums, expected_sums, rtol=1e-14, atol=0)
 
 

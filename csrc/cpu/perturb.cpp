@@ -9,7 +9,7 @@ static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
   const Tensors& tensors = args.tensors;
   const bool streaming = IsStreaming(tensors, 4);
   const bool adaptive = args.adaptive;
-  const float scale = PerturbScale(*args.norm, args.rho, args.eps);
+  const float scale = PerturbScale(*args.norm, Read(args.rho), args.eps);
   ForEachChunk(tensors, execution.num_threads,
                [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
                  T* params = At<T>(args.params, tensor, begin);

@@ -11,13 +11,13 @@ template <typename T>
 struct ChunkRecombination {
   const T* magnitude;
   const T* sign;  // or null
-  bool is_scaled;
+  bool has_coefficient;
   float coefficient;
 
   ChunkRecombination(const Recombination& r, int64_t tensor, int64_t begin)
       : magnitude(At<const T>(r.magnitude, tensor, begin)),
         sign(r.sign ? At<const T>(r.sign, tensor, begin) : nullptr),
-        is_scaled(r.numerator != nullptr),
+        has_coefficient(HasCoefficient(r)),
         coefficient(Coefficient(r, tensor)) {}
 
   // u[0 .. n - 1] from the elements `offset` and on. N: int64_t or a Count.
@@ -27,8 +27,12 @@ struct ChunkRecombination {
     const float* magnitudes = LoadBlock(magnitude + offset, staging[0], n);
     if (sign) {
       const float* signs = LoadBlock(sign + offset, staging[1], n);
-      for (int64_t i = 0; i < n; ++i) u[i] = WithSign(magnitudes[i], signs[i]);
-    } else if (is_scaled) {
+      if (has_coefficient) {
+        for (int64_t i = 0; i < n; ++i) u[i] = coefficient * WithSign(magnitudes[i], signs[i]);
+      } else {
+        for (int64_t i = 0; i < n; ++i) u[i] = WithSign(magnitudes[i], signs[i]);
+      }
+    } else if (has_coefficient) {
       for (int64_t i = 0; i < n; ++i) u[i] = coefficient * magnitudes[i];
     } else {
       for (int64_t i = 0; i < n; ++i) u[i] = magnitudes[i];

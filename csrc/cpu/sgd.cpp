@@ -15,14 +15,14 @@ struct Variant {
 // u becomes the new weight, buf the new buffer. By value and __restrict: otherwise the compiler
 // must expect that a store changes the options, or what is read next.
 template <typename V, typename N>
-static inline void SgdBlock(SgdOptions options, N n, const float* __restrict w, float* __restrict u,
+static inline void SgdBlock(SgdOptions options, float lr, N n, const float* __restrict w, float* __restrict u,
                             const float* __restrict old_buf, float* __restrict buf) {
   options.nesterov = V::kNesterov;
   if (!V::kDecay) options.weight_decay = 0.0f;
   if (V::kDecay && options.weight_decay == 0.0f) __builtin_unreachable();
   for (int64_t i = 0; i < n; ++i) {
     float b = V::kMomentum == Momentum::kRunning ? old_buf[i] : 0.0f;
-    u[i] = SgdUpdated<V::kMomentum>(options, w[i], u[i], b);
+    u[i] = SgdUpdated<V::kMomentum>(options, lr, w[i], u[i], b);
     if (V::kMomentum != Momentum::kNone) buf[i] = b;
   }
 }
@@ -30,6 +30,7 @@ static inline void SgdBlock(SgdOptions options, N n, const float* __restrict w, 
 template <typename T, typename V>
 static void SgdOf(const SgdArgs& args, const Execution& execution) {
   const SgdOptions options = args.options;
+  const float lr = Read(options.lr);
   constexpr bool kHasBuffer = V::kMomentum != Momentum::kNone;
   const bool streaming = IsStreaming(args.tensors, kHasBuffer ? 5 : 3);
   ForEachChunk(args.tensors, execution.num_threads,
@@ -53,7 +54,7 @@ static void SgdOf(const SgdArgs& args, const Execution& execution) {
                    if (V::kMomentum == Momentum::kRunning) {
                      old_buf = LoadBlock(buffer + offset, staging[1], count);
                    }
-                   SgdBlock<V>(options, count, w, u, old_buf, buf);
+                   SgdBlock<V>(options, lr, count, w, u, old_buf, buf);
                    StoreBlock(params + offset, u, count, streams);
                    if (kHasBuffer) StoreBlock(buffer + offset, buf, count, kInPlace);
                  });

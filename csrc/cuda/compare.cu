@@ -5,7 +5,7 @@
 
 namespace samkernels::cuda {
 
-// Lists: g1, g2.
+// Lists: g1, g2, w.
 template <typename T>
 struct CompareFunctor {
   static constexpr int kSums = kCompareSums;
@@ -15,20 +15,26 @@ struct CompareFunctor {
   __device__ void accumulate(const ChunkT& chunk, double (&sums)[kSums]) const {
     const T* first = chunk.template At<const T>(0);
     const T* second = chunk.template At<const T>(1);
+    const T* weights = chunk.template At<const T>(2);
+    const bool aligned = IsAligned(first) && IsAligned(second) && IsAligned(weights);
     int second_larger = 0;
     int signs_agree = 0;
-    ForEachVector<T>(chunk.n, IsAligned(first) && IsAligned(second), [&](int i, auto width) {
-      const auto firsts = Load<width>(first + i);
-      const auto seconds = Load<width>(second + i);
+    const auto load = [&](int i, auto width) {
+      return Loaded<T, width, 3>{
+          {Load<width>(first + i), Load<width>(second + i), Load<width>(weights + i)}};
+    };
+    ForEachVector<T, 2>(chunk.n, aligned, load, [&](int, const auto& loaded, auto width) {
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        const double a = ToFloat(firsts.lane[j]);
-        const double b = ToFloat(seconds.lane[j]);
+        const double a = ToFloat(loaded.of[0].lane[j]);
+        const double b = ToFloat(loaded.of[1].lane[j]);
         sums[0] += a * a;
         sums[1] += b * b;
         sums[2] += a * b;
         second_larger += fabs(b) > fabs(a);
         signs_agree += a * b > 0.0;
+        const double w = ToFloat(loaded.of[2].lane[j]);
+        sums[5] += w * w;
       }
     });
     sums[3] += second_larger;
@@ -43,7 +49,7 @@ struct CompareFunctor {
 };
 
 void Compare(const CompareArgs& args, const Execution& execution) {
-  const ReadOnlyList lists[] = {args.first_grads, args.second_grads};
+  const ReadOnlyList lists[] = {args.first_grads, args.second_grads, args.weights};
   DispatchDType(args.tensors.dtype, [&](auto zero) {
     Reduce(args.tensors, lists, CompareFunctor<decltype(zero)>{args.sums}, args.workspace,
            execution.stream);

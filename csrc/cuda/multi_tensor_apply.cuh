@@ -4,35 +4,55 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../ops.h"
 
 namespace samkernels::cuda {
 
-constexpr int kThreads = 256;
-constexpr int64_t kChunkSize = 8192;
+// What `bench/on_gpu.sh tune` tries other values of.
+#ifndef SAMKERNELS_THREADS
+#define SAMKERNELS_THREADS 256
+#endif
+#ifndef SAMKERNELS_CHUNK_SIZE
+#define SAMKERNELS_CHUNK_SIZE 8192
+#endif
+#ifndef SAMKERNELS_REVERSE_PERTURB
+#define SAMKERNELS_REVERSE_PERTURB 1
+#endif
+#ifndef SAMKERNELS_STREAMING
+#define SAMKERNELS_STREAMING 1
+#endif
 
+constexpr int kThreads = SAMKERNELS_THREADS;
+constexpr int64_t kChunkSize = SAMKERNELS_CHUNK_SIZE;
+
+// A launch carries its parameters to the device, so a short list travels in a small table.
+constexpr int kSmallTableBytes = 4096;
 #if CUDART_VERSION >= 12010
-constexpr int kParameterBytes = 32764;
+constexpr int kLargeTableBytes = 32764;
 #else
-constexpr int kParameterBytes = 4096;
+constexpr int kLargeTableBytes = kSmallTableBytes;
 #endif
 // Room for what a kernel takes beside the table.
 constexpr int kOtherBytes = 256;
 
-// The part of a list of tensors that one launch works on. Block b works on chunk b.
-template <int kLists>
+// The part of a list of tensors that one launch works on.
+template <int kLists, int kBytes>
 struct TensorTable {
   static constexpr int kCapacity =
-      (kParameterBytes - kOtherBytes) / (kLists * 8 + sizeof(int64_t) + sizeof(int32_t));
+      (kBytes - kOtherBytes) / (kLists * 8 + sizeof(int64_t) + sizeof(int32_t));
 
   const void* address[kLists][kCapacity];
   int64_t numel[kCapacity];
   int32_t first_chunk[kCapacity + 1];  // counted from 0 in each launch
   int32_t num_tensors;
   int64_t first_tensor;  // index of tensor 0 in the whole list
+
+  __device__ int num_chunks() const { return first_chunk[num_tensors]; }
 
   __device__ int TensorOfChunk(int chunk) const {
     int low = 0;
@@ -50,14 +70,14 @@ struct TensorTable {
 };
 
 // Elements begin .. begin + n - 1 of a tensor in every list.
-template <int kLists>
+template <typename Table>
 struct Chunk {
-  const TensorTable<kLists>& table;
+  const Table& table;
   int tensor;
   int64_t begin;
   int n;
 
-  __device__ Chunk(const TensorTable<kLists>& table, int chunk)
+  __device__ Chunk(const Table& table, int chunk)
       : table(table), tensor(table.TensorOfChunk(chunk)) {
     begin = (chunk - table.first_chunk[tensor]) * kChunkSize;
     const int64_t rest = table.numel[tensor] - begin;
@@ -78,10 +98,30 @@ inline void Check(cudaError_t error) {
   }
 }
 
-// Launches go through this function, not through <<<>>>, so that the host can stand in
-// (csrc/emulation).
+// How many blocks of a kernel the current device holds at a time.
 template <typename... Args>
-void Launch(void (*kernel)(Args...), unsigned blocks, void* stream, const Args&... args) {
+unsigned ResidentBlocks(void (*kernel)(Args...)) {
+  constexpr int kMaxDevices = 64;
+  static std::atomic<unsigned> known[kMaxDevices];
+  int device = 0;
+  Check(cudaGetDevice(&device));
+  const bool is_remembered = device < kMaxDevices;
+  if (is_remembered && known[device] > 0) return known[device];
+  int processors = 0;
+  int blocks = 0;
+  Check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  Check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
+  const unsigned resident = processors * (blocks > 0 ? blocks : 1);
+  if (is_remembered) known[device] = resident;
+  return resident;
+}
+
+// Launches go through this function, not through <<<>>>, so that the host can stand in
+// (csrc/emulation). As many blocks as there is work for and as the device holds at a time.
+template <typename... Args>
+void Launch(void (*kernel)(Args...), unsigned num_chunks, void* stream, const Args&... args) {
+  const unsigned resident = ResidentBlocks(kernel);
+  const unsigned blocks = num_chunks < resident ? num_chunks : resident;
 #ifdef SAMKERNELS_EMULATED
   (void)stream;
   emulation::Launch(kernel, blocks, kThreads, args...);
@@ -94,10 +134,10 @@ void Launch(void (*kernel)(Args...), unsigned blocks, void* stream, const Args&.
 
 // launch(table, num_chunks, first_chunk, is_last) for as many tables as the list needs; at least
 // one.
-template <int kLists, typename LaunchTable>
+template <typename Table, int kLists, typename LaunchTable>
 void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLists],
                   const LaunchTable& launch) {
-  TensorTable<kLists> table;
+  Table table;
   int64_t first = 0;
   do {
     const int64_t left = tensors.num_tensors - first;
@@ -119,23 +159,40 @@ void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLis
   } while (first < tensors.num_tensors);
 }
 
-template <typename Functor, int kLists>
-__global__ void __launch_bounds__(kThreads)
-    MultiTensorApplyKernel(const __grid_constant__ TensorTable<kLists> table,
-                           const __grid_constant__ Functor functor) {
-  functor(Chunk<kLists>(table, blockIdx.x));
+// The same with the table that fits the list: `launch` is called with one of two types.
+template <int kLists, typename LaunchTable>
+void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLists],
+                  const LaunchTable& launch) {
+  using Small = TensorTable<kLists, kSmallTableBytes>;
+  using Large = TensorTable<kLists, kLargeTableBytes>;
+  if (tensors.num_tensors <= Small::kCapacity) {
+    ForEachTable<Small>(tensors, lists, launch);
+  } else {
+    ForEachTable<Large>(tensors, lists, launch);
+  }
 }
 
-// functor(chunk) on one block per chunk.
+template <typename Functor, typename Table>
+__global__ void __launch_bounds__(kThreads)
+    MultiTensorApplyKernel(const __grid_constant__ Table table,
+                           const __grid_constant__ Functor functor) {
+  const int num_chunks = table.num_chunks();
+  for (int i = blockIdx.x; i < num_chunks; i += gridDim.x) {
+    functor(Chunk<Table>(table, Functor::kReverse ? num_chunks - 1 - i : i));
+  }
+}
+
+// functor(chunk) for every chunk, from the last to the first if Functor::kReverse.
 template <typename Functor, int kLists>
 void MultiTensorApply(const Tensors& tensors, const void* const* const (&lists)[kLists],
                       const Functor& functor, void* stream) {
   static_assert(sizeof(Functor) + 64 <= kOtherBytes, "the functor does not fit beside the table");
-  ForEachTable<kLists>(
-      tensors, lists, [&](const TensorTable<kLists>& table, unsigned num_chunks, int64_t, bool) {
-        if (num_chunks > 0)
-          Launch(MultiTensorApplyKernel<Functor, kLists>, num_chunks, stream, table, functor);
-      });
+  ForEachTable(tensors, lists, [&](const auto& table, unsigned num_chunks, int64_t, bool) {
+    using Table = std::decay_t<decltype(table)>;
+    if (num_chunks > 0) {
+      Launch(MultiTensorApplyKernel<Functor, Table>, num_chunks, stream, table, functor);
+    }
+  });
 }
 
 }  // namespace samkernels::cuda

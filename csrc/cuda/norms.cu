@@ -9,6 +9,7 @@ namespace samkernels::cuda {
 template <typename T, bool kWeighted>
 struct NormsFunctor {
   static constexpr int kSums = kNormsSums;
+  static constexpr int kRead = 1 + kWeighted;
   float* per_tensor;
   float* total;
 
@@ -17,16 +18,24 @@ struct NormsFunctor {
     const T* x = chunk.template At<const T>(0);
     const T* weights = kWeighted ? chunk.template At<const T>(1) : x;
     double sum = 0.0;
-    ForEachVector<T>(chunk.n, IsAligned(x) && IsAligned(weights), [&](int i, auto width) {
-      const auto xs = Load<width>(x + i);
-      const auto ws = kWeighted ? Load<width>(weights + i) : xs;
+    // Perturb reads x and the weights next.
+    const auto load = [&](int i, auto width) {
+      Loaded<T, width, kRead> loaded;
+      loaded.of[0] = Load<width>(x + i);
+      if constexpr (kWeighted) loaded.of[1] = Load<width>(weights + i);
+      return loaded;
+    };
+    ForEachVector<T, 4>(chunk.n, IsAligned(x) && IsAligned(weights), load,
+                        [&](int, const auto& loaded, auto width) {
 #pragma unroll
-      for (int j = 0; j < width; ++j) {
-        float value = ToFloat(xs.lane[j]);
-        if (kWeighted) value = fabsf(ToFloat(ws.lane[j])) * value;
-        sum += static_cast<double>(value) * value;
-      }
-    });
+                          for (int j = 0; j < width; ++j) {
+                            float value = ToFloat(loaded.of[0].lane[j]);
+                            if constexpr (kWeighted) {
+                              value = fabsf(ToFloat(loaded.of[1].lane[j])) * value;
+                            }
+                            sum += static_cast<double>(value) * value;
+                          }
+                        });
     sums[0] += sum;
   }
 

@@ -7,20 +7,27 @@ namespace samkernels::cuda {
 template <typename T>
 struct PerturbFunctor {
   enum List { kParams, kGrads, kOldParams, kLists };
+  // The end of g1, which the norm read last, is still in the cache.
+  static constexpr bool kReverse = SAMKERNELS_REVERSE_PERTURB;
   const float* norm;
-  float rho;
+  Scalar rho;
   float eps;
   bool adaptive;
 
-  __device__ void operator()(const Chunk<kLists>& chunk) const {
+  template <typename ChunkT>
+  __device__ void operator()(const ChunkT& chunk) const {
     T* params = chunk.template At<T>(kParams);
     T* old_params = chunk.template At<T>(kOldParams);
     const T* grads = chunk.template At<const T>(kGrads);
-    const float scale = PerturbScale(*norm, rho, eps);
+    const float scale = PerturbScale(*norm, Read(rho), eps);
     const bool aligned = IsAligned(params) && IsAligned(old_params) && IsAligned(grads);
-    ForEachVector<T>(chunk.n, aligned, [&](int i, auto width) {
-      const auto w = Load<width>(params + i);
-      const auto g = Load<width>(grads + i);
+    // The second pass reads the perturbed weights next; old_params has time until the restore.
+    const auto load = [&](int i, auto width) {
+      return Loaded<T, width, 2>{{Load<width>(params + i), Load<width, kStreaming>(grads + i)}};
+    };
+    ForEachVector<T, 2>(chunk.n, aligned, load, [&](int i, const auto& loaded, auto width) {
+      const auto& w = loaded.of[0];
+      const auto& g = loaded.of[1];
       auto perturbed = w;
       if (scale != 0.0f) {
 #pragma unroll
@@ -29,7 +36,7 @@ struct PerturbFunctor {
               FromFloat<T>(Perturbed(ToFloat(w.lane[j]), ToFloat(g.lane[j]), scale, adaptive));
         }
       }
-      Store<width>(old_params + i, w);
+      Store<width, kStreaming>(old_params + i, w);
       Store<width>(params + i, perturbed);
     });
   }

@@ -6,13 +6,13 @@
 
 namespace samkernels::cuda {
 
-// kSigned: u = |magnitude| * sign(sign), else u = coefficient * magnitude (ops.h). `sign` may be
-// anything then.
+// kSigned: u = coefficient * |magnitude| * sign(sign), else u = coefficient * magnitude (ops.h).
+// `sign` may be anything then.
 template <bool kSigned>
 __device__ __forceinline__ float Recombined(float magnitude, float sign, float coefficient,
-                                            bool is_scaled) {
-  if (kSigned) return WithSign(magnitude, sign);
-  return is_scaled ? coefficient * magnitude : magnitude;
+                                            bool has_coefficient) {
+  const float u = kSigned ? WithSign(magnitude, sign) : magnitude;
+  return Scaled(u, coefficient, has_coefficient);
 }
 
 // f(std::true_type()) if u takes its sign from a list of its own, else f(std::false_type()).

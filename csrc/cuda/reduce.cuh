@@ -1,5 +1,5 @@
-// Sums over lists of tensors in one launch per table. Every block writes the sums of its chunk; the
-// last one to finish adds them up per tensor, and the last one of the last launch over all tensors.
+// Sums over lists of tensors in one launch per table. Blocks write the sums of each chunk; the last
+// one to finish adds them up per tensor, and the last one of the last launch over all tensors.
 // The order of every addition is fixed, and only integers are counted atomically, so the same
 // inputs give the same bits.
 #pragma once
@@ -59,21 +59,19 @@ __device__ __forceinline__ bool IsLastBlock(unsigned* finished) {
 
 // Functor: kSums; accumulate(chunk, sums) adds a thread's share of a chunk;
 // finish_tensor(tensor, sums) and finish_total(sums) take the results, in one thread each.
-template <typename Functor, int kLists>
+template <typename Functor, typename Table>
 __global__ void __launch_bounds__(kThreads)
-    ReduceKernel(const __grid_constant__ TensorTable<kLists> table,
-                 const __grid_constant__ Functor functor,
+    ReduceKernel(const __grid_constant__ Table table, const __grid_constant__ Functor functor,
                  const __grid_constant__ ReduceBuffers<Functor::kSums> buffers) {
   constexpr int kSums = Functor::kSums;
-  const int num_chunks = table.first_chunk[table.num_tensors];
-  const int block = blockIdx.x;
+  const int num_chunks = table.num_chunks();
 
-  if (block < num_chunks) {  // a list of empty tensors has one block and no chunk
+  for (int chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) {
     double sums[kSums] = {};
-    functor.accumulate(Chunk<kLists>(table, block), sums);
+    functor.accumulate(Chunk<Table>(table, chunk), sums);
     BlockSum<kSums>(sums);
     if (threadIdx.x == 0) {
-      for (int k = 0; k < kSums; ++k) buffers.of_chunks[int64_t{block} * kSums + k] = sums[k];
+      for (int k = 0; k < kSums; ++k) buffers.of_chunks[int64_t{chunk} * kSums + k] = sums[k];
     }
   }
   if (!IsLastBlock(buffers.finished)) return;
@@ -117,14 +115,15 @@ void Reduce(const Tensors& tensors, const void* const* const (&lists)[kLists],
   const int64_t max_launches = tensors.num_tensors + 1;
   Check(cudaMemsetAsync(finished, 0, max_launches * sizeof(unsigned),
                         static_cast<cudaStream_t>(stream)));
-  ForEachTable<kLists>(
-      tensors, lists,
-      [&](const TensorTable<kLists>& table, unsigned chunks, int64_t first_chunk, bool is_last) {
-        const ReduceBuffers<kSums> buffers = {of_chunks + first_chunk * kSums, of_tensors,
-                                              finished++, tensors.num_tensors, is_last};
-        Launch(ReduceKernel<Functor, kLists>, chunks > 0 ? chunks : 1, stream, table, functor,
-               buffers);
-      });
+  ForEachTable(tensors, lists,
+               [&](const auto& table, unsigned num_chunks, int64_t first_chunk, bool is_last) {
+                 using Table = std::decay_t<decltype(table)>;
+                 const ReduceBuffers<kSums> buffers = {of_chunks + first_chunk * kSums, of_tensors,
+                                                       finished++, tensors.num_tensors, is_last};
+                 // A list of empty tensors has no chunk, but sums all the same.
+                 Launch(ReduceKernel<Functor, Table>, num_chunks > 0 ? num_chunks : 1, stream,
+                        table, functor, buffers);
+               });
 }
 
 }  // namespace samkernels::cuda

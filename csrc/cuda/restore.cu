@@ -6,13 +6,16 @@ namespace samkernels::cuda {
 template <typename T>
 struct RestoreFunctor {
   enum List { kParams, kOldParams, kLists };
+  static constexpr bool kReverse = false;
 
-  __device__ void operator()(const Chunk<kLists>& chunk) const {
+  template <typename ChunkT>
+  __device__ void operator()(const ChunkT& chunk) const {
     T* params = chunk.template At<T>(kParams);
     const T* old_params = chunk.template At<const T>(kOldParams);
-    ForEachVector<T>(chunk.n, IsAligned(params) && IsAligned(old_params), [&](int i, auto width) {
-      Store<width>(params + i, Load<width>(old_params + i));
-    });
+    ForEachVector<T, 4>(
+        chunk.n, IsAligned(params) && IsAligned(old_params),
+        [&](int i, auto width) { return Load<width, kStreaming>(old_params + i); },
+        [&](int i, const auto& w, auto width) { Store<width>(params + i, w); });
   }
 };
 
@@ -25,7 +28,8 @@ void Restore(const RestoreArgs& args, const Execution& execution) {
 
 cudaError_t KernelImageError() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, MultiTensorApplyKernel<RestoreFunctor<float>, 2>);
+  return cudaFuncGetAttributes(
+      &attributes, MultiTensorApplyKernel<RestoreFunctor<float>, TensorTable<2, kSmallTableBytes>>);
 }
 
 }  // namespace samkernels::cuda

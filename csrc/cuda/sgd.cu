@@ -8,34 +8,48 @@ struct SgdFunctor {
   // The lists that are not there (a sign, a buffer) come last and are left out of the table.
   enum List { kParams, kOldParams, kMagnitude, kOptional };
   static constexpr bool kHasBuffer = kMomentum != Momentum::kNone;
+  static constexpr bool kIsRunning = kMomentum == Momentum::kRunning;
   static constexpr int kSign = kOptional;
   static constexpr int kBuffer = kOptional + kSigned;
   static constexpr int kLists = kOptional + kSigned + kHasBuffer;
+  static constexpr int kRead = 2 + kSigned + kIsRunning;
+  static constexpr bool kReverse = false;
   Recombination recombination;
   SgdOptions options;
 
-  __device__ void operator()(const Chunk<kLists>& chunk) const {
+  template <typename ChunkT>
+  __device__ void operator()(const ChunkT& chunk) const {
     T* params = chunk.template At<T>(kParams);
     const T* old_params = chunk.template At<const T>(kOldParams);
     const T* magnitude = chunk.template At<const T>(kMagnitude);
     const T* sign = kSigned ? chunk.template At<const T>(kSign) : magnitude;
     T* buffer = kHasBuffer ? chunk.template At<T>(kBuffer) : params;
+    const float lr = Read(options.lr);
     const bool skipped = IsSkipped(recombination);
-    const bool is_scaled = recombination.numerator != nullptr;
+    const bool has_coefficient = HasCoefficient(recombination);
     const float coefficient = Coefficient(recombination, chunk.TensorInWholeList());
     const bool aligned = IsAligned(params) && IsAligned(old_params) && IsAligned(magnitude) &&
                          IsAligned(sign) && IsAligned(buffer);
-    ForEachVector<T>(chunk.n, aligned, [&](int i, auto width) {
-      auto w = Load<width>(old_params + i);
-      const auto magnitudes = Load<width>(magnitude + i);
-      const auto signs = kSigned ? Load<width>(sign + i) : magnitudes;
-      auto buf = kMomentum == Momentum::kRunning ? Load<width>(buffer + i) : magnitudes;
+    // The next forward pass reads the weights; all else has time.
+    const auto load = [&](int i, auto width) {
+      Loaded<T, width, kRead> loaded;
+      loaded.of[0] = Load<width, kStreaming>(old_params + i);
+      loaded.of[1] = Load<width, kStreaming>(magnitude + i);
+      if constexpr (kSigned) loaded.of[2] = Load<width, kStreaming>(sign + i);
+      if constexpr (kIsRunning) loaded.of[kRead - 1] = Load<width, kStreaming>(buffer + i);
+      return loaded;
+    };
+    ForEachVector<T, 2>(chunk.n, aligned, load, [&](int i, const auto& loaded, auto width) {
+      auto w = loaded.of[0];
+      const auto& magnitudes = loaded.of[1];
+      const auto& signs = loaded.of[1 + kSigned];
+      auto buf = loaded.of[kIsRunning ? kRead - 1 : 1];
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const float u = Recombined<kSigned>(ToFloat(magnitudes.lane[j]), ToFloat(signs.lane[j]),
-                                            coefficient, is_scaled);
+                                            coefficient, has_coefficient);
         float b = ToFloat(buf.lane[j]);
-        const float updated = SgdUpdated<kMomentum>(options, ToFloat(w.lane[j]), u, b);
+        const float updated = SgdUpdated<kMomentum>(options, lr, ToFloat(w.lane[j]), u, b);
         if (!skipped) {
           w.lane[j] = FromFloat<T>(updated);
           buf.lane[j] = FromFloat<T>(b);
@@ -44,7 +58,7 @@ struct SgdFunctor {
         }
       }
       Store<width>(params + i, w);
-      if (kHasBuffer) Store<width>(buffer + i, buf);
+      if constexpr (kHasBuffer) Store<width, kStreaming>(buffer + i, buf);
     });
   }
 };

@@ -1,5 +1,5 @@
-// Loads and stores of 16 bytes where all addresses allow it, of single elements elsewhere; and the
-// dtypes.
+// Loads and stores of 16 bytes where all addresses allow it, of single elements elsewhere, several
+// of them in flight; and the dtypes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,14 +17,43 @@ struct alignas(sizeof(T) * kWidth) Vector {
   T lane[kWidth];
 };
 
-template <int kWidth, typename T>
+// What a thread loads of kLists lists before it uses any of it.
+template <typename T, int kWidth, int kLists>
+struct Loaded {
+  Vector<T, kWidth> of[kLists];
+};
+
+// kStreaming: not read again before it would have left the cache anyway; what is may stay there.
+enum Cache { kKeep, kStreaming };
+
+template <int kWidth, Cache kCache = kKeep, typename T>
 __device__ __forceinline__ Vector<T, kWidth> Load(const T* from) {
-  return *reinterpret_cast<const Vector<T, kWidth>*>(from);
+  using V = Vector<T, kWidth>;
+#ifdef SAMKERNELS_EMULATED
+  emulation::traffic.read += sizeof(V);
+#endif
+  if constexpr (SAMKERNELS_STREAMING && kCache == kStreaming && sizeof(V) == sizeof(int4)) {
+    const int4 bits = __ldcs(reinterpret_cast<const int4*>(from));
+    V vector;
+    memcpy(&vector, &bits, sizeof(V));
+    return vector;
+  }
+  return *reinterpret_cast<const V*>(from);
 }
 
-template <int kWidth, typename T>
+template <int kWidth, Cache kCache = kKeep, typename T>
 __device__ __forceinline__ void Store(T* to, const Vector<T, kWidth>& vector) {
-  *reinterpret_cast<Vector<T, kWidth>*>(to) = vector;
+  using V = Vector<T, kWidth>;
+#ifdef SAMKERNELS_EMULATED
+  emulation::traffic.written += sizeof(V);
+#endif
+  if constexpr (SAMKERNELS_STREAMING && kCache == kStreaming && sizeof(V) == sizeof(int4)) {
+    int4 bits;
+    memcpy(&bits, &vector, sizeof(V));
+    __stcs(reinterpret_cast<int4*>(to), bits);
+    return;
+  }
+  *reinterpret_cast<V*>(to) = vector;
 }
 
 __device__ __forceinline__ float ToFloat(float x) { return x; }
@@ -53,20 +82,29 @@ struct Width {
   __host__ __device__ constexpr operator int() const { return kWidth; }
 };
 
-// body(i, Width<w>): elements i .. i + w - 1, for all elements of a chunk, each one once and by one
-// thread.
-template <typename T, typename Body>
-__device__ __forceinline__ void ForEachVector(int n, bool aligned, const Body& body) {
-  constexpr int kWidth = 16 / sizeof(T);
-  const int thread = threadIdx.x;
+// use(i, load(i, Width<w>()), Width<w>()): elements i .. i + w - 1, for all elements of a chunk,
+// each one once and by one thread. kUnroll vectors of each list are loaded before the first one is
+// used.
+template <typename T, int kUnroll, typename LoadLists, typename Use>
+__device__ __forceinline__ void ForEachVector(int n, bool aligned, const LoadLists& load,
+                                              const Use& use) {
+  using Wide = Width<16 / sizeof(T)>;
+  using Narrow = Width<1>;
+  int single = threadIdx.x;
   if (aligned) {
-    const int vectors = n / kWidth;
-    for (int i = thread; i < vectors; i += kThreads) body(i * kWidth, Width<kWidth>());
-    const int done = vectors * kWidth;
-    if (thread < n - done) body(done + thread, Width<1>());
-  } else {
-    for (int i = thread; i < n; i += kThreads) body(i, Width<1>());
+    const int vectors = n / Wide();
+    int i = threadIdx.x;
+    for (; i + (kUnroll - 1) * kThreads < vectors; i += kUnroll * kThreads) {
+      decltype(load(0, Wide())) loaded[kUnroll];
+#pragma unroll
+      for (int k = 0; k < kUnroll; ++k) loaded[k] = load((i + k * kThreads) * Wide(), Wide());
+#pragma unroll
+      for (int k = 0; k < kUnroll; ++k) use((i + k * kThreads) * Wide(), loaded[k], Wide());
+    }
+    for (; i < vectors; i += kThreads) use(i * Wide(), load(i * Wide(), Wide()), Wide());
+    single += vectors * Wide();
   }
+  for (; single < n; single += kThreads) use(single, load(single, Narrow()), Narrow());
 }
 
 // f(T{}) with the C++ type of `dtype`.

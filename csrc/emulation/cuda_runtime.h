@@ -18,6 +18,11 @@
 #include <random>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #define CUDART_VERSION 13000
 #define __CUDACC__
 #define __host__
@@ -33,7 +38,12 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
+struct int4 {
+  int x, y, z, w;
+};
+
 enum cudaError_t { cudaSuccess, cudaErrorNoDevice };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
 struct cudaFuncAttributes {};
 
@@ -47,6 +57,20 @@ template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// A small device: lists of a few chunks already take every block more than once round the loop.
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 3;
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);
   return cudaSuccess;
@@ -55,7 +79,7 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 namespace emulation {
 
 constexpr int kWarpSize = 32;
-constexpr size_t kStackBytes = 512 << 10;
+constexpr size_t kStackBytes = 128 << 10;
 
 // Threads wait here until all that are expected have come.
 struct Barrier {
@@ -88,10 +112,55 @@ struct Block {
   bool progressed = false;  // any fiber, in this round of the scheduler
 };
 
+// Bytes that kernels have read from and written to tensors.
+struct Traffic {
+  uint64_t read = 0;
+  uint64_t written = 0;
+};
+inline Traffic traffic;
+
 inline Block* block = nullptr;
 inline dim3 thread_index, block_index, grid_size;
 
-inline void Yield() { swapcontext(&block->fibers[block->current].context, &block->scheduler); }
+// AddressSanitizer has to know on which stack the program runs: it is told before and after each
+// switch.
+#ifdef __SANITIZE_ADDRESS__
+inline const void* scheduler_stack = nullptr;
+inline size_t scheduler_stack_bytes = 0;
+
+inline void SwitchTo(Fiber& fiber) {
+  void* own_stack = nullptr;
+  __sanitizer_start_switch_fiber(&own_stack, fiber.stack.get(), kStackBytes);
+  swapcontext(&block->scheduler, &fiber.context);
+  __sanitizer_finish_switch_fiber(own_stack, nullptr, nullptr);
+}
+
+// What the last thread on this stack left there is forgotten once, here, and not at each switch:
+// that is what AddressSanitizer's own swapcontext does where it knows the size of the stack.
+inline void PrepareStack(Fiber& fiber) {
+  __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);
+  fiber.context.uc_stack = {};
+}
+
+inline void EnterFiber() {
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+}
+
+inline void SwitchToScheduler(Fiber& fiber) {
+  void* own_stack = nullptr;
+  __sanitizer_start_switch_fiber(fiber.done ? nullptr : &own_stack, scheduler_stack,
+                                 scheduler_stack_bytes);
+  swapcontext(&fiber.context, &block->scheduler);
+  __sanitizer_finish_switch_fiber(own_stack, &scheduler_stack, &scheduler_stack_bytes);
+}
+#else
+inline void SwitchTo(Fiber& fiber) { swapcontext(&block->scheduler, &fiber.context); }
+inline void PrepareStack(Fiber&) {}
+inline void EnterFiber() {}
+inline void SwitchToScheduler(Fiber& fiber) { swapcontext(&fiber.context, &block->scheduler); }
+#endif
+
+inline void Yield() { SwitchToScheduler(block->fibers[block->current]); }
 
 inline void Wait(Barrier& barrier, unsigned expected) {
   const unsigned generation = barrier.generation;
@@ -102,6 +171,7 @@ inline void Wait(Barrier& barrier, unsigned expected) {
 }
 
 inline void RunFiber() {
+  EnterFiber();
   block->body();
   Fiber& fiber = block->fibers[block->current];
   fiber.done = true;
@@ -125,6 +195,7 @@ inline void RunBlock(Block& state, unsigned threads) {
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, RunFiber, 0);
+    PrepareStack(fiber);
   }
   while (state.alive > 0) {
     state.progressed = false;
@@ -132,7 +203,7 @@ inline void RunBlock(Block& state, unsigned threads) {
       if (state.fibers[i].done) continue;
       state.current = i;
       thread_index.x = i;
-      swapcontext(&state.scheduler, &state.fibers[i].context);
+      SwitchTo(state.fibers[i]);
     }
     if (!state.progressed) {
       std::fprintf(stderr, "emulation: the threads of a block wait for each other forever\n");
@@ -194,4 +265,12 @@ inline unsigned atomicAdd(unsigned* to, unsigned value) {
 template <typename T>
 T __ldcg(const T* from) {
   return *from;
+}
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
 }

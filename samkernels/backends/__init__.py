@@ -27,6 +27,7 @@ __all__ = [
     "TensorList",
     "check_name",
     "choose",
+    "get",
     "why_unavailable",
 ]
 
@@ -51,7 +52,12 @@ def why_unavailable(
     name: str, device: torch.device, dtype: torch.dtype = torch.float32, dense: bool = True
 ) -> str | None:
     """Why a backend cannot serve tensors of this device, dtype and layout; None if it can."""
-    return cast(Backend, _MODULES[name]).why_unavailable(device, dtype, dense)
+    return get(name).why_unavailable(device, dtype, dense)
+
+
+def get(name: str) -> Backend:
+    """The module of a backend."""
+    return cast(Backend, _MODULES[name])
 
 
 def choose(
@@ -73,4 +79,4 @@ def choose(
         )
     elif reason := why_unavailable(backend, device, dtype, dense):
         raise RuntimeError(f'backend="{backend}" cannot serve {dtype} on {device}: {reason}')
-    return backend, cast(Backend, _MODULES[backend])
+    return backend, get(backend)

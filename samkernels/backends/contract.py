@@ -24,9 +24,9 @@ class Norms(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Sums over all elements of two lists of gradients, on their device."""
+    """Sums over all elements of two lists of gradients and of the weights, on their device."""
 
-    sums: Tensor  # float64, shape (5,): g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0]
+    sums: Tensor  # float64, shape (6,): g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2
     numel: int
 
 
@@ -38,7 +38,8 @@ class Recombination:
     u = (numerator / (denominator + eps)) * magnitude              if `numerator` is given, else
     u = magnitude
 
-    If ascent_norm is given and not finite, the step is skipped.
+    u is divided by grad_scale if that is given. If ascent_norm is given and not finite, or
+    found_inf is given and not 0, the step is skipped.
     """
 
     magnitude: TensorList
@@ -46,14 +47,25 @@ class Recombination:
     numerator: Tensor | None = None  # norms: shape () or (n,)
     denominator: Tensor | None = None
     eps: float = 1e-12
-    ascent_norm: Tensor | None = None  # shape ()
+    ascent_norm: Tensor | None = None  # shape (), as all below
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def takes_place(self) -> Tensor | None:
+        """Whether the step is not skipped, on the device; None if nothing can make it so."""
+        takes = None if self.ascent_norm is None else self.ascent_norm.isfinite()
+        if self.found_inf is None:
+            return takes
+        return self.found_inf == 0 if takes is None else takes & (self.found_inf == 0)
 
 
 @dataclass(frozen=True)
 class SgdOptions:
     """The hyperparameters of torch.optim.SGD; init_momentum: the buffers hold nothing yet."""
 
-    lr: float
+    lr: (
+        float | Tensor
+    )  # a tensor of shape () on the lists' device, float32 (float64), is read there
     momentum: float
     dampening: float
     weight_decay: float
@@ -69,6 +81,14 @@ class Backend(Protocol):
         self, device: torch.device, dtype: torch.dtype, dense: bool
     ) -> str | None: ...
 
+    def prepare(self, tensors: TensorList) -> TensorList:
+        """The list in the form that this backend works with, for a list that several calls take.
+        Good for as long as no tensor in it gets other memory."""
+
+    def are_alike(self, first: TensorList, *others: TensorList) -> bool:
+        """Whether tensor i of all lists has the same dtype, device, shape and order in memory.
+        False may also mean that strides differ where it does not matter."""
+
     def norms(self, tensors: TensorList, weights: TensorList | None) -> Norms: ...
 
     def perturb_(
@@ -78,7 +98,7 @@ class Backend(Protocol):
         old_params: TensorList,
         *,
         norm: Tensor,
-        rho: float,
+        rho: float | Tensor,  # as SgdOptions.lr; negative: away from the gradient
         adaptive: bool,
         eps: float,
         journal: list[bool] | None,
@@ -99,4 +119,21 @@ class Backend(Protocol):
         options: SgdOptions,
     ) -> None: ...
 
-    def compare(self, first_grads: TensorList, second_grads: TensorList) -> Comparison: ...
+    def compare(
+        self, first_grads: TensorList, second_grads: TensorList, weights: TensorList
+    ) -> Comparison: ...
+
+
+def prepare(tensors: TensorList) -> TensorList:
+    """Backend.prepare of a backend that takes lists as they are."""
+    return tensors
+
+
+def are_alike(first: TensorList, *others: TensorList) -> bool:
+    """Backend.are_alike in Python."""
+    layouts = [_layout(t) for t in first]
+    return all(layouts == [_layout(t) for t in other] for other in others)
+
+
+def _layout(t: Tensor) -> tuple[object, ...]:
+    return t.layout, t.dtype, t.device, t.shape, t.stride()

@@ -9,7 +9,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import (
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+    are_alike,
+    prepare,
+)
+
+__all__ = [
+    "are_alike",
+    "compare",
+    "norms",
+    "perturb_",
+    "prepare",
+    "recombine_",
+    "restore_",
+    "sgd_",
+    "why_unavailable",
+]
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
@@ -33,7 +53,7 @@ def perturb_(
     old_params: TensorList,
     *,
     norm: Tensor,
-    rho: float,
+    rho: float | Tensor,
     adaptive: bool,
     eps: float,
     journal: list[bool] | None,
@@ -44,7 +64,8 @@ def perturb_(
     w, direction = _wide(params), _wide(grads)
     if adaptive:
         direction = torch._foreach_mul(torch._foreach_mul(w, w), direction)
-    scale = torch.full_like(norm, rho) / (norm + eps)
+    radius = rho if isinstance(rho, Tensor) else torch.full_like(norm, rho)
+    scale = radius / (norm + eps)
     perturbed = torch._foreach_add(w, torch._foreach_mul(direction, scale))
     torch._foreach_copy_(params, _where((norm > 0) & norm.isfinite(), perturbed, w))
 
@@ -55,9 +76,7 @@ def restore_(params: TensorList, old_params: TensorList) -> None:
 
 def recombine_(out: TensorList, recombination: Recombination) -> None:
     u = _recombined(recombination)
-    if recombination.ascent_norm is not None:
-        u = _where(recombination.ascent_norm.isfinite(), u, [torch.zeros_like(x) for x in u])
-    torch._foreach_copy_(out, u)
+    torch._foreach_copy_(out, _unless_skipped(recombination, u, [torch.zeros_like(x) for x in u]))
 
 
 def sgd_(
@@ -90,8 +109,8 @@ def sgd_(
     torch._foreach_copy_(params, _unless_skipped(recombination, updated, w))
 
 
-def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
-    g1, g2 = ([g.double() for g in grads] for grads in (first_grads, second_grads))
+def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
+    g1, g2, w = ([x.double() for x in xs] for xs in (first_grads, second_grads, weights))
     product = torch._foreach_mul(g1, g2)
     larger = torch._foreach_sub(torch._foreach_abs(g2), torch._foreach_abs(g1))
     sums = [
@@ -100,6 +119,7 @@ def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
         _sum(product),
         _sum([x > 0 for x in larger]),
         _sum([x > 0 for x in product]),
+        _sum(torch._foreach_mul(w, w)),
     ]
     return Comparison(torch.stack(sums), sum(g.numel() for g in first_grads))
 
@@ -111,24 +131,27 @@ def _wide(tensors: TensorList) -> TensorList:
 
 
 def _recombined(recombination: Recombination) -> TensorList:
-    magnitude = _wide(recombination.magnitude)
+    u = _wide(recombination.magnitude)
+    coefficient = None
     if recombination.sign is not None:
         signs = torch._foreach_sign(_wide(recombination.sign))
-        return list(torch._foreach_mul(torch._foreach_abs(magnitude), signs))
-    if recombination.numerator is not None and recombination.denominator is not None:
-        scale = recombination.numerator / (recombination.denominator + recombination.eps)
-        if scale.dim() == 0:
-            return list(torch._foreach_mul(magnitude, scale))
-        return list(torch._foreach_mul(magnitude, list(scale.unbind())))
-    return magnitude
+        u = torch._foreach_mul(torch._foreach_abs(u), signs)
+    elif recombination.numerator is not None and recombination.denominator is not None:
+        coefficient = recombination.numerator / (recombination.denominator + recombination.eps)
+    if recombination.grad_scale is not None:
+        one = torch.ones_like(recombination.grad_scale)
+        coefficient = (one if coefficient is None else coefficient) / recombination.grad_scale
+    if coefficient is None:
+        return list(u)
+    scale = coefficient if coefficient.dim() == 0 else list(coefficient.unbind())
+    return list(torch._foreach_mul(u, scale))
 
 
 def _unless_skipped(
     recombination: Recombination, updated: TensorList, kept: TensorList
 ) -> TensorList:
-    if recombination.ascent_norm is None:
-        return updated
-    return _where(recombination.ascent_norm.isfinite(), updated, kept)
+    takes_place = recombination.takes_place()
+    return updated if takes_place is None else _where(takes_place, updated, kept)
 
 
 def _where(condition: Tensor, new: TensorList, kept: TensorList) -> TensorList:

@@ -1,8 +1,7 @@
 """The compiled core, samkernels._C: C++ on the CPU, CUDA kernels on the GPU.
 
-The core takes addresses and knows nothing of PyTorch. This file does what libtorch would have done
-for it: the device guard, the current stream, workspaces from the caching allocator, and the version
-    counters by which
+The core does not link PyTorch. This file does what libtorch would have done for it: the device
+guard, the current stream, workspaces from the caching allocator, and the version counters by which
 autograd notices that a tensor it saved was overwritten.
 """
 
@@ -29,13 +28,8 @@ except ImportError as error:
             " (these are the sources: pip install -e . builds the core here; what pip install . "
             "built is imported from any other folder)"
         )
-    DTYPES = {}
-else:
-    DTYPES = {
-        torch.float32: _C.DType.float32,
-        torch.bfloat16: _C.DType.bfloat16,
-        torch.float16: _C.DType.float16,
-    }
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
@@ -65,19 +59,34 @@ def _why_no_cuda() -> str | None:
     return _C.why_no_cuda()
 
 
+class PreparedList(list[Tensor]):
+    """A list of tensors that the core has read: good until one of them gets other memory."""
+
+    def __init__(self, tensors: TensorList) -> None:
+        super().__init__(tensors)
+        self.core = _C.TensorList(self)
+
+
+def prepare(tensors: TensorList) -> TensorList:
+    return PreparedList(tensors)
+
+
+def are_alike(first: TensorList, *others: TensorList) -> bool:
+    core = _core(first)
+    return all(core.is_alike(_core(other)) for other in others)
+
+
 def norms(tensors: TensorList, weights: TensorList | None) -> Norms:
     device = tensors[0].device
     per_tensor = torch.empty(len(tensors), dtype=torch.float32, device=device)
     total = torch.empty((), dtype=torch.float32, device=device)
+    x = _core(tensors)
     with _target(device) as target:
-        numel = _numel(tensors)
-        workspace = _workspace(target, numel, _C.NORMS_SUMS, device)
+        workspace = _workspace(target, x, _C.NORMS_SUMS, device)
         _C.norms(
             target,
-            numel,
-            DTYPES[tensors[0].dtype],
-            _addresses(tensors),
-            None if weights is None else _addresses(weights),
+            x,
+            None if weights is None else _core(weights),
             workspace.data_ptr(),
             per_tensor.data_ptr(),
             total.data_ptr(),
@@ -91,7 +100,7 @@ def perturb_(
     old_params: TensorList,
     *,
     norm: Tensor,
-    rho: float,
+    rho: float | Tensor,
     adaptive: bool,
     eps: float,
     journal: list[bool] | None,
@@ -99,13 +108,11 @@ def perturb_(
     with _target(params[0].device) as target:
         _C.perturb(
             target,
-            _numel(params),
-            DTYPES[params[0].dtype],
-            _addresses(params),
-            _addresses(grads),
-            _addresses(old_params),
+            _core(params),
+            _core(grads),
+            _core(old_params),
             norm.data_ptr(),
-            rho,
+            *_scalar(rho),
             eps,
             adaptive,
             journal,
@@ -115,25 +122,13 @@ def perturb_(
 
 def restore_(params: TensorList, old_params: TensorList) -> None:
     with _target(params[0].device) as target:
-        _C.restore(
-            target,
-            _numel(params),
-            DTYPES[params[0].dtype],
-            _addresses(params),
-            _addresses(old_params),
-        )
+        _C.restore(target, _core(params), _core(old_params))
     _mark_written(params)
 
 
 def recombine_(out: TensorList, recombination: Recombination) -> None:
     with _target(out[0].device) as target:
-        _C.recombine(
-            target,
-            _numel(out),
-            DTYPES[out[0].dtype],
-            _core_recombination(recombination),
-            _addresses(out),
-        )
+        _C.recombine(target, _core_recombination(recombination), _core(out))
     _mark_written(out)
 
 
@@ -144,17 +139,17 @@ def sgd_(
     recombination: Recombination,
     options: SgdOptions,
 ) -> None:
+    lr, lr_address = _scalar(options.lr)
     with _target(params[0].device) as target:
         _C.sgd(
             target,
-            _numel(params),
-            DTYPES[params[0].dtype],
             _core_recombination(recombination),
-            _addresses(params),
-            _addresses(old_params),
-            None if momentum_buffers is None else _addresses(momentum_buffers),
+            _core(params),
+            _core(old_params),
+            None if momentum_buffers is None else _core(momentum_buffers),
             _C.SgdOptions(
-                lr=options.lr,
+                lr=lr,
+                lr_address=lr_address,
                 momentum=options.momentum,
                 one_minus_dampening=1 - options.dampening,
                 weight_decay=options.weight_decay,
@@ -167,22 +162,21 @@ def sgd_(
     _mark_written(params, momentum_buffers or ())
 
 
-def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
+def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
     device = first_grads[0].device
     sums = torch.empty(_C.COMPARE_SUMS, dtype=torch.float64, device=device)
+    first = _core(first_grads)
     with _target(device) as target:
-        numel = _numel(first_grads)
-        workspace = _workspace(target, numel, _C.COMPARE_SUMS, device)
+        workspace = _workspace(target, first, _C.COMPARE_SUMS, device)
         _C.compare(
             target,
-            numel,
-            DTYPES[first_grads[0].dtype],
-            _addresses(first_grads),
-            _addresses(second_grads),
+            first,
+            _core(second_grads),
+            _core(weights),
             workspace.data_ptr(),
             sums.data_ptr(),
         )
-    return Comparison(sums, sum(numel))
+    return Comparison(sums, sum(map(Tensor.numel, first_grads)))
 
 
 @contextlib.contextmanager
@@ -195,31 +189,35 @@ def _target(device: torch.device) -> Iterator[_C.Target]:
             yield _C.cuda(torch.cuda.current_stream(device).cuda_stream)
 
 
-def _numel(tensors: TensorList) -> list[int]:
-    return list(map(Tensor.numel, tensors))
+def _core(tensors: TensorList) -> _C.TensorList:
+    return tensors.core if isinstance(tensors, PreparedList) else _C.TensorList(list(tensors))
 
 
-def _addresses(tensors: TensorList) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
+def _scalar(x: float | Tensor) -> tuple[float, int]:
+    """A hyperparameter as value and address: on the device it is read there."""
+    return (0.0, x.data_ptr()) if isinstance(x, Tensor) else (x, 0)
 
 
-def _workspace(target: _C.Target, numel: list[int], num_sums: int, device: torch.device) -> Tensor:
-    return torch.empty(
-        _C.workspace_bytes(target, numel, num_sums), dtype=torch.uint8, device=device
-    )
+def _workspace(
+    target: _C.Target, tensors: _C.TensorList, num_sums: int, device: torch.device
+) -> Tensor:
+    num_bytes = _C.workspace_bytes(target, tensors, num_sums)
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def _core_recombination(recombination: Recombination) -> _C.Recombination:
     numerator, denominator = recombination.numerator, recombination.denominator
-    ascent_norm = recombination.ascent_norm
     return _C.Recombination(
-        magnitude=_addresses(recombination.magnitude),
-        sign=None if recombination.sign is None else _addresses(recombination.sign),
-        numerator=0 if numerator is None else numerator.data_ptr(),
-        denominator=0 if denominator is None else denominator.data_ptr(),
-        per_tensor=numerator is not None and numerator.dim() == 1,
-        eps=recombination.eps,
-        ascent_norm=0 if ascent_norm is None else ascent_norm.data_ptr(),
+        _core(recombination.magnitude),
+        None if recombination.sign is None else _core(recombination.sign),
+        0 if numerator is None else numerator.data_ptr(),
+        0 if denominator is None else denominator.data_ptr(),
+        numerator is not None and numerator.dim() == 1,
+        recombination.eps,
+        *(
+            0 if x is None else x.data_ptr()
+            for x in (recombination.ascent_norm, recombination.grad_scale, recombination.found_inf)
+        ),
     )
 
 

@@ -10,7 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import (
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+    are_alike,
+    prepare,
+)
+
+__all__ = [
+    "are_alike",
+    "compare",
+    "norms",
+    "perturb_",
+    "prepare",
+    "recombine_",
+    "restore_",
+    "sgd_",
+    "why_unavailable",
+]
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
@@ -35,7 +55,7 @@ def perturb_(
     old_params: TensorList,
     *,
     norm: Tensor,
-    rho: float,
+    rho: float | Tensor,
     adaptive: bool,
     eps: float,
     journal: list[bool] | None,
@@ -47,7 +67,8 @@ def perturb_(
     # A zero norm has no direction, a non-finite one would put nan into every weight.
     perturbs = (norm > 0) & norm.isfinite()
     # rho as a tensor: PyTorch divides a number by a tensor with a reciprocal, an ulp off.
-    scale = torch.full_like(norm, rho) / (norm + eps)
+    radius = rho if isinstance(rho, Tensor) else torch.full_like(norm, rho)
+    scale = radius / (norm + eps)
     for w, g in zip(params, grads, strict=True):
         direction = _wide(w) * _wide(w) * _wide(g) if adaptive else _wide(g)
         w.copy_(torch.where(perturbs, _wide(w) + scale * direction, _wide(w)))
@@ -61,9 +82,7 @@ def restore_(params: TensorList, old_params: TensorList) -> None:
 def recombine_(out: TensorList, recombination: Recombination) -> None:
     for i, target in enumerate(out):
         u = _recombined(recombination, i)
-        if recombination.ascent_norm is not None:
-            u = torch.where(recombination.ascent_norm.isfinite(), u, torch.zeros_like(u))
-        target.copy_(u)
+        target.copy_(_unless_skipped(recombination, u, torch.zeros_like(u)))
 
 
 def sgd_(
@@ -92,10 +111,10 @@ def sgd_(
         w.copy_(_unless_skipped(recombination, updated, _wide(old)))
 
 
-def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
-    sums = torch.zeros(5, dtype=torch.float64, device=first_grads[0].device)
-    for first, second in zip(first_grads, second_grads, strict=True):
-        g1, g2 = first.double(), second.double()
+def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
+    sums = torch.zeros(6, dtype=torch.float64, device=first_grads[0].device)
+    for first, second, weight in zip(first_grads, second_grads, weights, strict=True):
+        g1, g2, w = first.double(), second.double(), weight.double()
         sums += torch.stack(
             [
                 (g1 * g1).sum(),
@@ -103,6 +122,7 @@ def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
                 (g1 * g2).sum(),
                 (g2.abs() > g1.abs()).sum(),
                 (g1 * g2 > 0).sum(),
+                (w * w).sum(),
             ]
         )
     return Comparison(sums=sums, numel=sum(g.numel() for g in first_grads))
@@ -114,18 +134,21 @@ def _wide(x: Tensor) -> Tensor:
 
 def _recombined(recombination: Recombination, i: int) -> Tensor:
     magnitude = _wide(recombination.magnitude[i])
+    coefficient = None
     if recombination.sign is not None:
-        return magnitude.abs() * _wide(recombination.sign[i]).sign()
-    if recombination.numerator is not None and recombination.denominator is not None:
+        magnitude = magnitude.abs() * _wide(recombination.sign[i]).sign()
+    elif recombination.numerator is not None and recombination.denominator is not None:
         numerator, denominator = (
             norm if norm.dim() == 0 else norm[i]
             for norm in (recombination.numerator, recombination.denominator)
         )
-        return numerator / (denominator + recombination.eps) * magnitude
-    return magnitude
+        coefficient = numerator / (denominator + recombination.eps)
+    if recombination.grad_scale is not None:
+        one = torch.ones_like(recombination.grad_scale)
+        coefficient = (one if coefficient is None else coefficient) / recombination.grad_scale
+    return magnitude if coefficient is None else coefficient * magnitude
 
 
 def _unless_skipped(recombination: Recombination, updated: Tensor, kept: Tensor) -> Tensor:
-    if recombination.ascent_norm is None:
-        return updated
-    return torch.where(recombination.ascent_norm.isfinite(), updated, kept)
+    takes_place = recombination.takes_place()
+    return updated if takes_place is None else torch.where(takes_place, updated, kept)

@@ -19,11 +19,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import (
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+    are_alike,
+    prepare,
+)
+
+__all__ = ["are_alike", "prepare"]
 
 # To the names of Triton's dtypes.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-COMPARE_SUMS = 5
+COMPARE_SUMS = 6
 MIN_CAPABILITY = (8, 0)  # what Triton supports
 MIN_VERSION = (3, 3)  # from which on launchers take all arguments, constants too: see _launch
 
@@ -225,11 +235,12 @@ def sgd_(
     _mark_written(params, momentum_buffers or ())
 
 
-def compare(first_grads: TensorList, second_grads: TensorList) -> Comparison:
+def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
     device = first_grads[0].device
     sums = torch.empty(COMPARE_SUMS, dtype=torch.float64, device=device)
+    lists = {"first_grads": first_grads, "second_grads": second_grads, "weights": weights}
     with _on(device):
-        table = _table({"first_grads": first_grads, "second_grads": second_grads}, SUM_CHUNK)
+        table = _table(lists, SUM_CHUNK)
         _launch(
             _kernels().compare,
             table,
@@ -248,6 +259,8 @@ def _scalars(recombination: Recombination) -> tuple[Any, ...]:
         recombination.denominator,
         float(recombination.eps),
         recombination.ascent_norm,
+        recombination.grad_scale,
+        recombination.found_inf,
     )
 
 
@@ -263,7 +276,9 @@ def _rule(recombination: Recombination) -> dict[str, Any]:
         "SIGNED": recombination.sign is not None,
         "SCALED": numerator is not None,
         "PER_TENSOR": numerator is not None and numerator.dim() == 1,
+        "UNSCALED": recombination.grad_scale is not None,
         "GUARDED": recombination.ascent_norm is not None,
+        "CHECKED": recombination.found_inf is not None,
     }
 
 

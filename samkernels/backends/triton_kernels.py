@@ -167,24 +167,35 @@ def restore(plan, addresses, T: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _coefficient(
-    numerator, denominator, eps, tensor, SCALED: tl.constexpr, PER_TENSOR: tl.constexpr
+    numerator,
+    denominator,
+    eps,
+    grad_scale,
+    tensor,
+    SCALED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    UNSCALED: tl.constexpr,
 ):
-    """numerator / (denominator + eps) of a tensor, or 1."""
+    """numerator / (denominator + eps) of a tensor if SCALED, over grad_scale if UNSCALED."""
+    coefficient = tl.full([], 1.0, tl.float32)
     if SCALED:
         if PER_TENSOR:
             numerator += tensor
             denominator += tensor
-        return tl.div_rn(tl.load(numerator), tl.load(denominator) + eps)
-    else:
-        return 1.0
+        coefficient = tl.div_rn(tl.load(numerator), tl.load(denominator) + eps)
+    if UNSCALED:
+        coefficient = tl.div_rn(coefficient, tl.load(grad_scale))
+    return coefficient
 
 
 @triton.jit
-def _is_skipped(ascent_norm, GUARDED: tl.constexpr):
+def _is_skipped(ascent_norm, found_inf, GUARDED: tl.constexpr, CHECKED: tl.constexpr):
+    skipped = tl.full([], False, tl.int1)
     if GUARDED:
-        return ~_is_finite(tl.load(ascent_norm))
-    else:
-        return False
+        skipped = ~_is_finite(tl.load(ascent_norm))
+    if CHECKED:
+        skipped = skipped | (tl.load(found_inf) != 0)
+    return skipped
 
 
 @triton.jit
@@ -199,15 +210,14 @@ def _recombined(
     WHOLE: tl.constexpr,
     T: tl.constexpr,
 ):
-    """u = |magnitude| * sign(sign), coefficient * magnitude, or magnitude. sign(nan) = 0."""
-    magnitude = _load(magnitude_at, offsets, mask, WHOLE, T).to(tl.float32)
+    """u = magnitude, or |magnitude| * sign(sign); times coefficient if SCALED. sign(nan) = 0."""
+    u = _load(magnitude_at, offsets, mask, WHOLE, T).to(tl.float32)
     if SIGNED:
         sign = _load(sign_at, offsets, mask, WHOLE, T).to(tl.float32)
-        return tl.abs(magnitude) * ((sign > 0).to(tl.float32) - (sign < 0).to(tl.float32))
-    elif SCALED:
-        return coefficient * magnitude
-    else:
-        return magnitude
+        u = tl.abs(u) * ((sign > 0).to(tl.float32) - (sign < 0).to(tl.float32))
+    if SCALED:
+        u = coefficient * u
+    return u
 
 
 @triton.jit
@@ -231,7 +241,16 @@ def _recombine_block(
 
 
 @triton.jit(
-    do_not_specialize=["plan", "addresses", "numerator", "denominator", "eps", "ascent_norm"]
+    do_not_specialize=[
+        "plan",
+        "addresses",
+        "numerator",
+        "denominator",
+        "eps",
+        "ascent_norm",
+        "grad_scale",
+        "found_inf",
+    ]
 )
 def recombine(
     plan,
@@ -240,35 +259,43 @@ def recombine(
     denominator,
     eps,
     ascent_norm,
+    grad_scale,
+    found_inf,
     SIGNED: tl.constexpr,
     SCALED: tl.constexpr,
     PER_TENSOR: tl.constexpr,
+    UNSCALED: tl.constexpr,
     GUARDED: tl.constexpr,
+    CHECKED: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = u: |magnitude| * sign(sign), numerator / (denominator + eps) * magnitude, or magnitude.
+    """out = u: |magnitude| * sign(sign), numerator / (denominator + eps) * magnitude, or magnitude;
+    over grad_scale if UNSCALED.
 
-    If ascent_norm is not finite, 0. Lists: out, magnitude and, if SIGNED, sign.
+    If ascent_norm is not finite, or found_inf not 0, 0. Lists: out, magnitude and, if SIGNED, sign.
     """
     LISTS: tl.constexpr = 2 + SIGNED
     tensor, begin, count = _chunk(plan)
     out_at = _address(addresses, tensor, begin, 0, LISTS, T)
     magnitude_at = _address(addresses, tensor, begin, 1, LISTS, T)
     sign_at = _address(addresses, tensor, begin, LISTS - 1, LISTS, T)  # else magnitude's again
-    coefficient = _coefficient(numerator, denominator, eps, tensor, SCALED, PER_TENSOR)
-    skipped = _is_skipped(ascent_norm, GUARDED)
+    coefficient = _coefficient(
+        numerator, denominator, eps, grad_scale, tensor, SCALED, PER_TENSOR, UNSCALED
+    )
+    skipped = _is_skipped(ascent_norm, found_inf, GUARDED, CHECKED)
+    HAS_COEFFICIENT: tl.constexpr = SCALED or UNSCALED
     offsets = tl.arange(0, BLOCK)
     mask = offsets < count
     if (count == BLOCK) & _is_aligned(out_at | magnitude_at | sign_at):
         _recombine_block(
-            out_at, magnitude_at, sign_at, offsets, mask, coefficient, skipped, SIGNED, SCALED,
-            True, T,
+            out_at, magnitude_at, sign_at, offsets, mask, coefficient, skipped, SIGNED,
+            HAS_COEFFICIENT, True, T,
         )  # fmt: skip
     else:
         _recombine_block(
-            out_at, magnitude_at, sign_at, offsets, mask, coefficient, skipped, SIGNED, SCALED,
-            False, T,
+            out_at, magnitude_at, sign_at, offsets, mask, coefficient, skipped, SIGNED,
+            HAS_COEFFICIENT, False, T,
         )  # fmt: skip
 
 
@@ -326,6 +353,8 @@ def _sgd_block(
         "denominator",
         "eps",
         "ascent_norm",
+        "grad_scale",
+        "found_inf",
         "lr",
         "momentum",
         "one_minus_dampening",
@@ -340,6 +369,8 @@ def sgd(
     denominator,
     eps,
     ascent_norm,
+    grad_scale,
+    found_inf,
     lr,
     momentum,
     one_minus_dampening,
@@ -348,7 +379,9 @@ def sgd(
     SIGNED: tl.constexpr,
     SCALED: tl.constexpr,
     PER_TENSOR: tl.constexpr,
+    UNSCALED: tl.constexpr,
     GUARDED: tl.constexpr,
+    CHECKED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     DECAYS: tl.constexpr,
@@ -362,8 +395,8 @@ def sgd(
     buf = u at first, then momentum * buf + (1 - dampening) * u
     d = u + momentum * buf with Nesterov, else buf (u without momentum);  w -= lr * d
 
-    If ascent_norm is not finite, w = old_param and buf stays (0 at first). Lists: params,
-    old_params, magnitude, then sign if SIGNED, then the buffers if there are any.
+    If ascent_norm is not finite, or found_inf not 0, w = old_param and buf stays (0 at first).
+    Lists: params, old_params, magnitude, then sign if SIGNED, then the buffers if there are any.
 
     Source: torch.optim.SGD; u: see recombine.
     """
@@ -375,22 +408,25 @@ def sgd(
     # A list that is not there stands for one that is, and is not used.
     sign_at = _address(addresses, tensor, begin, 2 + SIGNED, LISTS, T)
     buffer_at = _address(addresses, tensor, begin, LISTS - 1, LISTS, T)
-    coefficient = _coefficient(numerator, denominator, eps, tensor, SCALED, PER_TENSOR)
-    skipped = _is_skipped(ascent_norm, GUARDED)
+    coefficient = _coefficient(
+        numerator, denominator, eps, grad_scale, tensor, SCALED, PER_TENSOR, UNSCALED
+    )
+    skipped = _is_skipped(ascent_norm, found_inf, GUARDED, CHECKED)
+    HAS_COEFFICIENT: tl.constexpr = SCALED or UNSCALED
     rate = _scalar(lr, LR_ON_DEVICE)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < count
     if (count == BLOCK) & _is_aligned(w_at | old_at | magnitude_at | sign_at | buffer_at):
         _sgd_block(
             w_at, old_at, magnitude_at, sign_at, buffer_at, offsets, mask, coefficient, skipped,
-            rate, momentum, one_minus_dampening, weight_decay, gradient_sign, SIGNED, SCALED,
-            MOMENTUM, NESTEROV, DECAYS, True, T,
+            rate, momentum, one_minus_dampening, weight_decay, gradient_sign, SIGNED,
+            HAS_COEFFICIENT, MOMENTUM, NESTEROV, DECAYS, True, T,
         )  # fmt: skip
     else:
         _sgd_block(
             w_at, old_at, magnitude_at, sign_at, buffer_at, offsets, mask, coefficient, skipped,
-            rate, momentum, one_minus_dampening, weight_decay, gradient_sign, SIGNED, SCALED,
-            MOMENTUM, NESTEROV, DECAYS, False, T,
+            rate, momentum, one_minus_dampening, weight_decay, gradient_sign, SIGNED,
+            HAS_COEFFICIENT, MOMENTUM, NESTEROV, DECAYS, False, T,
         )  # fmt: skip
 
 
@@ -481,30 +517,45 @@ def norms(
 
 @triton.jit
 def _compare_block(
-    first_at, second_at, offsets, mask, a, b, c, d, e, WHOLE: tl.constexpr, T: tl.constexpr
+    first_at,
+    second_at,
+    w_at,
+    offsets,
+    mask,
+    a,
+    b,
+    c,
+    d,
+    e,
+    f,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
 ):
     # float64: products of float32 are exact there, and none of them is lost to underflow.
     g1 = _load(first_at, offsets, mask, WHOLE, T).to(tl.float32).to(tl.float64)
     g2 = _load(second_at, offsets, mask, WHOLE, T).to(tl.float32).to(tl.float64)
+    w = _load(w_at, offsets, mask, WHOLE, T).to(tl.float32).to(tl.float64)
     product = g1 * g2
     larger = (tl.abs(g2) > tl.abs(g1)).to(tl.int32)
     agree = (product > 0).to(tl.int32)
-    return a + g1 * g1, b + g2 * g2, c + product, d + larger, e + agree
+    return a + g1 * g1, b + g2 * g2, c + product, d + larger, e + agree, f + w * w
 
 
 @triton.jit(do_not_specialize=["plan", "addresses", "workspace", "finished", "sums"])
 def compare(plan, addresses, workspace, finished, sums, T: tl.constexpr, BLOCK: tl.constexpr):
-    """sums = g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], over all elements, read once.
+    """sums = g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2, over all elements.
 
-    Lists: first_grads, second_grads. workspace: float64 [chunks, 5]; finished: int32 [1], zero.
+    Lists: first_grads, second_grads, weights. workspace: float64 [chunks, 6]; finished: int32 [1],
+    zero.
     """
-    SUMS: tl.constexpr = 5
+    SUMS: tl.constexpr = 6
     chunk = tl.program_id(0).to(tl.int64)
     chunks = tl.num_programs(0)
     tensor, begin, count = _chunk(plan)
-    first_at = _address(addresses, tensor, begin, 0, 2, T)
-    second_at = _address(addresses, tensor, begin, 1, 2, T)
-    aligned = _is_aligned(first_at | second_at)
+    first_at = _address(addresses, tensor, begin, 0, 3, T)
+    second_at = _address(addresses, tensor, begin, 1, 3, T)
+    w_at = _address(addresses, tensor, begin, 2, 3, T)
+    aligned = _is_aligned(first_at | second_at | w_at)
 
     offsets = tl.arange(0, BLOCK)
     a = tl.full([BLOCK], 0.0, tl.float64)
@@ -512,19 +563,25 @@ def compare(plan, addresses, workspace, finished, sums, T: tl.constexpr, BLOCK: 
     c = tl.full([BLOCK], 0.0, tl.float64)
     d = tl.full([BLOCK], 0, tl.int32)
     e = tl.full([BLOCK], 0, tl.int32)
+    f = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(0, count, BLOCK):
         here = start + offsets
         mask = here < count
         if aligned & (start + BLOCK <= count):
-            a, b, c, d, e = _compare_block(first_at, second_at, here, mask, a, b, c, d, e, True, T)
+            a, b, c, d, e, f = _compare_block(
+                first_at, second_at, w_at, here, mask, a, b, c, d, e, f, True, T
+            )
         else:
-            a, b, c, d, e = _compare_block(first_at, second_at, here, mask, a, b, c, d, e, False, T)
+            a, b, c, d, e, f = _compare_block(
+                first_at, second_at, w_at, here, mask, a, b, c, d, e, f, False, T
+            )
     of_chunk = workspace + chunk * SUMS
     tl.store(of_chunk, tl.sum(a, 0))
     tl.store(of_chunk + 1, tl.sum(b, 0))
     tl.store(of_chunk + 2, tl.sum(c, 0))
     tl.store(of_chunk + 3, tl.sum(d, 0).to(tl.float64))
     tl.store(of_chunk + 4, tl.sum(e, 0).to(tl.float64))
+    tl.store(of_chunk + 5, tl.sum(f, 0))
 
     if _is_last(finished, chunks):
         for k in tl.static_range(SUMS):

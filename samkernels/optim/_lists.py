@@ -4,7 +4,7 @@ steps."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from samkernels import backends, ops
+from samkernels.backends import TensorList
 
 
 @dataclass(eq=False)
@@ -23,26 +24,11 @@ class Place:
     dtype: torch.dtype
     backend: str
 
+    def prepare(self, tensors: TensorList) -> TensorList:
+        return backends.get(self.backend).prepare(tensors)
 
-class Layouts:
-    """The layouts of a list of tensors, to compare other lists with at the speed of C: a step must
-    not spend longer in looking at its tensors than in computing with them."""
-
-    _kind = operator.attrgetter("dtype", "device", "layout")
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._kinds = list(map(Layouts._kind, tensors))
-        self._numels = list(map(Tensor.numel, tensors))
-        self._strides = list(map(Tensor.stride, tensors))
-
-    def are_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether each tensor has dtype, device, number of elements and strides of its peer. False
-        may also mean that they differ where it does not matter: see `fits`."""
-        return (
-            self._kinds == list(map(Layouts._kind, tensors))
-            and self._numels == list(map(Tensor.numel, tensors))
-            and self._strides == list(map(Tensor.stride, tensors))
-        )
+    def are_alike(self, first: TensorList, *others: TensorList) -> bool:
+        return backends.get(self.backend).are_alike(first, *others)
 
 
 @dataclass(eq=False)
@@ -61,9 +47,9 @@ class Bucket:
     group: dict[str, Any]
     place: Place
     slots: list[Slot]
-    params: list[Tensor]
-    grads: list[Tensor]
-    layouts: Layouts
+    params: TensorList
+    grads: TensorList
+    old: TensorList  # of the slots
 
     @property
     def options(self) -> dict[str, Any]:
@@ -75,26 +61,20 @@ class Bucket:
         return self.group.get("granularity", "element")
 
     def bring(self, norm: Tensor | None) -> Tensor | None:
-        """A norm over all buckets, on this one's device, in the dtype that ops take it in."""
+        """A norm over all buckets, or another scalar, on this one's device, in the dtype that ops
+        take it in."""
         if norm is None:
             return None
         dtype = torch.float64 if self.place.dtype is torch.float64 else torch.float32
-        return norm.to(self.place.device, dtype, non_blocking=True)
+        return norm.reshape(()).to(self.place.device, dtype, non_blocking=True)
 
     def select(self, keep: Callable[[Slot], bool]) -> Bucket:
         """The part whose slots satisfy `keep`; the bucket itself if all do."""
         indices = [i for i, slot in enumerate(self.slots) if keep(slot)]
         if len(indices) == len(self.slots):
             return self
-        params = [self.params[i] for i in indices]
-        return Bucket(
-            self.group,
-            self.place,
-            slots=[self.slots[i] for i in indices],
-            params=params,
-            grads=[self.grads[i] for i in indices],
-            layouts=Layouts(params),
-        )
+        slots = [self.slots[i] for i in indices]
+        return bucket_of(self.group, self.place, slots, [self.grads[i] for i in indices])
 
 
 @dataclass
@@ -128,7 +108,7 @@ class Slots:
         self._backend = backend
         self._places: dict[tuple[torch.device, torch.dtype, bool], Place] = {}
         self._slots: dict[Tensor, Slot] = {}
-        # Per group the buckets of the last step, with no gradients in them.
+        # Per group the buckets of the last step, without parameters and gradients.
         self._last: dict[int, list[Bucket]] = {}
 
     def place_of(self, p: Tensor) -> Place:
@@ -150,17 +130,14 @@ class Slots:
         """
         buckets: list[Bucket] = []
         for index, group in enumerate(groups):
-            params, grads = [], []
-            for p in group["params"]:
-                if (grad := p.grad) is not None:
-                    params.append(p)
-                    grads.append(grad)
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
             if not params:
                 continue
             current = _unchanged(self._last.get(index, []), group, params, grads)
             if current is None:
                 current = self._look_closely(index, group, perturbed)
-                self._last[index] = [replace(bucket, grads=[]) for bucket in current]
+                self._last[index] = [replace(bucket, params=[], grads=[]) for bucket in current]
             buckets += current
         return buckets
 
@@ -189,11 +166,7 @@ class Slots:
             slots, grads = by_place.setdefault(slot.place, ([], []))
             slots.append(slot)
             grads.append(grad)
-        buckets = []
-        for place, (slots, grads) in by_place.items():
-            params = [slot.param for slot in slots]
-            buckets.append(Bucket(group, place, slots, params, grads, Layouts(params)))
-        return buckets
+        return [bucket_of(group, place, *lists) for place, lists in by_place.items()]
 
 
 def _unchanged(
@@ -203,15 +176,29 @@ def _unchanged(
     if len(last) != 1:  # none, or more than one place in a group
         return None
     (bucket,) = last
-    if (
-        len(params) == len(bucket.params)
-        and all(map(operator.is_, params, bucket.params))
-        and bucket.layouts.are_of(params)
-        and bucket.layouts.are_of(grads)
-        and not any(map(Tensor.is_neg, grads))
-    ):
-        return [replace(bucket, group=group, grads=grads)]
-    return None
+    if len(params) != len(bucket.slots) or any(map(Tensor.is_neg, grads)):
+        return None
+    if not all(map(operator.is_, params, map(_param_of, bucket.slots))):
+        return None
+    place = bucket.place
+    try:
+        prepared = place.prepare(params), place.prepare(grads)
+        if not place.are_alike(bucket.old, *prepared):
+            return None
+    except (RuntimeError, TypeError):  # a tensor without memory; the closer look finds words for it
+        return None
+    return [Bucket(group, place, bucket.slots, *prepared, bucket.old)]
+
+
+_param_of = operator.attrgetter("param")
+
+
+def bucket_of(
+    group: dict[str, Any], place: Place, slots: list[Slot], grads: list[Tensor]
+) -> Bucket:
+    params = place.prepare([slot.param for slot in slots])
+    old = place.prepare([slot.old for slot in slots])
+    return Bucket(group, place, slots, params, place.prepare(grads), old)
 
 
 def fits(tensor: Tensor, p: Tensor) -> bool:

@@ -4,8 +4,6 @@ tensors in here."""
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels import backends, ops
+from samkernels.backends import TensorList
 from samkernels.optim._lists import Bucket, Perturbation, Place, Slot, Slots, fits, laid_out_like
 
 
@@ -40,13 +39,18 @@ class SAM(Optimizer):
         loss_fn(model(x), y).backward()
         optimizer.second_step(zero_grad=True)      # or optimizer.step()
 
+    With torch.amp.GradScaler, scale the loss of both passes and call scaler.step(optimizer) for the
+    second step: u is unscaled in the update, and a step whose gradients overflowed is skipped.
+
     Memory: one copy of the parameters beside the base optimizer's state.
 
     Args:
         params: parameters or parameter groups, as for any torch.optim optimizer; a group may set
             its own rho, adaptive, and whatever the base optimizer knows.
         base_optimizer: a class, called as base_optimizer(param_groups, **base_options).
-        rho: radius >= 0 of the neighbourhood, in units of ||w||_2; dimensionless if adaptive.
+        rho: radius >= 0 of the neighbourhood, in units of ||w||_2; dimensionless if adaptive. Like
+            lr, it may be a tensor of one element: on the parameters' device it is read there, and
+            a CUDA graph sees what is written to it.
         adaptive: ASAM's perturbation, as in davda54/sam.
         backend: "auto" takes, per device and dtype, the fastest that can serve (see `backends`);
             "native", "triton", "foreach" or "reference" insists on one.
@@ -64,11 +68,15 @@ class SAM(Optimizer):
     # How u is made of g1 and g2: one of ops.RULES.
     _rule = "sam"
 
+    # For the time of a step torch.amp.GradScaler.step() sets grad_scale and found_inf, instead of
+    # waiting for the device to know whether the step may be made.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: ParamsT,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         adaptive: bool = False,
         *,
         backend: str = "auto",
@@ -404,7 +412,7 @@ class SAM(Optimizer):
         ops.perturb_(
             bucket.params,
             bucket.grads,
-            [slot.old for slot in bucket.slots],
+            bucket.old,
             rho=bucket.group["rho"],
             norm=bucket.bring(perturbation.ascent_norm),
             adaptive=bucket.group["adaptive"],
@@ -466,6 +474,10 @@ class SAM(Optimizer):
         if perturbation.first_grads:
             _check_first_grads_survived(buckets, perturbation.first_grads)
 
+        found_inf = self._of_scaler("found_inf")
+        if found_inf is not None and self._of_scaler("grad_scale") is None:
+            self._require_same_scale()
+
         # Without g1 there is nothing to recombine: like torch.optim without a gradient, leave the
         # parameter alone.
         has_both = perturbation.first_grads.__contains__
@@ -481,22 +493,40 @@ class SAM(Optimizer):
         if all(self._is_fused(bucket.group) for bucket in updated):
             # Of all groups, so that a wrong one is found before the first is updated.
             hyperparameters = [_sgd_options(bucket.group) for bucket in updated]
-            self._restore({slot: None for slot in perturbation.slots if slot not in done})
+            if not done.issuperset(perturbation.slots):
+                self._restore({slot: None for slot in perturbation.slots if slot not in done})
             for bucket, options in zip(updated, hyperparameters, strict=True):
                 self._update_with_sgd(bucket, options, perturbation, second_norm)
         else:
             for bucket in updated:
                 ops.check_disjoint(".grad of the parameters", bucket.grads)  # u goes in there
             self._restore(dict(perturbation.slots))
+            if found_inf is not None and found_inf.item():
+                return
             for bucket in updated:
                 options = self._recombination(bucket, perturbation, second_norm)
                 ops.recombine_(bucket.grads, **options, **bucket.options)
             self._step_base({slot.param for slot in done})
 
+    def _of_scaler(self, name: str) -> Tensor | None:
+        return getattr(self, name, None)
+
+    def _require_same_scale(self) -> None:
+        if self._rule == "samdirection" or self.track_statistics:
+            raise RuntimeError(
+                "GradScaler.unscale_() was called between first_step and step: g2 was unscaled "
+                "and g1 was not, so their magnitudes cannot be compared. Leave unscale_() out; "
+                "scaler.step() unscales both. The weights were restored."
+            )
+
     def _is_fused(self, group: dict[str, Any]) -> bool:
-        # Hyperparameters on the device are left to torch.optim.SGD: reading them here would make
-        # the host wait.
-        on_device = any(isinstance(v, Tensor) and v.device.type != "cpu" for v in group.values())
+        # lr and rho may lie on the device; other hyperparameters there are left to torch.optim.SGD:
+        # reading them here would make the host wait.
+        on_device = any(
+            isinstance(value, Tensor) and value.device.type != "cpu"
+            for name, value in group.items()
+            if name not in ("lr", "rho")
+        )
         return (
             type(self.base_optimizer) is torch.optim.SGD
             and not group["differentiable"]
@@ -510,6 +540,8 @@ class SAM(Optimizer):
             "rule": self._rule,
             "granularity": bucket.granularity,
             "ascent_norm": bucket.bring(perturbation.ascent_norm),
+            "grad_scale": bucket.bring(self._of_scaler("grad_scale")),
+            "found_inf": bucket.bring(self._of_scaler("found_inf")),
         }
         if self._rule != "sam":
             options["first_grads"] = [perturbation.first_grads[slot] for slot in bucket.slots]
@@ -527,14 +559,18 @@ class SAM(Optimizer):
         perturbation: Perturbation,
         second_norm: Tensor | None,
     ) -> None:
-        parts: list[tuple[Bucket, list[Tensor] | None, bool]] = [(bucket, None, False)]
+        parts: list[tuple[Bucket, TensorList | None, bool]] = [(bucket, None, False)]
         if hyperparameters["momentum"] != 0:
             parts = self._momentum_parts(bucket)
         for part, buffers, init_momentum in parts:
             ops.sgd_(
                 part.params,
                 # One that was not perturbed, for want of g1, is at w already.
-                [slot.old if slot in perturbation.slots else slot.param for slot in part.slots],
+                part.old
+                if all(map(perturbation.slots.__contains__, part.slots))
+                else [
+                    slot.old if slot in perturbation.slots else slot.param for slot in part.slots
+                ],
                 part.grads,
                 buffers,
                 init_momentum=init_momentum,
@@ -546,7 +582,7 @@ class SAM(Optimizer):
                 for p, buffer in zip(part.params, buffers or (), strict=True):
                     self.state[p]["momentum_buffer"] = buffer
 
-    def _momentum_parts(self, bucket: Bucket) -> list[tuple[Bucket, list[Tensor] | None, bool]]:
+    def _momentum_parts(self, bucket: Bucket) -> list[tuple[Bucket, TensorList | None, bool]]:
         """The bucket, split by whether it has momentum yet: part, buffers, init_momentum."""
         buffers = [self.state[p].get("momentum_buffer") for p in bucket.params]
         running = [buffer for buffer in buffers if buffer is not None]
@@ -563,12 +599,14 @@ class SAM(Optimizer):
             (new_part, empty, True),
         ]
 
-    def _laid_out(self, bucket: Bucket, buffers: list[Tensor]) -> list[Tensor]:
+    def _laid_out(self, bucket: Bucket, buffers: list[Tensor]) -> TensorList:
         """The momentum buffers; those in another layout, as of a checkpoint, are replaced."""
-        if not bucket.layouts.are_of(buffers):
-            for i, p in enumerate(bucket.params):
-                if not fits(buffers[i], p):
-                    buffers[i] = self.state[p]["momentum_buffer"] = laid_out_like(p, buffers[i])
+        prepared = bucket.place.prepare(buffers)
+        if bucket.place.are_alike(bucket.old, prepared):
+            return prepared
+        for i, p in enumerate(bucket.params):
+            if not fits(buffers[i], p):
+                buffers[i] = self.state[p]["momentum_buffer"] = laid_out_like(p, buffers[i])
         return buffers
 
     def _step_base(self, updated: set[Tensor]) -> None:
@@ -586,21 +624,18 @@ class SAM(Optimizer):
     ) -> ops.GradientStatistics | None:
         if not buckets:
             return None
-        comparisons, weight_norms = [], []
+        comparisons = []
         for bucket in buckets:
             first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
-            comparisons.append(ops.compare(first_grads, bucket.grads, **bucket.options))
-            old_params = [slot.old for slot in bucket.slots]
-            weight_norms.append(ops.norms(old_params, **bucket.options).total)
-        return ops.gradient_statistics(comparisons, weight_norms)
+            comparisons.append(ops.compare(first_grads, bucket.grads, bucket.old, **bucket.options))
+        return ops.gradient_statistics(comparisons, self._of_scaler("grad_scale"))
 
 
 def _sgd_options(group: dict[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for name in ("lr", "momentum", "dampening", "weight_decay"):
+    options = {name: group[name] for name in ("lr", "nesterov", "maximize")}
+    for name in ("momentum", "dampening", "weight_decay"):
         value = group[name]
         options[name] = value.item() if isinstance(value, Tensor) else value
-    options |= {name: group[name] for name in ("nesterov", "maximize")}
     ops.check_sgd_options(**options)
     return options
 
@@ -623,11 +658,7 @@ def _check_first_grads_survived(buckets: list[Bucket], first_grads: dict[Slot, T
 
 
 def _check_options(options: dict[str, Any], where: str) -> None:
-    rho = options.get("rho", 0.0)
-    if isinstance(rho, bool) or not isinstance(rho, numbers.Real):
-        raise TypeError(f"rho{where} is {type(rho).__name__}: give a number")
-    if not 0 <= float(rho) < math.inf:
-        raise ValueError(f"rho={rho}{where}: give a finite number >= 0")
+    ops.check_hyperparameter(f"rho{where}", options.get("rho", 0.0))
     adaptive = options.get("adaptive", False)
     if not isinstance(adaptive, bool):
         raise TypeError(f"adaptive{where} is {type(adaptive).__name__}: give True or False")

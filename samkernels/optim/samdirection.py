@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels.optim.sam import SAM
@@ -37,7 +38,7 @@ class SAMDirection(SAM):
         self,
         params: ParamsT,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
-        rho: float = 0.05,
+        rho: float | Tensor = 0.05,
         adaptive: bool = False,
         *,
         granularity: str = "element",

@@ -1,0 +1,292 @@
+"""What only a GPU can show: streams, devices, graphs, and that nothing makes the host wait. The
+tests of the ops and of the optimizers run on CUDA tensors too where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from samkernels import SAM, SAMDirection, SAMMagnitude, backends, ops
+from tests.helpers import assert_same_bits
+from tests.optim_helpers import VARIANTS, parameters_of, same_bits, snapshot, unchanged
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # PyTorch says so whenever a test asks it to refuse synchronisation.
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
+]
+
+BACKENDS = [
+    name
+    for name in backends.BACKENDS
+    if name not in ("auto", "reference")
+    and backends.why_unavailable(name, torch.device("cuda")) is None
+]
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_variant = pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+# Long enough for every multiprocessor, with odd ends, and too many tensors for one table.
+SHAPES = [(3_000_001,), (1 << 20,), (512, 513), (), (0,), *[(i % 7,) for i in range(1500)]]
+
+
+def draw(seed: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+    like: dict[str, Any] = {"generator": generator, "device": device}
+    return [torch.randn(shape, **like).to(dtype) for shape in SHAPES]
+
+
+def parameters(dtype: torch.dtype = torch.float32, device: str = "cuda") -> list[nn.Parameter]:
+    return [nn.Parameter(value) for value in draw(0, dtype, device)]
+
+
+def give(params: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    for p, gradient in zip(params, gradients, strict=True):
+        p.grad = gradient
+
+
+def take_step(optimizer: SAM, first: list[Tensor], second: list[Tensor]) -> None:
+    params = parameters_of(optimizer)
+    give(params, first)
+    optimizer.first_step()
+    give(params, second)
+    optimizer.second_step(zero_grad=True)
+
+
+@pytest.fixture
+def no_synchronisation() -> Iterator[Callable[[], None]]:
+    """A function from whose call on PyTorch refuses to make the host wait."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_native_backend_is_there() -> None:
+    """Without it, this file would test nothing of the kernels."""
+    assert "native" in BACKENDS, backends.why_unavailable("native", torch.device("cuda"))
+    assert backends.choose("auto", torch.device("cuda"))[0] == "native"
+
+
+# Determinism
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@every_variant
+def test_twenty_runs_give_the_same_bits(
+    cls: type[SAM], variant: dict[str, Any], dtype: torch.dtype
+) -> None:
+    first, second = draw(1, dtype), draw(2, dtype)
+    expected: list[Tensor] = []
+    for _ in range(20):
+        params = parameters(dtype)
+        optimizer = cls(params, backend="native", track_statistics=True, **SGD, **variant)
+        take_step(optimizer, first, second)
+        take_step(optimizer, second, first)
+        assert optimizer.statistics is not None
+        found = [p.detach() for p in params] + list(optimizer.statistics)
+        expected = expected or found
+        assert_same_bits(found, expected)
+
+
+def test_norms_do_not_depend_on_what_else_the_device_does() -> None:
+    """The order in which blocks finish changes; the sums do not."""
+    x = draw(3)
+    alone = ops.norms(x, backend="native")
+    busy = torch.cuda.Stream()
+    noise = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(20):
+        with torch.cuda.stream(busy):
+            noise.copy_((noise @ noise).clamp(-1, 1))
+        assert_same_bits(list(ops.norms(x, backend="native")), list(alone))
+
+
+# Streams and devices
+
+
+@on_every_backend
+@every_variant
+def test_steps_are_queued_on_the_current_stream(
+    cls: type[SAM], variant: dict[str, Any], backend: str
+) -> None:
+    first, second = draw(1), draw(2)
+    plain = parameters()
+    take_step(cls(plain, backend=backend, **SGD, **variant), first, second)
+
+    params = parameters()
+    optimizer = cls(params, backend=backend, **SGD, **variant)
+    late = [torch.zeros_like(g) for g in first]
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(400_000_000)  # a fifth of a second: another stream would see the zeros
+        torch._foreach_copy_(late, first)
+        take_step(optimizer, late, second)
+        if backend == "native":  # few launches: the queue of a stream holds about a thousand
+            assert not stream.query(), "the step waited for the stream"
+    stream.synchronize()
+    assert_same_bits([p.detach() for p in params], [p.detach() for p in plain])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@on_every_backend
+def test_tensors_of_another_device_than_the_current_one(backend: str) -> None:
+    weights = []
+    for device in ("cuda:0", "cuda:1"):
+        params = parameters(device=device)
+        optimizer = SAMMagnitude(params, backend=backend, granularity="global", **SGD)
+        first, second = ([g.to(device) for g in draw(seed, device="cuda:0")] for seed in (1, 2))
+        give(params, first)
+        with torch.cuda.device("cuda:0"):
+            optimizer.first_step()
+            give(params, second)
+            optimizer.second_step()
+            assert torch.cuda.current_device() == 0
+        weights.append([p.detach().cpu() for p in params])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+# The host does not wait
+
+
+@pytest.mark.parametrize(
+    ("backend", "lr_on_device"), [*((name, False) for name in BACKENDS), ("native", True)]
+)
+@every_variant
+def test_no_step_makes_the_host_wait(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    backend: str,
+    lr_on_device: bool,
+    no_synchronisation: Callable[[], None],
+) -> None:
+    lr = torch.tensor(0.1, device="cuda") if lr_on_device else 0.1
+    optimizer = cls(
+        parameters(), backend=backend, track_statistics=True, **{**SGD, "lr": lr}, **variant
+    )
+    first, second = draw(1), draw(2)
+    take_step(optimizer, first, second)  # what is made once may wait
+    torch.cuda.synchronize()
+    no_synchronisation()
+    take_step(optimizer, second, first)
+
+
+def test_the_refusal_to_wait_works(no_synchronisation: Callable[[], None]) -> None:
+    value = torch.ones((), device="cuda")
+    no_synchronisation()
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        value.item()
+
+
+# Autograd
+
+
+@on_every_backend
+def test_autograd_notices_each_step(backend: str) -> None:
+    params = parameters()
+    optimizer = SAM(params, backend=backend, **SGD)
+    first, second = draw(1), draw(2)
+    versions = [p._version for p in params]
+    give(params, first)
+    optimizer.first_step()
+    perturbed = [p._version for p in params]
+    assert all(new > old for new, old in zip(perturbed, versions, strict=True))
+    loss = sum((p * p).sum() for p in params)  # saves the perturbed weights
+    give(params, second)
+    optimizer.second_step()
+    assert all(p._version > old for p, old in zip(params, perturbed, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# Graphs
+
+
+class Training:
+    """A model without matrix products, whose libraries choose algorithms; its optimizer."""
+
+    def __init__(self, cls: type[SAM], variant: dict[str, Any], rho_on_device: bool) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        like: dict[str, Any] = {"generator": generator, "device": "cuda"}
+        self.x = torch.randn(300, 41, **like)
+        self.params = [
+            nn.Parameter(torch.randn(shape, **like)) for shape in [(300, 41), (41,), (300, 1), ()]
+        ]
+        self.lr = torch.tensor(0.1, device="cuda")
+        self.optimizer = cls(
+            self.params, lr=self.lr, momentum=0.9, weight_decay=1e-3, backend="native", **variant
+        )
+        group = self.optimizer.param_groups[0]
+        self.rho = torch.tensor(0.05, device="cuda")
+        if rho_on_device:
+            group["rho"] = self.rho
+        assert group["lr"] is self.lr
+
+    def backward(self) -> None:
+        a, b, c, d = self.params
+        ((self.x * a + b).tanh() * c + d).square().mean().backward()
+
+    def step(self) -> None:
+        self.backward()
+        self.optimizer.first_step()
+        self.backward()
+        self.optimizer.second_step(zero_grad=True)
+
+
+@pytest.mark.parametrize("rho_on_device", [False, True])
+@every_variant
+def test_a_captured_step_replays_bit_for_bit(
+    cls: type[SAM], variant: dict[str, Any], rho_on_device: bool
+) -> None:
+    eager, captured = (Training(cls, variant, rho_on_device) for _ in range(2))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # buffers and slots are made here
+            captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        eager.step()
+    assert unchanged(captured.params, snapshot(eager.params))
+
+    graph = torch.cuda.CUDAGraph()
+    before = snapshot(captured.params)
+    with torch.cuda.graph(graph):
+        captured.step()
+    assert unchanged(captured.params, before)  # captured, not run
+    for i in range(6):
+        if i == 3:  # a graph that had copied the numbers would go on with the old ones
+            for training in (eager, captured):
+                training.lr.fill_(0.03)
+                if rho_on_device:
+                    training.rho.fill_(0.2)
+        eager.step()
+        graph.replay()
+        torch.cuda.synchronize()
+        for ours, theirs in zip(captured.params, eager.params, strict=True):
+            assert same_bits(ours, theirs), f"replay {i}"
+    assert not unchanged(captured.params, before)
+
+
+def test_a_gradient_that_is_not_finite_skips_a_replay() -> None:
+    training = Training(SAMDirection, {}, rho_on_device=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            training.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        training.step()
+    graph.replay()
+    before, finite = snapshot(training.params), training.x.clone()
+    training.x[17, 3] = float("nan")
+    graph.replay()
+    assert unchanged(training.params, before)
+    training.x.copy_(finite)
+    graph.replay()
+    assert not unchanged(training.params, before)

@@ -1,0 +1,77 @@
+"""The ops on random lists of tensors."""
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from samkernels import ops
+from tests.helpers import CHUNK_SIZE, SETTINGS, Setting, Slot, assert_same_bits, copies
+from tests.test_ops import (
+    PERTURBATIONS,
+    RULES,
+    SGD_OPTIONS,
+    check_perturb,
+    check_sgd,
+    one_thread,
+)
+
+__all__ = ["one_thread"]
+
+pytest.importorskip("hypothesis")  # no CUDA machine need have it
+
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+
+def slots_of_any_layout() -> st.SearchStrategy[Slot]:
+    shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5, 16]), max_size=4).map(tuple)
+    long_vectors = st.integers(0, 3 * CHUNK_SIZE).map(lambda n: (n,))
+    return st.one_of(shapes, long_vectors).flatmap(
+        lambda shape: st.builds(
+            Slot,
+            shape=st.just(shape),
+            order=st.permutations(range(len(shape))).map(tuple),
+            offset=st.integers(0, 7),
+            gap=st.just(1),
+        )
+    )
+
+
+random_lists = given(
+    slots=st.lists(slots_of_any_layout(), min_size=1, max_size=6),
+    setting=st.sampled_from(SETTINGS),
+    data=st.data(),
+)
+# Derandomised: CI tries the same lists each time.
+reproducible = hypothesis_settings(max_examples=50, deadline=None, derandomize=True)
+
+
+@reproducible
+@random_lists
+def test_perturb_and_restore_of_random_lists(
+    slots: list[Slot], setting: Setting, data: st.DataObject
+) -> None:
+    options = data.draw(st.sampled_from(list(PERTURBATIONS.values())))
+
+    def perturb(
+        params: list[Tensor], grads: list[Tensor], old_params: list[Tensor], **kwargs: Any
+    ) -> Tensor:
+        before = copies(params)
+        norm = ops.perturb_(params, grads, old_params, **kwargs)
+        perturbed = copies(params)
+        ops.restore_(params, old_params, backend=setting.backend)
+        assert_same_bits(params, before)
+        ops.restore_(params, perturbed, backend=setting.backend)
+        return norm
+
+    check_perturb(perturb, slots, setting, **options)
+
+
+@reproducible
+@random_lists
+def test_sgd_of_random_lists(slots: list[Slot], setting: Setting, data: st.DataObject) -> None:
+    rule, granularity = data.draw(st.sampled_from(RULES))
+    options = data.draw(st.sampled_from(list(SGD_OPTIONS.values())))
+    check_sgd(ops.sgd_, slots, setting, rule=rule, granularity=granularity, **options)

@@ -1,0 +1,105 @@
+"""How many bytes the CUDA kernels move, counted by the emulation in every load and store of a
+tensor: the figures of the table in docs/kernels.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from samkernels import SAM, SAMDirection, SAMMagnitude, backends, ops
+from tests.helpers import CHUNK_SIZE, Slot, make_list
+
+SLOTS = [Slot((n,)) for n in (1, 5, 512, CHUNK_SIZE - 1, CHUNK_SIZE + 7)]
+MISALIGNED = [Slot((n,), offset=1) for n in (1, 5, 512, CHUNK_SIZE + 7)]
+OPTIONS: dict[str, Any] = {"backend": "emulated"}
+
+Lists = list[list[Tensor]]
+
+
+def sgd(rule: str, **options: Any) -> Callable[..., None]:
+    def run(
+        w: list[Tensor], old: list[Tensor], g1: list[Tensor], g2: list[Tensor], buf: Any
+    ) -> None:
+        first_grads = None if rule == "sam" else g1
+        ops.sgd_(w, old, g2, buf, lr=0.1, rule=rule, first_grads=first_grads, **options, **OPTIONS)
+
+    return run
+
+
+def norms(adaptive: bool) -> Callable[..., Any]:
+    return lambda w, old, g1, g2, buf: ops.norms(g1, w if adaptive else None, **OPTIONS)
+
+
+def perturb(w: list[Tensor], old: list[Tensor], g1: list[Tensor], *_: Any) -> None:
+    ops.perturb_(w, g1, old, rho=0.1, norm=torch.tensor(2.0), **OPTIONS)
+
+
+def recombine(rule: str) -> Callable[..., Any]:
+    return lambda w, old, g1, g2, buf: ops.recombine_(g2, g1, rule=rule, **OPTIONS)
+
+
+MOMENTUM = {"momentum": 0.9, "weight_decay": 0.1}
+# fp32 elements read and written per parameter.
+TRAFFIC: dict[str, tuple[Callable[..., Any], int, int]] = {
+    "norms": (norms(adaptive=False), 1, 0),
+    "norms, adaptive": (norms(adaptive=True), 2, 0),
+    "perturb": (perturb, 2, 2),
+    "restore": (lambda w, old, *_: ops.restore_(w, old, **OPTIONS), 1, 1),
+    "sgd": (sgd("sam", **MOMENTUM), 3, 2),
+    "sgd, first step": (sgd("sam", init_momentum=True, **MOMENTUM), 2, 2),
+    "sgd, no momentum": (sgd("sam"), 2, 1),
+    "sgd, samdirection": (sgd("samdirection", **MOMENTUM), 4, 2),
+    "sgd, sammagnitude": (sgd("sammagnitude", **MOMENTUM), 4, 2),
+    "recombine, samdirection": (recombine("samdirection"), 2, 1),
+    "compare": (lambda w, old, g1, g2, buf: ops.compare(g1, g2, w, **OPTIONS), 3, 0),
+}
+
+
+@pytest.mark.parametrize("slots", [SLOTS, MISALIGNED], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", TRAFFIC)
+def test_bytes_per_parameter(name: str, dtype: torch.dtype, slots: list[Slot]) -> None:
+    run, reads, writes = TRAFFIC[name]
+    lists = [make_list(slots, dtype, seed=seed) for seed in range(5)]
+    take_traffic()
+    run(*lists)
+    numel = sum(t.numel() for t in lists[0])
+    assert take_traffic() == (reads * numel * dtype.itemsize, writes * numel * dtype.itemsize)
+
+
+@pytest.mark.parametrize(
+    ("cls", "granularity", "expected"),
+    [
+        (SAM, None, 4 + 16 + 20),
+        (SAMDirection, "element", 4 + 16 + 24),
+        (SAMMagnitude, "element", 4 + 16 + 24),
+        (SAMDirection, "tensor", 4 + 16 + 4 + 20),
+        (SAMMagnitude, "tensor", 4 + 16 + 4 + 20),
+        (SAMDirection, "global", 4 + 16 + 4 + 20),
+        (SAMMagnitude, "global", 4 + 16 + 4 + 20),
+    ],
+)
+def test_bytes_per_parameter_and_step(
+    cls: type[SAM], granularity: str | None, expected: int
+) -> None:
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 512, CHUNK_SIZE + 7)]
+    options = {} if granularity is None else {"granularity": granularity}
+    optimizer = cls(params, rho=0.1, lr=0.1, momentum=0.9, backend="emulated", **options)
+    for _ in range(2):  # the first step makes the momentum buffers
+        take_traffic()
+        for step in (optimizer.first_step, optimizer.second_step):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            step()
+        read, written = take_traffic()
+    assert read + written == expected * sum(p.numel() for p in params)
+
+
+def take_traffic() -> tuple[int, int]:
+    """Bytes read and written since the last call."""
+    core: Any = backends.get("emulated")
+    return core._C.take_traffic()
