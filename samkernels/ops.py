@@ -5,8 +5,9 @@ dense layout (strides). All tensors of a call share one device and one dtype out
 bfloat16, float16 and float64. Arithmetic is in float32 (float64 for float64 tensors) and rounded
 when it is stored; norms are float32 (float64). Nothing here makes the host wait for the device.
 
-Every function takes `backend`: "auto" (the fastest that can serve), "native", "foreach" or
-"reference"; and `validate`: False skips the checks of the tensors, for callers that have made them.
+Every function takes `backend`: "auto" (the fastest that can serve), "native", "triton", "foreach"
+or "reference"; and `validate`: False skips the checks of the tensors, for callers that have made
+them.
 """
 
 from __future__ import annotations

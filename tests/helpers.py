@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from samkernels import backends
-from tests import emulated
+from tests import emulated, interpreted
 
 if not os.environ.get("SAMKERNELS_NO_EMULATION"):  # where the real ones run, say
     emulated.register()
+interpreted.register()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

@@ -49,7 +49,8 @@ def test_auto_takes_foreach_on_other_devices() -> None:
     assert backends.choose("auto", torch.device("meta"), torch.float32)[0] == "foreach"
 
 
-@pytest.mark.parametrize("name", [name for name in backends.BACKENDS if name != "auto"])
+# "triton" needs a GPU; "interpreted" is its kernels on the CPU (tests/interpreted.py).
+@pytest.mark.parametrize("name", [n for n in backends.BACKENDS if n not in ("auto", "triton")])
 def test_named_backends_are_taken(name: str) -> None:
     chosen, module = backends.choose(name, CPU, torch.float32)
     assert chosen == name
@@ -89,13 +90,16 @@ def test_native_says_why_it_cannot_serve_cuda() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_auto_takes_native_on_cuda() -> None:
     device = torch.device("cuda")
-    expected = "foreach" if _C.why_no_cuda() else "native"
+    without_native = "foreach" if backends.why_unavailable("triton", device) else "triton"
+    expected = without_native if _C.why_no_cuda() else "native"
     assert backends.choose("auto", device, torch.float32)[0] == expected
 
 
 @pytest.mark.parametrize("name", ["", "Native", "cuda", None])
 def test_unknown_names(name: Any) -> None:
-    with pytest.raises(ValueError, match=r"backend=.*'auto', 'native', 'foreach', 'reference'"):
+    with pytest.raises(
+        ValueError, match=r"backend=.*'auto', 'native', 'triton', 'foreach', 'reference'"
+    ):
         backends.choose(name, CPU, torch.float32)
 
 

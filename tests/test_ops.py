@@ -64,11 +64,22 @@ SGD_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
-every_list = pytest.mark.parametrize("slots", LISTS.values(), ids=LISTS)
+# The interpreter of the Triton kernels takes milliseconds per tensor; their tables have no capacity
+# that a thousand would exceed.
+every_setting_and_list = pytest.mark.parametrize(
+    ("setting", "slots"),
+    [
+        pytest.param(setting, slots, id=f"{name}-{setting}")
+        for name, slots in LISTS.items()
+        for setting in SETTINGS
+        if (setting.backend, name) != ("interpreted", "thousand")
+    ],
+)
 every_perturbation = pytest.mark.parametrize("options", PERTURBATIONS.values(), ids=PERTURBATIONS)
 every_rule = pytest.mark.parametrize(("rule", "granularity"), RULES)
 NATIVE = [s for s in SETTINGS if s.backend == "native"]
-every_native = pytest.mark.parametrize("setting", NATIVE, ids=str)
+KERNELS = [s for s in SETTINGS if s.backend in ("native", "triton", "interpreted")]
+every_kernel = pytest.mark.parametrize("setting", KERNELS, ids=str)
 native_on_cpu = pytest.mark.parametrize(
     "setting", [s for s in NATIVE if s.device == "cpu"], ids=str
 )
@@ -206,8 +217,7 @@ def check_sgd(
 # Every op, list of tensors and setting
 
 
-@every_setting
-@every_list
+@every_setting_and_list
 @pytest.mark.parametrize("weighted", [False, True])
 def test_norms(slots: list[Slot], setting: Setting, weighted: bool) -> None:
     lists = Lists(slots, setting)
@@ -222,8 +232,7 @@ def test_norms(slots: list[Slot], setting: Setting, weighted: bool) -> None:
     lists.assert_guards_intact()
 
 
-@every_setting
-@every_list
+@every_setting_and_list
 @pytest.mark.parametrize("options", ["plain", "adaptive-maximize"])
 def test_perturb(slots: list[Slot], setting: Setting, options: str) -> None:
     check_perturb(ops.perturb_, slots, setting, **PERTURBATIONS[options])
@@ -260,8 +269,7 @@ def test_perturb_with_a_known_norm(setting: Setting, options: dict[str, Any]) ->
     check_perturb(perturb, LAYOUTS, setting, **options)
 
 
-@every_setting
-@every_list
+@every_setting_and_list
 def test_restore_bit_for_bit(slots: list[Slot], setting: Setting) -> None:
     lists = Lists(slots, setting)
     # Any bits: nan payloads, -0.0, subnormal numbers.
@@ -305,8 +313,7 @@ def test_recombine(setting: Setting, rule: str, granularity: str) -> None:
     check_recombine(ops.recombine_, LAYOUTS, setting, rule=rule, granularity=granularity)
 
 
-@every_setting
-@every_list
+@every_setting_and_list
 @pytest.mark.parametrize(
     ("rule", "granularity"),
     [("samdirection", "element"), ("sammagnitude", "tensor")],
@@ -324,8 +331,7 @@ def test_sgd(setting: Setting, options: dict[str, Any], rule: str, granularity: 
     check_sgd(ops.sgd_, LAYOUTS, setting, rule=rule, granularity=granularity, **options)
 
 
-@every_setting
-@every_list
+@every_setting_and_list
 def test_sgd_on_every_list(slots: list[Slot], setting: Setting) -> None:
     recombination = {"rule": "sammagnitude", "granularity": "tensor"}
     check_sgd(ops.sgd_, slots, setting, **SGD_OPTIONS["nesterov"], **recombination)
@@ -371,8 +377,7 @@ def test_known_norms_are_used(setting: Setting, rule: str, granularity: str) -> 
     assert_near(lists.grads, expected, sizes, RECOMBINE_ROUNDINGS + 1)
 
 
-@every_setting
-@every_list
+@every_setting_and_list
 def test_compare(slots: list[Slot], setting: Setting) -> None:
     lists = Lists(slots, setting)
     check_comparison(lists.first_grads, lists.grads, lists.old_params, setting)
@@ -404,7 +409,7 @@ def check_comparison(
     assert bool(((sums - expected).abs() <= bound).all())
 
 
-# Bits: native does the reference's arithmetic, on every device
+# Bits: the kernels do the reference's arithmetic, on every device
 
 
 MIXED = [*LAYOUTS, Slot((CHUNK_SIZE + 1,), offset=1), Slot((511,))]
@@ -423,9 +428,9 @@ def known_norms(setting: Setting, rule: str, granularity: str, length: int) -> d
     return {"first_norm": first_norm, "second_norm": second_norm}
 
 
-@every_native
+@every_kernel
 @every_perturbation
-def test_native_perturbs_as_the_reference_bit_for_bit(
+def test_kernels_perturb_as_the_reference_bit_for_bit(
     setting: Setting, options: dict[str, Any]
 ) -> None:
     results = []
@@ -444,9 +449,9 @@ def test_native_perturbs_as_the_reference_bit_for_bit(
     assert_equal(*results)
 
 
-@every_native
+@every_kernel
 @every_rule
-def test_native_recombines_as_the_reference_bit_for_bit(
+def test_kernels_recombine_as_the_reference_bit_for_bit(
     setting: Setting, rule: str, granularity: str
 ) -> None:
     results = []
@@ -465,10 +470,10 @@ def test_native_recombines_as_the_reference_bit_for_bit(
     assert_equal(*results)
 
 
-@every_native
+@every_kernel
 @pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
 @every_rule
-def test_native_updates_as_the_reference_bit_for_bit(
+def test_kernels_update_as_the_reference_bit_for_bit(
     setting: Setting, options: dict[str, Any], rule: str, granularity: str
 ) -> None:
     results = []

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samkernels import SAM, SAMMagnitude
+from samkernels import SAM, SAMMagnitude, backends
 from samkernels.backends import foreach, native
+from tests import interpreted
+
+interpreted.register()
 
 GRAD = torch.tensor([3.0, -4.0])
 
@@ -32,6 +35,7 @@ def interrupt(*_: object, **__: object) -> None:
     [
         # Ctrl-C during the C call is raised right after it; in the others, between two tensors.
         ("native", native, "_mark_written"),
+        ("interpreted", backends._MODULES["interpreted"], "_mark_written"),
         ("foreach", foreach, "_where"),
         ("reference", torch, "where"),
     ],

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, ops
+from tests import interpreted
 from tests.optim_helpers import (
     BACKENDS,
     OPTIMIZERS,
@@ -40,7 +41,11 @@ from tests.optim_helpers import (
 
 __all__ = ["one_thread"]
 
+interpreted.register()
+
 STEPS = 50
+# The Triton kernels in their interpreter take milliseconds per tensor and launch.
+INTERPRETED_STEPS = 12
 EPS = 1e-12
 # Half the distance of two neighbours around 1, in the precision of the arithmetic.
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
@@ -347,7 +352,7 @@ def conv_net_run(
     [
         (name, backend)
         for name in OPTIONS
-        for backend in BACKENDS
+        for backend in (*BACKENDS, "interpreted")
         if name == "momentum" or backend != "reference"  # the slowest one, without variations
     ],
 )
@@ -356,7 +361,8 @@ def test_conv_net(cls: type[SAM], variant: dict[str, Any], name: str, backend: s
     optimizer, backward = conv_net_run(cls, variant, name, backend)
     before = oracle_of(optimizer, backend).w
     oracle = oracle_of(optimizer, backend)
-    follow(optimizer, oracle, backward, backend)
+    steps = INTERPRETED_STEPS if backend == "interpreted" else STEPS
+    follow(optimizer, oracle, backward, backend, steps=steps)
 
     # A bound that has grown would say nothing, and weights that hardly moved neither.
     moved = (oracle.w.value - before.value).abs()
@@ -372,8 +378,9 @@ def test_conv_net(cls: type[SAM], variant: dict[str, Any], name: str, backend: s
     [
         (dtype, backend)
         for dtype in (torch.bfloat16, torch.float16, torch.float64)
-        for backend in BACKENDS
-        if (dtype, backend) != (torch.float64, "native")  # the compiled core has no float64
+        for backend in (*BACKENDS, "interpreted")
+        # The kernels have no float64.
+        if dtype is not torch.float64 or backend not in ("native", "interpreted")
     ],
 )
 @pytest.mark.parametrize(("cls", "variant"), VARIANTS)
@@ -398,7 +405,8 @@ def test_other_dtypes(
 
     before = oracle_of(optimizer, backend).w
     oracle = oracle_of(optimizer, backend)
-    follow(optimizer, oracle, backward, backend, steps=25)
+    steps = INTERPRETED_STEPS if backend == "interpreted" else 25
+    follow(optimizer, oracle, backward, backend, steps=steps)
     assert (oracle.w.value - before.value).abs().mean() > 0.02
     if dtype is torch.float64:
         assert oracle.w.error.max() < 1e-12

@@ -122,4 +122,6 @@ def test_report_names_every_backend() -> None:
     assert native.build_info()["compiler"] in lines[1]
     for backend in ("native", "foreach", "reference"):
         assert any(line.split() == [backend, "cpu", "available"] for line in lines)
+    for backend in ("native", "triton", "foreach", "reference"):
         assert any(line.startswith(backend) and " cuda " in line for line in lines)
+    assert any(line.split()[:3] == ["triton", "cpu", "no:"] for line in lines)

@@ -44,7 +44,7 @@ class Config:
         choices=("element", "tensor", "global"),
     )
     backend: str = _key(
-        "auto", "samkernels backend", choices=("auto", "native", "foreach", "reference")
+        "auto", "samkernels backend", choices=("auto", "native", "triton", "foreach", "reference")
     )
     lr: float = _key(0.1, "learning rate at the start", high=100.0)
     momentum: float = _key(0.9, "momentum of SGD", high=1.0)

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from samkernels.backends import foreach, native, reference
+from samkernels.backends import foreach, native, reference, triton
 from samkernels.backends.contract import (
     Backend,
     Comparison,
@@ -33,7 +33,12 @@ __all__ = [
 
 # Fastest first; "auto" takes the first one that can serve. The reference is an oracle, never a
 # choice of "auto".
-_MODULES: dict[str, ModuleType] = {"native": native, "foreach": foreach, "reference": reference}
+_MODULES: dict[str, ModuleType] = {
+    "native": native,
+    "triton": triton,
+    "foreach": foreach,
+    "reference": reference,
+}
 BACKENDS = ("auto", *_MODULES)
 
 
@@ -66,7 +71,12 @@ def choose(
     """
     check_name(backend)
     if backend == "auto":
-        backend = next(name for name in _MODULES if not why_unavailable(name, device, dtype, dense))
+        backend = next(
+            name
+            for name in _MODULES
+            if (name, device.type) != ("triton", "cpu")  # Triton's interpreter is for debugging
+            and not why_unavailable(name, device, dtype, dense)
+        )
     elif reason := why_unavailable(backend, device, dtype, dense):
         raise RuntimeError(f'backend="{backend}" cannot serve {dtype} on {device}: {reason}')
     return backend, get(backend)

@@ -53,7 +53,7 @@ class SAM(Optimizer):
             a CUDA graph sees what is written to it.
         adaptive: ASAM's perturbation, as in davda54/sam.
         backend: "auto" takes, per device and dtype, the fastest that can serve (see `backends`);
-            "native", "foreach" or "reference" insists on one.
+            "native", "triton", "foreach" or "reference" insists on one.
         track_statistics: fill `statistics` in each second step.
         base_options: lr, momentum, weight_decay and so on.
 

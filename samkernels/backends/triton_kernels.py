@@ -1,0 +1,592 @@
+"""The Triton kernels. samkernels/backends/triton.py launches them, and imports this file when it is
+needed: importing triton takes a tenth of a second.
+
+A kernel works on lists of tensors. Program p has chunk p, a part of one tensor, the same part in
+every list:
+
+    plan        int64 [chunks, 5]: the chunk's tensor, its first element and number of elements,
+                and of that tensor the first chunk and the number of chunks; a tensor without
+                elements has one chunk
+    addresses   int64 [tensors, LISTS]: where each tensor begins
+
+Loads and stores are of 16 bytes where a block of a chunk is whole and all its addresses allow it,
+and masked elsewhere. Arithmetic is in float32, in the order of the reference, and rounded once,
+when it is stored; launches forbid its contraction into fused multiply-adds. `/` would be
+approximate: div_rn is not. Sums are in float64 and of a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
+PLAN_COLUMNS = tl.constexpr(5)
+VECTOR_BYTES = tl.constexpr(16)
+
+# Kinds of momentum.
+NO_MOMENTUM = tl.constexpr(0)
+INIT_MOMENTUM = tl.constexpr(1)  # the buffers hold nothing yet
+RUNNING_MOMENTUM = tl.constexpr(2)
+
+
+@triton.jit
+def _chunk(plan):
+    """This program's tensor, first element and number of elements."""
+    row = plan + tl.program_id(0).to(tl.int64) * PLAN_COLUMNS
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2)
+
+
+@triton.jit
+def _address(addresses, tensor, begin, LIST: tl.constexpr, LISTS: tl.constexpr, T: tl.constexpr):
+    """Of element `begin`. An integer: a pointer would keep what `_pointers` says of it from
+    Triton."""
+    SIZE: tl.constexpr = 4 if T == tl.float32 else 2
+    return tl.load(addresses + tensor * LISTS + LIST) + begin * SIZE
+
+
+@triton.jit
+def _is_aligned(address):
+    return address % VECTOR_BYTES == 0
+
+
+@triton.jit
+def _pointers(address, offsets, WHOLE: tl.constexpr, T: tl.constexpr):
+    pointer = address.to(tl.pointer_type(T))
+    if WHOLE:  # said of the cast that is in this branch only
+        pointer = tl.multiple_of(pointer, VECTOR_BYTES)
+    return pointer + offsets
+
+
+@triton.jit
+def _load(address, offsets, mask, WHOLE: tl.constexpr, T: tl.constexpr):
+    pointers = _pointers(address, offsets, WHOLE, T)
+    if WHOLE:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask, other=0.0)
+
+
+@triton.jit
+def _store(address, offsets, mask, values, WHOLE: tl.constexpr, T: tl.constexpr):
+    pointers = _pointers(address, offsets, WHOLE, T)
+    if WHOLE:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask)
+
+
+@triton.jit
+def _scalar(value, ON_DEVICE: tl.constexpr):
+    """A hyperparameter: a number, or the address of one."""
+    if ON_DEVICE:
+        return tl.load(value)
+    else:
+        return value
+
+
+@triton.jit
+def _is_finite(x):
+    return (x >= -LARGEST_FLOAT) & (x <= LARGEST_FLOAT)
+
+
+# Perturb and restore
+
+
+@triton.jit
+def _perturb_block(
+    w_at,
+    g_at,
+    old_at,
+    offsets,
+    mask,
+    scale,
+    ADAPTIVE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    stored = _load(w_at, offsets, mask, WHOLE, T)
+    w = stored.to(tl.float32)
+    direction = _load(g_at, offsets, mask, WHOLE, T).to(tl.float32)
+    if ADAPTIVE:
+        direction = w * w * direction
+    perturbed = (w + scale * direction).to(T)
+    _store(old_at, offsets, mask, stored, WHOLE, T)
+    _store(w_at, offsets, mask, tl.where(scale != 0, perturbed, stored), WHOLE, T)
+
+
+@triton.jit(do_not_specialize=["plan", "addresses", "norm", "rho", "eps"])
+def perturb(
+    plan,
+    addresses,
+    norm,
+    rho,
+    eps,
+    ADAPTIVE: tl.constexpr,
+    RHO_ON_DEVICE: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """old_param = w;  w += rho / (n + eps) * s^2 * g,  s = |w| if adaptive, else 1.
+
+    An n that is zero or not finite perturbs nothing. Lists: params, grads, old_params.
+
+    Source: Foret et al., arXiv:2010.01412; adaptive: Kwon et al., arXiv:2102.11600.
+    """
+    tensor, begin, count = _chunk(plan)
+    w_at = _address(addresses, tensor, begin, 0, 3, T)
+    g_at = _address(addresses, tensor, begin, 1, 3, T)
+    old_at = _address(addresses, tensor, begin, 2, 3, T)
+    n = tl.load(norm)
+    radius = _scalar(rho, RHO_ON_DEVICE)
+    scale = tl.where((n > 0) & (n <= LARGEST_FLOAT), tl.div_rn(radius, n + eps), 0.0)
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < count
+    if (count == BLOCK) & _is_aligned(w_at | g_at | old_at):
+        _perturb_block(w_at, g_at, old_at, offsets, mask, scale, ADAPTIVE, True, T)
+    else:
+        _perturb_block(w_at, g_at, old_at, offsets, mask, scale, ADAPTIVE, False, T)
+
+
+@triton.jit(do_not_specialize=["plan", "addresses"])
+def restore(plan, addresses, T: tl.constexpr, BLOCK: tl.constexpr):
+    """w = old_param. Lists: params, old_params."""
+    tensor, begin, count = _chunk(plan)
+    w_at = _address(addresses, tensor, begin, 0, 2, T)
+    old_at = _address(addresses, tensor, begin, 1, 2, T)
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < count
+    if (count == BLOCK) & _is_aligned(w_at | old_at):
+        _store(w_at, offsets, mask, _load(old_at, offsets, mask, True, T), True, T)
+    else:
+        _store(w_at, offsets, mask, _load(old_at, offsets, mask, False, T), False, T)
+
+
+# Recombine and update
+
+
+@triton.jit
+def _coefficient(
+    numerator,
+    denominator,
+    eps,
+    grad_scale,
+    tensor,
+    SCALED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    UNSCALED: tl.constexpr,
+):
+    """numerator / (denominator + eps) of a tensor if SCALED, over grad_scale if UNSCALED."""
+    coefficient = tl.full([], 1.0, tl.float32)
+    if SCALED:
+        if PER_TENSOR:
+            numerator += tensor
+            denominator += tensor
+        coefficient = tl.div_rn(tl.load(numerator), tl.load(denominator) + eps)
+    if UNSCALED:
+        coefficient = tl.div_rn(coefficient, tl.load(grad_scale))
+    return coefficient
+
+
+@triton.jit
+def _is_skipped(ascent_norm, found_inf, GUARDED: tl.constexpr, CHECKED: tl.constexpr):
+    skipped = tl.full([], False, tl.int1)
+    if GUARDED:
+        skipped = ~_is_finite(tl.load(ascent_norm))
+    if CHECKED:
+        skipped = skipped | (tl.load(found_inf) != 0)
+    return skipped
+
+
+@triton.jit
+def _recombined(
+    magnitude_at,
+    sign_at,
+    offsets,
+    mask,
+    coefficient,
+    SIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    """u = magnitude, or |magnitude| * sign(sign); times coefficient if SCALED. sign(nan) = 0."""
+    u = _load(magnitude_at, offsets, mask, WHOLE, T).to(tl.float32)
+    if SIGNED:
+        sign = _load(sign_at, offsets, mask, WHOLE, T).to(tl.float32)
+        u = tl.abs(u) * ((sign > 0).to(tl.float32) - (sign < 0).to(tl.float32))
+    if SCALED:
+        u = coefficient * u
+    return u
+
+
+@triton.jit
+def _recombine_block(
+    out_at,
+    magnitude_at,
+    sign_at,
+    offsets,
+    mask,
+    coefficient,
+    skipped,
+    SIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    u = _recombined(magnitude_at, sign_at, offsets, mask, coefficient, SIGNED, SCALED, WHOLE, T).to(
+        T
+    )
+    _store(out_at, offsets, mask, tl.where(skipped, 0.0, u).to(T), WHOLE, T)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "plan",
+        "addresses",
+        "numerator",
+        "denominator",
+        "eps",
+        "ascent_norm",
+        "grad_scale",
+        "found_inf",
+    ]
+)
+def recombine(
+    plan,
+    addresses,
+    numerator,
+    denominator,
+    eps,
+    ascent_norm,
+    grad_scale,
+    found_inf,
+    SIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    UNSCALED: tl.constexpr,
+    GUARDED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = u: |magnitude| * sign(sign), numerator / (denominator + eps) * magnitude, or magnitude;
+    over grad_scale if UNSCALED.
+
+    If ascent_norm is not finite, or found_inf not 0, 0. Lists: out, magnitude and, if SIGNED, sign.
+    """
+    LISTS: tl.constexpr = 2 + SIGNED
+    tensor, begin, count = _chunk(plan)
+    out_at = _address(addresses, tensor, begin, 0, LISTS, T)
+    magnitude_at = _address(addresses, tensor, begin, 1, LISTS, T)
+    sign_at = _address(addresses, tensor, begin, LISTS - 1, LISTS, T)  # else magnitude's again
+    coefficient = _coefficient(
+        numerator, denominator, eps, grad_scale, tensor, SCALED, PER_TENSOR, UNSCALED
+    )
+    skipped = _is_skipped(ascent_norm, found_inf, GUARDED, CHECKED)
+    HAS_COEFFICIENT: tl.constexpr = SCALED or UNSCALED
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < count
+    if (count == BLOCK) & _is_aligned(out_at | magnitude_at | sign_at):
+        _recombine_block(
+            out_at, magnitude_at, sign_at, offsets, mask, coefficient, skipped, SIGNED,
+            HAS_COEFFICIENT, True, T,
+        )  # fmt: skip
+    else:
+        _recombine_block(
+            out_at, magnitude_at, sign_at, offsets, mask, coefficient, skipped, SIGNED,
+            HAS_COEFFICIENT, False, T,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sgd_block(
+    w_at,
+    old_at,
+    magnitude_at,
+    sign_at,
+    buffer_at,
+    offsets,
+    mask,
+    coefficient,
+    skipped,
+    lr,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    gradient_sign,
+    SIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DECAYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    u = _recombined(magnitude_at, sign_at, offsets, mask, coefficient, SIGNED, SCALED, WHOLE, T)
+    old = _load(old_at, offsets, mask, WHOLE, T)
+    w = old.to(tl.float32)
+    u = gradient_sign * u
+    if DECAYS:
+        u = u + weight_decay * w
+    if MOMENTUM != NO_MOMENTUM:
+        if MOMENTUM == INIT_MOMENTUM:
+            buffer = u
+            kept = tl.full(old.shape, 0.0, T)
+        else:
+            kept = _load(buffer_at, offsets, mask, WHOLE, T)
+            buffer = momentum * kept.to(tl.float32) + one_minus_dampening * u
+        if NESTEROV:
+            u = u + momentum * buffer
+        else:
+            u = buffer
+        _store(buffer_at, offsets, mask, tl.where(skipped, kept, buffer.to(T)), WHOLE, T)
+    updated = (w - lr * u).to(T)
+    _store(w_at, offsets, mask, tl.where(skipped, old, updated), WHOLE, T)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "plan",
+        "addresses",
+        "numerator",
+        "denominator",
+        "eps",
+        "ascent_norm",
+        "grad_scale",
+        "found_inf",
+        "lr",
+        "momentum",
+        "one_minus_dampening",
+        "weight_decay",
+        "gradient_sign",
+    ]
+)
+def sgd(
+    plan,
+    addresses,
+    numerator,
+    denominator,
+    eps,
+    ascent_norm,
+    grad_scale,
+    found_inf,
+    lr,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    gradient_sign,
+    SIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    UNSCALED: tl.constexpr,
+    GUARDED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DECAYS: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Restore, recombine and update: torch.optim.SGD's step from w = old_param with u.
+
+    u = gradient_sign * u;  u += weight_decay * w
+    buf = u at first, then momentum * buf + (1 - dampening) * u
+    d = u + momentum * buf with Nesterov, else buf (u without momentum);  w -= lr * d
+
+    If ascent_norm is not finite, or found_inf not 0, w = old_param and buf stays (0 at first).
+    Lists: params, old_params, magnitude, then sign if SIGNED, then the buffers if there are any.
+
+    Source: torch.optim.SGD; u: see recombine.
+    """
+    LISTS: tl.constexpr = 3 + SIGNED + (MOMENTUM != NO_MOMENTUM)
+    tensor, begin, count = _chunk(plan)
+    w_at = _address(addresses, tensor, begin, 0, LISTS, T)
+    old_at = _address(addresses, tensor, begin, 1, LISTS, T)
+    magnitude_at = _address(addresses, tensor, begin, 2, LISTS, T)
+    # A list that is not there stands for one that is, and is not used.
+    sign_at = _address(addresses, tensor, begin, 2 + SIGNED, LISTS, T)
+    buffer_at = _address(addresses, tensor, begin, LISTS - 1, LISTS, T)
+    coefficient = _coefficient(
+        numerator, denominator, eps, grad_scale, tensor, SCALED, PER_TENSOR, UNSCALED
+    )
+    skipped = _is_skipped(ascent_norm, found_inf, GUARDED, CHECKED)
+    HAS_COEFFICIENT: tl.constexpr = SCALED or UNSCALED
+    rate = _scalar(lr, LR_ON_DEVICE)
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < count
+    if (count == BLOCK) & _is_aligned(w_at | old_at | magnitude_at | sign_at | buffer_at):
+        _sgd_block(
+            w_at, old_at, magnitude_at, sign_at, buffer_at, offsets, mask, coefficient, skipped,
+            rate, momentum, one_minus_dampening, weight_decay, gradient_sign, SIGNED,
+            HAS_COEFFICIENT, MOMENTUM, NESTEROV, DECAYS, True, T,
+        )  # fmt: skip
+    else:
+        _sgd_block(
+            w_at, old_at, magnitude_at, sign_at, buffer_at, offsets, mask, coefficient, skipped,
+            rate, momentum, one_minus_dampening, weight_decay, gradient_sign, SIGNED,
+            HAS_COEFFICIENT, MOMENTUM, NESTEROV, DECAYS, False, T,
+        )  # fmt: skip
+
+
+# Sums: every program writes the sums of its chunk; the one that finishes last adds them up, in the
+# order of the chunks. Only integers are counted atomically, so the same inputs give the same bits.
+
+
+@triton.jit
+def _is_last(finished, count):
+    """Whether this program is the last of `count` to come here; it sees what the others wrote."""
+    tl.debug_barrier()
+    before = tl.atomic_add(finished, 1, sem="acq_rel")
+    tl.debug_barrier()
+    return before == count - 1
+
+
+@triton.jit
+def _sum(values, first, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of values[STRIDE * i] for `count` indices i from `first` on, which others wrote."""
+    offsets = tl.arange(0, BLOCK)
+    sums = tl.full([BLOCK], 0.0, tl.float64)
+    for start in range(0, count, BLOCK):
+        mask = start + offsets < count
+        pointers = values + (first + start + offsets.to(tl.int64)) * STRIDE
+        sums += tl.load(pointers, mask, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _squares(
+    x_at, weights_at, offsets, mask, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr, T: tl.constexpr
+):
+    x = _load(x_at, offsets, mask, WHOLE, T).to(tl.float32)
+    if WEIGHTED:
+        x = tl.abs(_load(weights_at, offsets, mask, WHOLE, T).to(tl.float32)) * x
+    wide = x.to(tl.float64)
+    return wide * wide
+
+
+@triton.jit(do_not_specialize=["plan", "addresses", "workspace", "finished", "per_tensor", "total"])
+def norms(
+    plan,
+    addresses,
+    workspace,
+    finished,
+    per_tensor,
+    total,
+    WEIGHTED: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """per_tensor = ||s * x||_2 of each tensor, total of all;  s = |weights| if given, else 1.
+
+    Lists: x and, if WEIGHTED, weights. workspace: float64 [chunks + tensors]; finished: int32
+    [tensors + 1], zeros.
+    """
+    LISTS: tl.constexpr = 1 + WEIGHTED
+    chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    tensor, begin, count = _chunk(plan)
+    row = plan + chunk.to(tl.int64) * PLAN_COLUMNS
+    first_chunk = tl.load(row + 3)
+    chunks_of_tensor = tl.load(row + 4)
+    tensors = tl.load(plan + (chunks - 1).to(tl.int64) * PLAN_COLUMNS) + 1  # the last one's tensor
+    x_at = _address(addresses, tensor, begin, 0, LISTS, T)
+    weights_at = _address(addresses, tensor, begin, LISTS - 1, LISTS, T)
+    aligned = _is_aligned(x_at | weights_at)
+
+    offsets = tl.arange(0, BLOCK)
+    squares = tl.full([BLOCK], 0.0, tl.float64)
+    for start in range(0, count, BLOCK):
+        here = start + offsets
+        mask = here < count
+        if aligned & (start + BLOCK <= count):
+            squares += _squares(x_at, weights_at, here, mask, WEIGHTED, True, T)
+        else:
+            squares += _squares(x_at, weights_at, here, mask, WEIGHTED, False, T)
+    tl.store(workspace + chunk, tl.sum(squares, 0))
+
+    if _is_last(finished + tensor, chunks_of_tensor):
+        of_tensor = _sum(workspace, first_chunk, chunks_of_tensor, 1, BLOCK)
+        tl.store(per_tensor + tensor, tl.sqrt(of_tensor).to(tl.float32))
+        tl.store(workspace + chunks + tensor, of_tensor)
+        if _is_last(finished + tensors, tensors):
+            of_all = _sum(workspace + chunks, 0, tensors, 1, BLOCK)
+            tl.store(total, tl.sqrt(of_all).to(tl.float32))
+
+
+@triton.jit
+def _compare_block(
+    first_at,
+    second_at,
+    w_at,
+    offsets,
+    mask,
+    a,
+    b,
+    c,
+    d,
+    e,
+    f,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    # float64: products of float32 are exact there, and none of them is lost to underflow.
+    g1 = _load(first_at, offsets, mask, WHOLE, T).to(tl.float32).to(tl.float64)
+    g2 = _load(second_at, offsets, mask, WHOLE, T).to(tl.float32).to(tl.float64)
+    w = _load(w_at, offsets, mask, WHOLE, T).to(tl.float32).to(tl.float64)
+    product = g1 * g2
+    larger = (tl.abs(g2) > tl.abs(g1)).to(tl.int32)
+    agree = (product > 0).to(tl.int32)
+    return a + g1 * g1, b + g2 * g2, c + product, d + larger, e + agree, f + w * w
+
+
+@triton.jit(do_not_specialize=["plan", "addresses", "workspace", "finished", "sums"])
+def compare(plan, addresses, workspace, finished, sums, T: tl.constexpr, BLOCK: tl.constexpr):
+    """sums = g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2, over all elements.
+
+    Lists: first_grads, second_grads, weights. workspace: float64 [chunks, 6]; finished: int32 [1],
+    zero.
+    """
+    SUMS: tl.constexpr = 6
+    chunk = tl.program_id(0).to(tl.int64)
+    chunks = tl.num_programs(0)
+    tensor, begin, count = _chunk(plan)
+    first_at = _address(addresses, tensor, begin, 0, 3, T)
+    second_at = _address(addresses, tensor, begin, 1, 3, T)
+    w_at = _address(addresses, tensor, begin, 2, 3, T)
+    aligned = _is_aligned(first_at | second_at | w_at)
+
+    offsets = tl.arange(0, BLOCK)
+    a = tl.full([BLOCK], 0.0, tl.float64)
+    b = tl.full([BLOCK], 0.0, tl.float64)
+    c = tl.full([BLOCK], 0.0, tl.float64)
+    d = tl.full([BLOCK], 0, tl.int32)
+    e = tl.full([BLOCK], 0, tl.int32)
+    f = tl.full([BLOCK], 0.0, tl.float64)
+    for start in range(0, count, BLOCK):
+        here = start + offsets
+        mask = here < count
+        if aligned & (start + BLOCK <= count):
+            a, b, c, d, e, f = _compare_block(
+                first_at, second_at, w_at, here, mask, a, b, c, d, e, f, True, T
+            )
+        else:
+            a, b, c, d, e, f = _compare_block(
+                first_at, second_at, w_at, here, mask, a, b, c, d, e, f, False, T
+            )
+    of_chunk = workspace + chunk * SUMS
+    tl.store(of_chunk, tl.sum(a, 0))
+    tl.store(of_chunk + 1, tl.sum(b, 0))
+    tl.store(of_chunk + 2, tl.sum(c, 0))
+    tl.store(of_chunk + 3, tl.sum(d, 0).to(tl.float64))
+    tl.store(of_chunk + 4, tl.sum(e, 0).to(tl.float64))
+    tl.store(of_chunk + 5, tl.sum(f, 0))
+
+    if _is_last(finished, chunks):
+        for k in tl.static_range(SUMS):
+            tl.store(sums + k, _sum(workspace + k, 0, chunks, SUMS, BLOCK))
+
+
+# Whether all this was meant for Triton's interpreter (TRITON_INTERPRET), and takes CPU tensors.
+INTERPRETED = not isinstance(restore, triton.JITFunction)

@@ -1,0 +1,539 @@
+"""The Triton backend around its kernels: what they are compiled to, when they are compiled again,
+tables, the journal, and life without Triton.
+
+The ops are in test_ops.py: on "interpreted", and on "triton" where there is a GPU."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from samkernels import backends, ops
+from samkernels.backends import Recombination, SgdOptions, foreach, native, triton
+from tests import compiled
+from tests.helpers import Slot, assert_same_bits, copies, make_list
+from tests.test_backends import run_python
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ARCHITECTURES = (80, 90)
+INTERPRETED: Any = backends._MODULES["interpreted"]
+
+every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
+
+
+def tensors(dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = (3, 5000)) -> list[Tensor]:
+    return [torch.ones(n, dtype=dtype) for n in sizes]
+
+
+def sgd_options(**options: Any) -> SgdOptions:
+    defaults: dict[str, Any] = {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "dampening": 0.1,
+        "weight_decay": 0.1,
+        "nesterov": True,
+        "maximize": False,
+        "init_momentum": False,
+    }
+    return SgdOptions(**{**defaults, **options})
+
+
+# What the kernels are compiled to
+
+
+class Lists:
+    """Calls of every kernel: (call, lists that it reads, lists that it writes)."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.w, self.g1, self.g2, self.old, self.buffer = (tensors(dtype) for _ in range(5))
+        self.norm, self.norms = torch.ones(()), torch.ones(2)
+        # With all that makes the arithmetic longer.
+        checks = {"ascent_norm": self.norm, "grad_scale": self.norm, "found_inf": self.norm}
+        self.rules = {
+            "plain": Recombination(self.g2, **checks),
+            "signed": Recombination(self.g1, self.g2, **checks),
+            "scaled": Recombination(self.g1, None, self.norms, self.norms, **checks),
+        }
+        self.calls: dict[str, tuple[Callable[[], Any], int, int]] = {
+            "norms": (lambda: triton.norms(self.g1, None), 1, 0),
+            "norms, weighted": (lambda: triton.norms(self.g1, self.w), 2, 0),
+            "compare": (lambda: triton.compare(self.g1, self.g2, self.w), 3, 0),
+            "restore": (lambda: triton.restore_(self.w, self.old), 1, 1),
+            "perturb": (lambda: self.perturb(0.1, False), 2, 2),
+            "perturb, adaptive": (lambda: self.perturb(self.norm, True), 2, 2),
+        }
+        for name, rule in self.rules.items():
+            reads = 1 + (name == "signed")
+            self.calls[f"recombine, {name}"] = (self.recombine(rule), reads, 1)
+            self.calls[f"sgd, {name}"] = (self.sgd(rule, None), reads + 1, 1)
+            self.calls[f"sgd, {name}, init"] = (self.sgd(rule, True), reads + 1, 2)
+            self.calls[f"sgd, {name}, running"] = (self.sgd(rule, False), reads + 2, 2)
+
+        bare = Recombination(self.g2, None, self.norm, self.norm)
+        options = sgd_options(lr=self.norm, weight_decay=0.0, nesterov=False)
+        self.calls["recombine, bare"] = (self.recombine(bare), 1, 1)
+        self.calls["sgd, bare"] = (
+            lambda: triton.sgd_(self.w, self.old, self.buffer, bare, options),
+            3,
+            2,
+        )
+
+    def perturb(self, rho: Any, adaptive: bool, journal: list[bool] | None = None) -> None:
+        options: dict[str, Any] = {"adaptive": adaptive, "eps": 1e-12, "journal": journal}
+        triton.perturb_(self.w, self.g1, self.old, norm=self.norm, rho=rho, **options)
+
+    def recombine(self, rule: Recombination) -> Callable[[], None]:
+        return lambda: triton.recombine_(self.g2, rule)
+
+    def sgd(self, rule: Recombination, init: bool | None) -> Callable[[], None]:
+        buffer = None if init is None else self.buffer
+        options = sgd_options(nesterov=init is not None, init_momentum=init is True)
+        return lambda: triton.sgd_(self.w, self.old, buffer, rule, options)
+
+
+# Every kernel in float32, and in half precision one of each kind, the longest.
+HALF = ("norms, weighted", "compare", "restore", "perturb, adaptive", "recombine, signed")
+COMPILED = [
+    *((torch.float32, name) for name in Lists(torch.float32).calls),
+    *(
+        (dtype, name)
+        for dtype in (torch.bfloat16, torch.float16)
+        for name in (*HALF, "sgd, signed, running")
+    ),
+]
+
+
+def compiled_code(arch: int, call: Callable[[], Any]) -> tuple[compiled.Code, Any]:
+    with compiled.gpu(arch) as gpu:
+        call()
+    (launched,) = gpu.launches
+    kernel = compiled.kernel_of(triton._kernels(), launched, arch)
+    return compiled.code_of(kernel), kernel
+
+
+@every_architecture
+@pytest.mark.parametrize(("dtype", "name"), COMPILED)
+def test_kernels_are_compiled_to_vectors_without_spills(
+    dtype: torch.dtype, name: str, arch: int
+) -> None:
+    call, reads, writes = Lists(dtype).calls[name]
+    code, kernel = compiled_code(arch, call)
+    assert kernel.metadata.target.arch == arch
+    assert code.local_bytes == 0
+    is_sum = name.startswith(("norms", "compare"))
+    launch = triton.SUM_LAUNCH if is_sum else triton.DEFAULT_LAUNCH
+    per_thread = launch.block * dtype.itemsize // (launch.warps * 32)
+    assert 16 * code.count("ld.global.v4.b32") == reads * per_thread
+    assert 16 * code.count("st.global.v4.b32") == writes * per_thread
+    # The bits of the reference: rounded after every operation, and nothing flushed to zero.
+    assert "fma.rn.f32" not in code.ptx and "mad.rn.f32" not in code.ptx
+    assert ".ftz" not in code.ptx and ".approx" not in code.ptx and "div.full" not in code.ptx
+    # Deterministic: atomic operations count, on integers.
+    assert code.ptx.count("atom.") == code.ptx.count("atom.global.gpu.acq_rel.add.u32")
+    assert ("atom." in code.ptx) == is_sum
+
+
+@every_architecture
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_block_size_spills(
+    dtype: torch.dtype, arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, reads, _ = Lists(dtype).calls["sgd, signed, running"]
+    for launch in {*triton.LAUNCHES.values(), *triton.CANDIDATES}:
+        monkeypatch.setattr(triton, "DEFAULT_LAUNCH", launch)
+        triton._untuned.cache_clear()
+        try:
+            code, kernel = compiled_code(arch, call)
+        finally:
+            triton._untuned.cache_clear()
+        assert kernel.metadata.num_warps == launch.warps
+        assert code.local_bytes == 0
+        assert code.count("ld.global.v4.b32") >= reads
+
+
+# When they are compiled again
+
+
+def test_nothing_is_compiled_again_for_other_numbers() -> None:
+    def step(sizes: tuple[int, ...], rho: float, lr: float, **options: Any) -> None:
+        # Views of all alignments, norms included.
+        w, g1, g2, old, buffer = ([torch.ones(n + i)[i:] for n in sizes] for i in (0, 1, 2, 3, 4))
+        norm = torch.ones(8)[len(sizes) % 3]
+        per_tensor = torch.ones(len(sizes) + 1)[1:]
+        triton.norms(g1, w)
+        triton.compare(g1, g2, w)
+        for journal in (None, []):
+            triton.perturb_(
+                w, g1, old, norm=norm, rho=rho, adaptive=True, eps=rho / 7, journal=journal
+            )
+        triton.restore_(w, old)
+        rule = Recombination(g1, None, per_tensor, per_tensor, eps=lr, ascent_norm=norm)
+        triton.recombine_(g2, rule)
+        triton.sgd_(w, old, buffer, rule, sgd_options(lr=lr, **options))
+
+    with compiled.gpu(90) as gpu:
+        step((3, 5000), 0.05, 0.1)
+        before = len(gpu.launches)
+        del gpu.compilations[:]
+        step((1,), 1, 1, momentum=1, dampening=0, weight_decay=1)
+        step((16, 32, 48), 0.0, 0.0, momentum=0.5, maximize=True)
+        step((16384 * 17, 0, 7), 1e30, 1e-30, dampening=1.0, weight_decay=1e-4)
+        assert len(gpu.launches) == 4 * before
+        assert gpu.compilations == []
+        # It does count.
+        triton._kernels().restore.device_caches[gpu.get_current_device()][0].clear()
+        triton.restore_(tensors(), tensors())
+        (compilation,) = gpu.compilations
+        assert compilation.endswith("restore")
+
+
+# The journal
+
+
+def test_the_journal_is_written_by_the_launch_itself() -> None:
+    """By a function written in C that Triton's launcher calls from C: see triton._launch."""
+    lists, journal = Lists(torch.float32), []
+    with compiled.gpu(90) as gpu:
+        lists.perturb(0.25, False, None)
+        lists.perturb(0.25, False, journal)
+    without, with_journal = gpu.launches
+    assert journal == [True]
+    assert isinstance(with_journal.enter_hook, types.BuiltinFunctionType)
+    assert with_journal.enter_hook.__self__ is journal
+    assert with_journal.handle is without.handle
+    assert with_journal.programs == without.programs == 1 + 3
+    for one, other in zip(with_journal.arguments, without.arguments, strict=True):
+        assert one is other or one == other
+
+
+def test_the_journal_stays_empty_if_there_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    lists, journal = Lists(torch.float32), []
+    lists.w[1].untyped_storage().resize_(0)
+    with compiled.gpu(90) as gpu, pytest.raises(ValueError, match=r"params\[1\] has no memory"):
+        lists.perturb(0.25, False, journal)
+    assert journal == [] and gpu.launches == []
+
+
+# Alignment: one list that is off by an element rules vectors out. tests/interpreted.py checks every
+# address that Triton is told to be a multiple of 16 bytes.
+
+ALIGNED = [Slot((8192,))]
+MISALIGNED = [Slot((8192,), offset=1)]
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_the_alignment_of_every_list_counts(which: int) -> None:
+    results = []
+    for odd in (ALIGNED, MISALIGNED):
+        w, g1, g2, old, buffer = (
+            make_list(odd if i == which else ALIGNED, torch.float32, seed=i) for i in range(5)
+        )
+        options = {"backend": "interpreted"}
+        norms = [*ops.norms(g1, w, **options), ops.compare(g1, g2, w, **options).sums]
+        ops.perturb_(w, g1, old, rho=0.1, **options)
+        perturbed = copies(w)
+        for name, granularity in product(("samdirection", "sammagnitude"), ops.GRANULARITIES):
+            rule = {"rule": name, "granularity": granularity}
+            ops.recombine_(g2, g1, **rule, **options)
+            ops.sgd_(w, old, g2, buffer, lr=0.1, momentum=0.9, first_grads=g1, **rule, **options)
+        updated = copies(w)
+        ops.restore_(w, old, **options)
+        results.append([*norms, *perturbed, *updated, *w, *g2, *buffer])
+    assert_same_bits(*results)
+
+
+# Hyperparameters on the device
+
+
+def test_radius_and_learning_rate_may_be_on_the_device() -> None:
+    results = []
+    for number in (float, torch.tensor):
+        slots = [Slot((17,)), Slot((2049,), offset=1)]
+        w, g, old, buffer = (make_list(slots, torch.float32, seed=i) for i in range(4))
+        norm = torch.tensor(3.0)
+        options: dict[str, Any] = {"adaptive": True, "eps": 1e-12, "journal": None}
+        INTERPRETED.perturb_(w, g, old, norm=norm, rho=number(0.05), **options)
+        perturbed = copies(w)
+        INTERPRETED.sgd_(w, old, buffer, Recombination(g), sgd_options(lr=number(0.1)))
+        assert not torch.equal(perturbed[0], old[0]) and not torch.equal(perturbed[0], w[0])
+        results.append([*perturbed, *w, *buffer])
+    assert_same_bits(*results)
+
+
+# Sums of many chunks, and of many tensors
+
+
+def test_sums_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(INTERPRETED, "SUM_CHUNK", 32)
+    monkeypatch.setattr(INTERPRETED, "SUM_LAUNCH", triton.Launch(8, 1))
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 32 * 21 + 5, 0, *(range(1, 20)))
+    first, second, w = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(3))
+    total, per_tensor = ops.norms(first, backend="interpreted")
+    expected = ops.norms([x.double() for x in first], backend="reference")
+    torch.testing.assert_close(per_tensor.double(), expected.per_tensor, rtol=2**-23, atol=0)
+    torch.testing.assert_close(total.double(), expected.total, rtol=2**-23, atol=0)
+    sums = ops.compare(first, second, w, backend="interpreted").sums
+    expected_sums = ops.compare(first, second, w, backend="reference").sums
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-14, atol=0)
+
+
+# Tables
+
+
+def test_plan() -> None:
+    plan = triton._plan.__wrapped__(CPU, 0, (5, 0, 4, 9), 4)
+    assert plan.tolist() == [
+        [0, 0, 4, 0, 2],
+        [0, 4, 1, 0, 2],
+        [1, 0, 0, 2, 1],
+        [2, 0, 4, 3, 1],
+        [3, 0, 4, 4, 3],
+        [3, 4, 4, 4, 3],
+        [3, 8, 1, 4, 3],
+    ]
+
+
+def test_offsets_beyond_int32() -> None:
+    plan = triton._plan.__wrapped__(CPU, 0, (2**33 + 1,), 2**31)
+    assert plan.tolist()[-1] == [0, 2**33, 1, 0, 5]
+
+
+def test_tables_are_kept_until_an_address_or_a_size_changes() -> None:
+    lists = {"a": tensors(), "b": tensors()}
+    plan, addresses, chunks, _ = triton._table(lists, 4096)
+    assert chunks == 3
+    assert addresses.tolist() == [
+        t.data_ptr() for pair in zip(*lists.values(), strict=True) for t in pair
+    ]
+    again = triton._table({name: list(ts) for name, ts in lists.items()}, 4096)
+    assert again.plan is plan and again.addresses is addresses
+    moved = triton._table({"a": lists["a"], "b": tensors()}, 4096)
+    assert moved.plan is plan and moved.addresses is not addresses
+    resized = triton._table({"a": tensors(sizes=(4, 5000))}, 4096)
+    assert resized.plan is not plan
+
+
+@pytest.fixture
+def staging(monkeypatch: pytest.MonkeyPatch) -> triton.CaptureStaging:
+    """Memory for captures, with room for 4 numbers; as if a graph was being captured."""
+    staging = triton.CaptureStaging(min_room=4)
+    monkeypatch.setattr(triton, "_capture_staging", staging)
+    monkeypatch.setattr(triton, "_pinned", lambda values: values.clone())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    return staging
+
+
+def upload(*values: int) -> None:
+    device = torch.device("meta")  # any that is not the CPU
+    on_device = triton._upload(torch.tensor(values), device)
+    assert on_device.device == device and on_device.shape == (len(values),)
+
+
+def test_what_a_graph_copies_from_is_never_written_again(staging: triton.CaptureStaging) -> None:
+    staging.hold_ready()  # by a step outside of the capture: 8 numbers
+    upload(1, 2, 3)
+    upload(4, 5)
+    with pytest.raises(RuntimeError, match="once outside of a capture"):
+        upload(6, 7, 8, 9)
+    staging.hold_ready()
+    upload(6, 7, 8, 9)
+    first, second = staging.buffers
+    assert first[:5].tolist() == [1, 2, 3, 4, 5]
+    assert second[:4].tolist() == [6, 7, 8, 9]
+
+
+def test_captures_need_a_step_before(staging: triton.CaptureStaging) -> None:
+    with pytest.raises(RuntimeError, match="once outside of a capture"):
+        upload(1)
+
+
+def test_memory_for_captures_grows_with_the_tables(staging: triton.CaptureStaging) -> None:
+    staging.hold_ready()
+    (unused,) = staging.buffers
+    with pytest.raises(RuntimeError, match="once outside of a capture"):
+        upload(*range(9))
+    staging.hold_ready()
+    for _ in range(10):
+        upload(*range(9))
+    (buffer,) = staging.buffers
+    assert buffer is not unused
+    assert buffer[:90].tolist() == 10 * list(range(9))
+
+
+def test_outside_of_a_capture_the_memory_for_captures_is_not_touched(
+    staging: triton.CaptureStaging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    upload(1, 2, 3)
+    assert staging.taken == 0 and staging.buffers == []
+
+
+@pytest.mark.skipif(
+    backends.why_unavailable("triton", CUDA) is not None, reason="no GPU for Triton"
+)
+def test_a_captured_step_is_replayed() -> None:
+    w, g, old = ([torch.ones(n, device=CUDA) for n in (3, 5000)] for _ in range(3))
+    options: dict[str, Any] = {"rho": 1.0, "norm": torch.ones((), device=CUDA)}
+    ops.perturb_(w, g, old, **options, backend="triton")
+    ops.restore_(w, old, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.perturb_(w, g, old, **options, backend="triton")
+    triton._plan.cache_clear()
+    triton._place.cache_clear()
+    for steps in range(1, 4):
+        graph.replay()
+        assert all(bool((x == 1 + steps).all()) for x in w)
+
+
+# Block sizes
+
+
+def test_tuning_takes_the_fastest_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_tuned", {})
+    fastest = triton.CANDIDATES[3]
+    tried = []
+
+    def seconds(step: Callable[[], None]) -> float:
+        step()
+        tried.append(triton._tuned[CPU, torch.float32])
+        return float(tried[-1] != fastest)
+
+    with compiled.gpu(90) as gpu:
+        assert triton.tune(CPU, numel=3, seconds=seconds) == fastest
+        assert tuple(tried) == triton.CANDIDATES
+        assert triton.tune(CPU, seconds=seconds) == fastest
+        assert len(tried) == len(triton.CANDIDATES), "measured once"
+        del gpu.launches[:]
+        a, b = (tensors(sizes=(fastest.block * 2 + 1,)) for _ in range(2))
+        triton.restore_(a, b)
+        triton.norms(a, None)
+        assert [launch.programs for launch in gpu.launches] == [3, 1], "sums are not tuned"
+
+
+def test_the_interpreter_is_not_tuned() -> None:
+    def seconds(step: Callable[[], None]) -> float:
+        raise AssertionError("measured")
+
+    assert INTERPRETED.tune(CPU, seconds=seconds) == triton.DEFAULT_LAUNCH
+
+
+# The choice
+
+
+def test_auto_on_cuda_prefers_native_then_triton_then_foreach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = []
+    for module in (None, native, triton):
+        if module is not None:
+            monkeypatch.setattr(module, "why_unavailable", lambda *_: "not here")
+        else:
+            for one in (native, triton, foreach):
+                monkeypatch.setattr(one, "why_unavailable", lambda *_: None)
+        chosen.append(backends.choose("auto", CUDA, torch.float32)[0])
+    assert chosen == ["native", "triton", "foreach"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dense", "reason"),
+    [
+        ("cpu", torch.float32, True, "compiles for GPUs"),
+        ("cuda", torch.float64, True, r"no Triton kernels for torch\.float64"),
+        ("cuda", torch.float32, False, "without gaps or overlap"),
+        ("meta", torch.float32, True, "no Triton kernels for meta"),
+    ],
+)
+def test_triton_says_why_it_cannot_serve(
+    device: str, dtype: torch.dtype, dense: bool, reason: str
+) -> None:
+    with pytest.raises(RuntimeError, match=rf'backend="triton" cannot serve .*{reason}'):
+        backends.choose("triton", torch.device(device), dtype, dense)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_says_that_there_is_no_gpu() -> None:
+    assert backends.why_unavailable("triton", CUDA) == "PyTorch sees no CUDA device"
+
+
+def test_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for capability, reason in (((7, 5), "and this GPU has 7.5"), ((8, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        triton._why_no_gpu.cache_clear()
+        found = triton.why_unavailable(CUDA, torch.float32, True)
+        triton._why_no_gpu.cache_clear()
+        assert found == reason if reason is None else reason in str(found)
+
+
+def test_old_versions_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, reason in (("3.2.0", "Triton 3.2.0 is too old"), ("3.10.0+git1", None)):
+        monkeypatch.setattr(triton._kernels().triton, "__version__", version)
+        triton._why_no_triton.cache_clear()
+        found = triton._why_no_triton()
+        triton._why_no_triton.cache_clear()
+        assert found is None if reason is None else str(found).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [("triton", "Triton is not installed"), ("triton.language", "Triton could not be imported")],
+)
+def test_without_triton_the_import_works_and_the_reason_is_given(missing: str, reason: str) -> None:
+    printed = run_python(
+        f"""
+import sys
+sys.modules[{missing!r}] = None
+import torch
+from samkernels import SAM, backends
+cuda = torch.device("cuda")
+print(backends.why_unavailable("triton", cuda))
+print(backends.choose("auto", torch.device("cpu"))[0])
+"""
+    )
+    assert printed.splitlines()[0].startswith(reason)
+    assert printed.splitlines()[1] == "native"
+
+
+def test_triton_is_imported_when_it_is_needed() -> None:
+    printed = run_python(
+        """
+import sys
+import torch
+from samkernels import SAM, backends, ops
+ops.norms([torch.ones(3)])
+backends.why_unavailable("triton", torch.device("cpu"))
+print("triton" in sys.modules)
+backends.why_unavailable("triton", torch.device("cuda"))
+print("triton" in sys.modules)
+"""
+    )
+    assert printed.split() == ["False", "True"]
+
+
+def test_the_interpreter_serves_cpu_tensors_if_asked_by_name() -> None:
+    printed = run_python(
+        """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+sys.modules["samkernels._C"] = None
+import torch
+from samkernels import backends, ops
+print(backends.choose("auto", torch.device("cpu"))[0])
+print(backends.choose("triton", torch.device("cpu"))[0])
+torch.cuda.is_available = lambda: True
+print(backends.why_unavailable("triton", torch.device("cuda")))
+print(ops.norms([torch.tensor([3.0, 4.0])], backend="triton").total.item())
+"""
+    )
+    auto, named, cuda, norm = printed.splitlines()
+    assert (auto, named, norm) == ("foreach", "triton", "5.0")
+    assert "serves CPU tensors only" in cuda
