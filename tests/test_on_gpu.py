@@ -63,9 +63,7 @@ def test_bench(tmp_path: Path) -> None:
         rows = report[f"SAM step: tiny, {dtype}"]
         names = {row["candidate"] for row in rows}
         assert {"native", gpu_cases.EAGER, gpu_cases.FOREACH, gpu_cases.COMPILED} <= names
-        assert [row["phase"] for row in report[f"phases: tiny, {dtype}"]] == [
-            *gpu_cases.FLOOR
-        ]
+        assert [row["phase"] for row in report[f"phases: tiny, {dtype}"]] == [*gpu_cases.FLOOR]
     assert {row[""] for row in report["goals"]} <= {"reached", "not reached"}
 
 
