@@ -12,6 +12,9 @@ import yaml
 from train.errors import ConfigError
 
 EXPERIMENTS = Path(__file__).parent / "configs"
+MODEL_NAMES = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wrn28_10", "resnet_small"
+)  # fmt: skip
 
 
 def _key(
@@ -34,7 +37,7 @@ class Config:
     dataset: str = _key("cifar100", "data set", choices=("cifar100", "digits"))
     data_root: str = _key("data", "folder that holds (or receives) cifar-100-python")
     label_noise: float = _key(0.0, "share of the training labels made wrong", high=1.0)
-    model: str = _key("resnet18", "network", choices=("resnet18", "resnet_small"))
+    model: str = _key("resnet18", "network", choices=MODEL_NAMES)
     opt_name: str = _key("sgd", "optimizer", choices=("sgd", "sam", "samdirection", "sammagnitude"))
     rho: float = _key(0.05, "radius of the perturbation", high=100.0)
     adaptive: bool = _key(False, "ASAM's perturbation, scaled by |w|")
