@@ -34,8 +34,10 @@ def _key(
 class Config:
     """One training run. The defaults are the report's protocol for CIFAR-100."""
 
-    dataset: str = _key("cifar100", "data set", choices=("cifar100", "digits"))
-    data_root: str = _key("data", "folder that holds (or receives) cifar-100-python")
+    dataset: str = _key(
+        "cifar100", "data set", choices=("cifar100", "cifar10", "fashion", "digits")
+    )
+    data_root: str = _key("data", "folder that holds, or receives, the files of the data set")
     label_noise: float = _key(0.0, "share of the training labels made wrong", high=1.0)
     model: str = _key("resnet18", "network", choices=MODEL_NAMES)
     opt_name: str = _key("sgd", "optimizer", choices=("sgd", "sam", "samdirection", "sammagnitude"))
