@@ -142,6 +142,12 @@ def test_missing_data_stops_the_study_at_once(
     assert len(calls) == 1
 
 
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="--shard=I/N"):
+        study.main(["quickstart"])
+
+
 def test_time_left() -> None:
     sgd, sam = Config(epochs=10), Config(epochs=10, opt_name="sam")
     big = Config(epochs=10, model="wrn28_10", opt_name="sam")

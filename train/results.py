@@ -84,7 +84,7 @@ def row(result: Mapping[str, Any]) -> list[str]:
     return [
         result["name"],
         f"{100 * figures['test_accuracy']:.2f}",
-        cell(figures["sharpness"], ".1f"),
+        cell(figures.get("sharpness"), ".1f"),
         cell(figures["lambda_max"], ".1f"),
         cell(check["value"] if check else None, ".1e"),
         cell(figures["ms_per_optimizer_step"], ".3f"),

@@ -56,7 +56,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def plain_fp32() -> None:
-    """No TF32: as in the report, and as the comparison with the reference needs it."""
+    """No TF32, as in the report and as the comparison with the reference needs it; and the same
+    sums at every pass, without which a resumed run would not come out the same."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -491,7 +494,7 @@ def _train(config: Config, console: Console, processes: Processes) -> Training:
             files.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir={config.folder} cannot be written: {error}") from None
-        for leftover in files.folder.glob(".*.pt.*"):  # of a process that was killed as it wrote
+        for leftover in files.folder.glob(".*.[0-9]*"):  # of a process killed as it wrote
             leftover.unlink(missing_ok=True)
     processes.wait()
     state = _prepare(config, processes.writes)

@@ -1,6 +1,7 @@
 """`python -m train.study NAME`: the runs of train/studies/NAME.yaml, with tables and plots."""
 
 import itertools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -123,6 +124,11 @@ def main(arguments: Sequence[str]) -> int:
         known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
         print(f"{USAGE}\nNAME is one of: {known}")
         return 0 if "--help" in arguments or "-h" in arguments else 2
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "a study is not for torchrun: start one process for each --shard=I/N; torchrun is for "
+            "single runs, python -m train"
+        )
     name = arguments[0]
     study = read_yaml(named_yaml(name, STUDIES, "study"))
     flags = parse_flags(arguments[1:])
