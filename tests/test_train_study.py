@@ -162,7 +162,7 @@ def test_time_left() -> None:
 
 def write_run(root: Path, accuracy: float, sharpness: float | None = None, **keys: Any) -> Path:
     """The files of a run, with given figures."""
-    config = Config(**keys)
+    config = Config(**{"sharpness_batches": 40, **keys})
     folder = root / f"{config.dataset}-{config.model}-{config.run_name}-seed{config.seed}"
     folder.mkdir(parents=True)
     figures = {
@@ -237,7 +237,9 @@ def test_plots_and_later_measurements(tmp_path: Path) -> None:
         folder = write_run(tmp_path, 0.8 - rho / 10, opt_name="sam", rho=rho)
         density = {"values": [-1.0, 0.0, 1.0], "density": [0.1, 0.8, 0.1]}
         measured = {"sharpness": 60.0, "lambda_max": 9.0, "trace": None, "trace_error": None}
-        (folder / "sharpness.json").write_text(json.dumps({**measured, "density": density}))
+        settings = {"sharpness_batches": 40, "sharpness_batch_size": 256 if rho == 0.1 else 64}
+        content = {**measured, "density": density, "settings": settings}
+        (folder / "sharpness.json").write_text(json.dumps(content))
     write_run(tmp_path, 0.77, 200.0)
     report.main([str(tmp_path)])
     kinds = {path.name.split("-cifar100")[0] for path in tmp_path.glob("*-cifar100-resnet18.png")}
@@ -249,6 +251,9 @@ def test_plots_and_later_measurements(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text()
     sharpness = table_of(text, "CIFAR-100 sharpness: ours (published)")
     assert ["ResNet-18", "SAM", "60.00 (71.04)", "60.00 (56.53)", "- (52.23)"] in sharpness
+    # What was measured in another way is said.
+    assert "- ResNet-18 sam-rho0.2: sharpness of 40 batches of 64 images (40 of 256)" in text
+    assert "- ResNet-18 sam-rho0.1:" not in text
 
 
 def test_the_same_run_in_two_folders_counts_once(tmp_path: Path) -> None:

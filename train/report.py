@@ -62,6 +62,7 @@ PROTOCOL = (
     "epochs", "batch_size", "lr", "momentum", "wd", "nesterov", "scheduler", "precision",
     "label_noise",
 )  # fmt: skip
+REPORT_SHARPNESS = "40 batches of 256 images"
 NOTES = """\
 - accuracy: of the test set, in percent, for the checkpoint with the best validation accuracy.
 - sharpness: for each of the augmented training batches alone, the five eigenvalues of the Hessian
@@ -124,7 +125,7 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
             raise ConfigError(f"there is no folder '{folder}': give folders that hold runs")
         for path in sorted(folder.rglob("result.json")):
             run = results.read_result(path)
-            run["density"] = None
+            run["density"], run["settings"] = None, dict(run["config"])
             beside = path.with_name("sharpness.json")
             if beside.exists():
                 try:
@@ -134,6 +135,7 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
                         if measured[name] is not None:
                             run["figures"][name] = measured[name]
                     run["density"] = measured["density"]
+                    run["settings"].update(measured["settings"])
                 except (ValueError, KeyError, TypeError) as error:
                     raise CheckpointError(
                         f"'{beside}' cannot be read ({error}): run train.sharpness on best.pt again"
@@ -194,6 +196,14 @@ def _comparable(group: Group) -> bool:
     return config.dataset == "cifar100" and plain
 
 
+def measured_on(run: Mapping[str, Any]) -> str | None:
+    """What the sharpness of a run is made of; None if it has none."""
+    if run["figures"].get("sharpness") is None:
+        return None
+    settings = run["settings"]
+    return f"{settings['sharpness_batches']} batches of {settings['sharpness_batch_size']} images"
+
+
 def departures(groups: Iterable[Group]) -> list[str]:
     """Where comparable groups do not follow the protocol of the published figures."""
     protocol = Config()
@@ -204,6 +214,8 @@ def departures(groups: Iterable[Group]) -> list[str]:
             for name in PROTOCOL
             if getattr(group.config, name) != getattr(protocol, name)
         ]
+        ways = {way for run in group.runs if (way := measured_on(run))}
+        different += [f"sharpness of {way} (40 of 256)" for way in ways - {REPORT_SHARPNESS}]
         if _comparable(group) and different:
             name = f"{TITLES[group.config.model]} {group.label}"
             found.append(f"{name}: {', '.join(different)}")
@@ -596,6 +608,9 @@ def _conditions(groups: Sequence[Group]) -> list[str]:
         lines.append(f"- {name}: {distinct(str(run['versions'].get(name)) for run in runs)}")
     backends = (f"{name} ({key})" for run in runs for key, name in run["backends"].items())
     lines.append(f"- optimizer steps by: {distinct(backends)}")
+    ways = distinct(way for run in runs if (way := measured_on(run)))
+    if ways:
+        lines.append(f"- sharpness of: {ways}")
     configs = [group.config for group in groups]
     common = [
         f"{name}={getattr(configs[0], name)}"

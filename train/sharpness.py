@@ -56,7 +56,13 @@ into --output_dir. Keys, with their values here:
   --density_steps=64          Lanczos steps for the spectral density; 0: leave it out
   --data_root, --device, --threads, --seed (of the batches and vectors)
 """
-HERE = {"sharpness_batches": 40, "trace_vectors": 32, "density_steps": 64}
+HERE = {
+    "sharpness_batches": 40,
+    "sharpness_batch_size": 256,
+    "sharpness_samples": 1024,
+    "trace_vectors": 32,
+    "density_steps": 64,
+}
 ALLOWED = (
     "sharpness_batches", "sharpness_batch_size", "sharpness_samples", "trace_vectors",
     "density_steps", "data_root", "device", "threads", "seed", "output_dir",
@@ -186,7 +192,7 @@ def measure(model: nn.Module, dataset: Dataset, config: Config, console: Console
             found["sharpness"] = report_sharpness(found["eigenvalues"])
         if config.sharpness_samples:
             found |= _fixed_set(model, dataset, config, console)
-    return {**found, "settings": {name: getattr(config, name) for name in ALLOWED[:5]}}
+    return {**found, "settings": {name: getattr(config, name) for name in HERE}}
 
 
 def _batch_eigenvalues(
@@ -287,11 +293,8 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"{name} is settled by the checkpoint: allowed {', '.join(ALLOWED)}")
     checkpoint = load_checkpoint(path, ("model", "config", "epoch"))
     known = {k: v for k, v in checkpoint["config"].items() if k in FIELDS}
-    here = dict(HERE)
-    if not known.get("sharpness_samples"):
-        here["sharpness_samples"] = 1024
     config = make_config(
-        (str(path), {**known, "output_dir": str(path.parent)}), ("", here), ("", flags)
+        (str(path), {**known, "output_dir": str(path.parent)}), ("", HERE), ("", flags)
     )
     console = make_console()
     device = pick_device(config.device)
