@@ -65,7 +65,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path: Path, opt_name: str) -> Non
     result = run.run(config, quiet())
     figures, folder = result["figures"], config.folder
     assert sorted(path.name for path in folder.iterdir()) == [
-        "best.pt", "curves.png", "report.md", "result.json"
+        "best.pt", "curves.png", "report.md", "result.json", "sharpness.json"
     ]  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == result
     assert (folder / "curves.png").read_bytes().startswith(PNG)
@@ -105,9 +105,9 @@ def test_the_best_checkpoint_is_the_one_tested(tmp_path: Path) -> None:
     training = run.Training(config)
     training.model.load_state_dict(checkpoint["model"])
     dataset = training.dataset
-    accuracy = run.evaluate(training.model, dataset, dataset.test)[1]
+    accuracy = training.evaluate(dataset.test)[1]
     assert accuracy == result["figures"]["test_accuracy"]
-    assert run.evaluate(training.model, dataset, dataset.val)[1] == max(accuracies)
+    assert training.evaluate(dataset.val)[1] == max(accuracies)
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
@@ -199,8 +199,9 @@ def test_a_non_finite_loss_stops_the_run_and_says_where(
 ) -> None:
     batches = run.train_batches
 
-    def poisoned(dataset: Any, batch_size: int, seed: int, epoch: int) -> Any:
-        for step, (images, labels) in enumerate(batches(dataset, batch_size, seed, epoch), 1):
+    def poisoned(dataset: Any, batch_size: int, seed: int, epoch: int, *share: int) -> Any:
+        whole = batches(dataset, batch_size, seed, epoch, *share)
+        for step, (images, labels) in enumerate(whole, 1):
             yield images * (float("nan") if (epoch, step) == (2, 4) else 1.0), labels
 
     monkeypatch.setattr(run, "train_batches", poisoned)
@@ -230,10 +231,10 @@ def test_weights_ruined_by_the_last_update_do_not_become_the_best(
 ) -> None:
     take = run.sgd_step
 
-    def ruin(model: nn.Module, *rest: Any) -> Any:
-        taken = take(model, *rest)
+    def ruin(forward: Any, optimizer: Any, *rest: Any) -> Any:
+        taken = take(forward, optimizer, *rest)
         with torch.no_grad():
-            model.get_parameter("head.bias").fill_(float("nan"))
+            optimizer.param_groups[0]["params"][-1].fill_(float("nan"))
         return taken
 
     monkeypatch.setattr(run, "sgd_step", ruin)
@@ -255,8 +256,7 @@ def test_statistics_move_in_the_first_pass_only(tmp_path: Path) -> None:
     training = run.Training(small(tmp_path))
     twin = run.Training(small(tmp_path))
     images, labels = next(run.train_batches(training.dataset, 100, 0, 1))
-    with training.timer.step():
-        run.sam_step(training.model, training.optimizer, images, labels, training.timer)
+    training._step(images, labels, 100, False, [])
     twin.model(images)
     buffers = dict(twin.model.named_buffers())
     assert buffers
@@ -276,8 +276,8 @@ def test_weights_are_restored_when_the_second_pass_fails(tmp_path: Path) -> None
             raise MemoryError
 
     training.model.register_forward_pre_hook(fail_second)
-    with pytest.raises(MemoryError), training.timer.step():
-        run.sam_step(training.model, training.optimizer, images, labels, training.timer)
+    with pytest.raises(MemoryError):
+        training._step(images, labels, 100, False, [])
     pairs = zip(training.model.parameters(), before, strict=True)
     assert all(torch.equal(p, old) for p, old in pairs)
 
@@ -333,23 +333,6 @@ def test_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
         results.write_atomically(path, fail)
     assert json.loads(path.read_text()) == {"x": None, "y": [1.5, None]}
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_quickstart_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--epochs=1", "--sharpness_samples=0", "--verify_steps=3", "--batch_size=100"]
-    assert study.main(["quickstart", *flags, f"--output_dir={tmp_path}"]) == 0
-    output = capsys.readouterr().out
-    content = json.loads((tmp_path / "result.json").read_text())
-    names = ["sgd", "sam-rho0.1", "samdirection-rho0.1", "sammagnitude-rho0.1"]
-    assert [result["name"] for result in content["runs"]] == names
-    assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
-    report = (tmp_path / "report.md").read_text()
-    for name in names:
-        assert f"| {name} |" in report and name in output
-        assert (tmp_path / name / "result.json").exists()
-    assert all(result["figures"]["lambda_max"] is None for result in content["runs"])
-    assert {result["config"]["label_noise"] for result in content["runs"]} == {0.2}
-    assert all(result["figures"]["timed_steps"] == 0 for result in content["runs"][1:])
 
 
 def test_last_batch_of_one_image_is_refused(tmp_path: Path) -> None:

@@ -1,13 +1,33 @@
 """Sharpness against a dense Hessian."""
 
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from train.sharpness import Batch, hessian_operator, lambda_max
+from train import run, sharpness
+from train.config import Config
+from train.data import load_dataset
+from train.errors import CheckpointError, ConfigError, NumericsError
+from train.sharpness import Batch, extreme_eigenvalues, hessian, lambda_max, report_sharpness
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny networks are as fast on one thread, and do not suffer where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny(dtype: torch.dtype) -> tuple[nn.Module, list[Batch]]:
@@ -41,7 +61,7 @@ def test_hessian_vector_products_are_the_dense_ones() -> None:
     model, batches = tiny(torch.float64)
     model.eval()
     dense = dense_hessian(model, batches)
-    operator = hessian_operator(model, batches)
+    operator = hessian(model, batches).to_scipy()
     product = operator.matmat(np.eye(operator.shape[0]))
     np.testing.assert_allclose(product, dense, rtol=1e-10, atol=1e-12)
 
@@ -78,3 +98,160 @@ def test_model_is_left_as_it_was() -> None:
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_extreme_eigenvalues_of_each_kind() -> None:
+    model, batches = tiny(torch.float64)
+    model.eval()
+    dense = np.linalg.eigvalsh(dense_hessian(model, batches))
+    operator = hessian(model, batches).to_scipy()
+    products: list[int] = []
+    for which, expected in (
+        ("LA", dense[-2:]),
+        ("SA", dense[:2]),
+        ("LM", np.sort(dense[np.argsort(-abs(dense))[:2]])),
+    ):
+        found = extreme_eigenvalues(operator, 2, which, each=lambda: products.append(1))
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert products
+
+
+def test_weights_that_are_not_finite_are_said() -> None:
+    model, batches = tiny(torch.float32)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(NumericsError, match="not finite"):
+        lambda_max(model, batches)
+
+
+def test_the_reports_figure_is_the_mean_of_the_positive_values() -> None:
+    assert report_sharpness([[4.0, -9.0, 1.0], [0.0, 1.0]]) == 2.0
+    assert report_sharpness([[-1.0]]) is None
+
+
+def settings(**keys: Any) -> Config:
+    return Config(**{"dataset": "digits", "model": "resnet_small", "sharpness_samples": 0, **keys})
+
+
+def test_batches_are_full_augmented_and_go_on_into_further_epochs() -> None:
+    dataset = load_dataset(settings(), torch.device("cpu"))
+    batches = list(sharpness.training_batches(dataset, 5, 400, seed=3))  # 2 full ones per epoch
+    assert [len(labels) for _, labels in batches] == [400] * 5
+    epochs = [list(sharpness.train_batches(dataset, 400, 3, epoch)) for epoch in range(3)]
+    expected = [*epochs[0][:2], *epochs[1][:2], epochs[2][0]]
+    for (images, labels), (right_images, right_labels) in zip(batches, expected, strict=True):
+        assert torch.equal(images, right_images) and torch.equal(labels, right_labels)
+    with pytest.raises(ConfigError, match="sharpness_batch_size=1001"):
+        next(sharpness.training_batches(dataset, 1, 1001, seed=0))
+
+
+class Shallow(nn.Module):
+    """110 parameters for digits of 8x8 pixels: small enough for a dense Hessian."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.head = nn.Linear(4, 10)
+        self.scale = nn.Parameter(torch.ones(58))  # used, and linear: rows of zeros in places
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(self.norm(x), 2).flatten(1).tanh()
+        return self.head(pooled) * self.scale[:10]
+
+
+def test_the_whole_protocol_against_dense_hessians() -> None:
+    """Every figure of measure(), each from its own definition."""
+    config = settings(
+        sharpness_batches=2, sharpness_batch_size=100, sharpness_samples=300, trace_vectors=100,
+        density_steps=30,
+    )  # fmt: skip
+    dataset = load_dataset(config, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = Shallow()
+    for images, _ in sharpness.train_batches(dataset, 250, 0, 7):
+        model(images)
+    state = torch.get_rng_state()
+    found = sharpness.measure(model, dataset, config, Console(file=io.StringIO()))
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+
+    model.eval()
+    pooled = []
+    for batch in sharpness.training_batches(dataset, 2, 100, seed=0):
+        dense = np.linalg.eigvalsh(dense_hessian(model, [batch]))
+        pooled.append(np.sort(dense[np.argsort(-abs(dense))[:5]]))
+    np.testing.assert_allclose(found["eigenvalues"], pooled, rtol=1e-2, atol=1e-4)
+    positive = np.concatenate(pooled)
+    np.testing.assert_allclose(found["sharpness"], positive[positive > 0].mean(), rtol=2e-3)
+
+    fixed = (dataset.normalise(dataset.train.images[:300]), dataset.train.labels[:300])
+    hessian_matrix = dense_hessian(model, [fixed])
+    dense = np.linalg.eigvalsh(hessian_matrix)
+    np.testing.assert_allclose(found["lambda_max"], dense[-1], rtol=2e-3)
+    np.testing.assert_allclose(found["lambda_min"], dense[0], rtol=2e-3, atol=1e-5)
+    assert found["trace_error"] < 0.2 * np.trace(hessian_matrix)
+    assert abs(found["trace"] - np.trace(hessian_matrix)) < 4 * found["trace_error"]
+    values, density = (np.array(found["density"][name]) for name in ("values", "density"))
+    width = values[1] - values[0]
+    assert (density.sum() * width) == pytest.approx(1, abs=0.02)  # it is a density
+    # One random vector weighs eigenvalues unequally: the mass at zero, of most of them, is near.
+    near_zero = density[abs(values) < 0.1 * dense[-1]].sum() * width
+    assert near_zero == pytest.approx((abs(dense) < 0.1 * dense[-1]).mean(), abs=0.2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    config = settings(
+        epochs=1, batch_size=100, threads=1, device="cpu", output_dir=str(folder), label_noise=0.1
+    )
+    run.run(config, Console(file=io.StringIO()))
+    return folder
+
+
+def test_command_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--sharpness_batches=1", "--sharpness_batch_size=8", "--sharpness_samples=8",
+        "--trace_vectors=2", "--density_steps=3", f"--output_dir={tmp_path}", "--device=cpu",
+    ]  # fmt: skip
+    before = (trained / "best.pt").read_bytes()
+    assert sharpness.main([str(trained / "best.pt"), *flags]) == 0
+    assert (trained / "best.pt").read_bytes() == before
+    found = json.loads((tmp_path / "sharpness.json").read_text())
+    output = capsys.readouterr().out
+    assert f"sharpness: {found['sharpness']:.4g}" in output
+    assert len(found["eigenvalues"]) == 1 and len(found["eigenvalues"][0]) == 5
+    assert found["lambda_max"] > 0 and found["trace_error"] > 0 and found["epoch"] == 1
+    assert (tmp_path / "density.png").read_bytes().startswith(b"\x89PNG")
+    # What it is: the trained weights, and the noisy labels of the run.
+    config = settings(label_noise=0.1)
+    dataset = load_dataset(config, torch.device("cpu"))
+    model = run.build_model("resnet_small", 1, 10)
+    model.load_state_dict(torch.load(trained / "best.pt", weights_only=True)["model"])
+    fixed = (dataset.normalise(dataset.train.images[:8]), dataset.train.labels[:8])
+    assert found["lambda_max"] == pytest.approx(lambda_max(model, [fixed]), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--lr=1"], "lr is settled by the checkpoint"),
+        (["--sharpness_batchs=1"], "did you mean 'sharpness_batches'"),
+        (["--density_steps=1"], "density_steps=1"),
+    ],
+)
+def test_command_line_errors(trained: Path, flags: list[str], part: str) -> None:
+    with pytest.raises(ConfigError, match=part):
+        sharpness.main([str(trained / "best.pt"), *flags])
+
+
+def test_foreign_files_are_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        sharpness.main([str(tmp_path / "best.pt")])
+    torch.save({"model": {}}, tmp_path / "best.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint of this version"):
+        sharpness.main([str(tmp_path / "best.pt")])
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sharpness.main(["--help"]) == 0
+    assert "--trace_vectors=32" in capsys.readouterr().out

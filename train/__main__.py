@@ -1,5 +1,6 @@
 """`python -m train`: one training run."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -7,10 +8,10 @@ from train.config import describe_keys, from_command_line
 from train.errors import DriverError
 
 USAGE = """\
-python -m train [--experiment=NAME] [--KEY=VALUE ...]
+python -m train [--experiment=NAME] [--KEY=VALUE ...] [--set SECTION.KEY=VALUE ...]
 
 Trains one model. NAME is a file of train/configs (default: default); its keys, and the flags that
-override them, with the values they have where neither says otherwise:
+override them, with the values they have where neither says otherwise, by section:
 """
 
 
@@ -25,8 +26,11 @@ def main(arguments: Sequence[str]) -> int:
     from train.progress import make_console
     from train.run import run
 
-    console = make_console()
+    # Of torchrun's processes, one speaks.
+    console = make_console(quiet=os.environ.get("RANK", "0") != "0")
     result = run(config, console)
+    if console.quiet:
+        return 0
     results.print_table(console, [result])
     console.print(f"written to {config.folder}", soft_wrap=True, markup=False)
     return 0

@@ -1,8 +1,14 @@
 """Data sets as uint8 tensors on the training device, and their augmentation in batches there."""
 
+import gzip
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.error import URLError
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +17,8 @@ from train.errors import DataError
 
 SPLIT_SEED = 42  # the report's
 NOISE_SEED = 42  # the same wrong labels whatever the seed of the run
+# Where Debian's package dataset-fashion-mnist has its four files.
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Dataset:
-    """mean, std: float32 (1, C, 1, 1), in units of the uint8 pixels."""
+    """mean, std: float32 (1, C, 1, 1), of pixels in [0, 1] (uint8 / 255)."""
 
     train: Split
     val: Split
@@ -52,8 +60,8 @@ class Dataset:
     augmentation: Augmentation
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(images - mean) / std, float32."""
-        return (images.float() - self.mean) / self.std
+        """(images / 255 - mean) / std, float32: bit for bit torchvision's ToTensor, Normalize."""
+        return (images.float() / 255 - self.mean) / self.std
 
 
 @dataclass(frozen=True)
@@ -141,12 +149,18 @@ def _within(span: Tensor, start: Tensor, length: int) -> Tensor:
 
 
 def train_batches(
-    dataset: Dataset, batch_size: int, seed: int, epoch: int
+    dataset: Dataset, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The augmented batches of an epoch; the last one may be smaller."""
+    """The augmented batches of an epoch; the last one may be smaller.
+
+    Args:
+        rank, world: of each batch, the process `rank` of `world` gets its share: together they see
+            what one process would. The shares differ by one image at most.
+    """
     draws = draw_epoch(dataset, seed, epoch)
     for start in range(0, len(dataset.train), batch_size):
-        part = draws.slice(start, start + batch_size)
+        count = min(batch_size, len(dataset.train) - start)
+        part = draws.slice(start + count * rank // world, start + count * (rank + 1) // world)
         images = dataset.train.images[part.order]
         yield augment(dataset, images, part), dataset.train.labels[part.order]
 
@@ -180,7 +194,7 @@ def load_dataset(config: Config, device: torch.device) -> Dataset:
     """The data set of the configuration on the device, with its label noise.
 
     Raises:
-        DataError: CIFAR-100 is neither at hand nor to be downloaded.
+        DataError: it is neither at hand nor to be downloaded, or a file is damaged.
     """
     dataset = LOADERS[config.dataset](config.data_root)
     noisy = flip_labels(dataset.train.labels, config.label_noise, dataset.num_classes)
@@ -213,7 +227,7 @@ def _digits(data_root: str) -> Dataset:
     )
     pixels = torch.from_numpy(images).to(torch.uint8).view(-1, 1, 8, 8)
     targets = torch.from_numpy(labels).long()
-    known = pixels[train].float()
+    known = pixels[train].float() / 255
     return Dataset(
         train=Split(pixels[train], targets[train]),
         val=Split(pixels[val], targets[val]),
@@ -226,35 +240,163 @@ def _digits(data_root: str) -> Dataset:
     )
 
 
-def _cifar100(data_root: str) -> Dataset:
-    """CIFAR-100 as the report uses it: 45,000 / 5,000 / 10,000."""
-    # Here, because torchvision takes seconds to import and the digits do not need it.
-    from torchvision.datasets import CIFAR100
-
-    def read(train: bool) -> Split:
-        try:
-            part = CIFAR100(data_root, train=train, download=True)
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"CIFAR-100 is not in '{data_root}' and could not be downloaded ({reason}): "
-                "connect to the network, or pass --data_root=DIR where DIR holds the unpacked "
-                "folder cifar-100-python; `python -m train.study quickstart` needs no download"
-            ) from None
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        return Split(images, torch.tensor(part.targets))
-
-    known = read(train=True)
+def _hold_out(
+    known: Split,
+    test: Split,
+    num_classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augmentation: Augmentation,
+) -> Dataset:
+    """A data set whose validation split is 5,000 of the training images, as in the report."""
     train, val = split_indices(len(known), held_out=5000)
     return Dataset(
         train=Split(known.images[train], known.labels[train]),
         val=Split(known.images[val], known.labels[val]),
-        test=read(train=False),
-        num_classes=100,
-        mean=255 * torch.tensor((0.5071, 0.4865, 0.4409)).view(1, 3, 1, 1),
-        std=255 * torch.tensor((0.2673, 0.2564, 0.2762)).view(1, 3, 1, 1),
-        augmentation=Augmentation(padding=4, flip=True, cutout=16),
+        test=test,
+        num_classes=num_classes,
+        mean=torch.tensor(mean).view(1, -1, 1, 1),
+        std=torch.tensor(std).view(1, -1, 1, 1),
+        augmentation=augmentation,
     )
 
 
-LOADERS: dict[str, Callable[[str], Dataset]] = {"cifar100": _cifar100, "digits": _digits}
+def _missing(name: str, data_root: str, error: Exception, holds: str) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        f"{name} is not in '{data_root}' and could not be downloaded ({reason}): connect to the "
+        f"network, or pass --data_root=DIR where DIR holds {holds}; "
+        "`python -m train.study quickstart` needs no download"
+    )
+
+
+def _cifar(data_root: str, name: str, folder: str) -> tuple[Split, Split]:
+    """(training, test) of CIFAR-10 or CIFAR-100, from torchvision's files."""
+    # Here, because torchvision takes seconds to import and the digits do not need it.
+    from torchvision import datasets
+
+    kind = {"CIFAR-10": datasets.CIFAR10, "CIFAR-100": datasets.CIFAR100}[name]
+
+    def read(train: bool) -> Split:
+        try:
+            part = kind(data_root, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise _missing(name, data_root, error, f"the unpacked folder {folder}") from None
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        return Split(images, torch.tensor(part.targets))
+
+    return read(train=True), read(train=False)
+
+
+# The report's, which suits CIFAR-10 too.
+CIFAR_AUGMENTATION = Augmentation(padding=4, flip=True, cutout=16)
+
+
+def _cifar100(data_root: str) -> Dataset:
+    """CIFAR-100 as the report uses it: 45,000 / 5,000 / 10,000."""
+    return _hold_out(
+        *_cifar(data_root, "CIFAR-100", "cifar-100-python"),
+        num_classes=100,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        augmentation=CIFAR_AUGMENTATION,
+    )
+
+
+def _cifar10(data_root: str) -> Dataset:
+    """CIFAR-10 with the protocol of CIFAR-100: 45,000 / 5,000 / 10,000."""
+    return _hold_out(
+        *_cifar(data_root, "CIFAR-10", "cifar-10-batches-py"),
+        num_classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        augmentation=CIFAR_AUGMENTATION,
+    )
+
+
+def _fashion(data_root: str) -> Dataset:
+    """Fashion-MNIST: 55,000 / 5,000 / 10,000 images of 28x28 pixels."""
+    folder = _fashion_folder(data_root)
+
+    def read(part: str) -> Split:
+        images = read_idx(_idx_file(folder, f"{part}-images-idx3-ubyte"))
+        labels = read_idx(_idx_file(folder, f"{part}-labels-idx1-ubyte"))
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            raise DataError(
+                f"the '{part}' files in '{folder}' do not belong together: images of shape "
+                f"{tuple(images.shape)}, labels of shape {tuple(labels.shape)}; fetch them again"
+            )
+        return Split(images[:, None], labels.long())
+
+    return _hold_out(
+        read("train"),
+        read("t10k"),
+        num_classes=10,
+        mean=(0.2860,),
+        std=(0.3530,),
+        # Clothes may be mirrored; a hole of half the width, as in CIFAR, hides too much of them.
+        augmentation=Augmentation(padding=4, flip=True),
+    )
+
+
+FASHION_FILES = tuple(
+    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    """The file, unpacked or as .gz; the latter if there is neither."""
+    return folder / name if (folder / name).exists() else folder / f"{name}.gz"
+
+
+def _fashion_folder(data_root: str) -> Path:
+    """The folder that has the four files; downloads them with torchvision if there is none."""
+    root = Path(data_root)
+    places = (root / "FashionMNIST" / "raw", root, root / "fashion-mnist", DEBIAN_FASHION)
+    for place in places:
+        if all(_idx_file(place, name).exists() for name in FASHION_FILES):
+            return place
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(data_root, download=True)
+    except (OSError, RuntimeError, URLError) as error:
+        raise _missing(
+            "Fashion-MNIST",
+            data_root,
+            error,
+            "FashionMNIST/raw or the four idx .gz files themselves (Debian: apt install "
+            "dataset-fashion-mnist, which is found without --data_root)",
+        ) from None
+    return places[0]
+
+
+def read_idx(path: Path) -> Tensor:
+    """A uint8 tensor from a file in MNIST's idx format, unpacked or .gz.
+
+    (torchvision's reader takes unpacked files only, and checks with `assert`.)
+
+    Raises:
+        DataError: the file cannot be read, or is not what its header says.
+    """
+    try:
+        data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        # Two zeros, the type (8: uint8), the number of dimensions; then each size.
+        zeros, kind, dimensions = struct.unpack_from(">HBB", data)
+        shape = struct.unpack_from(f">{dimensions}I", data, 4)
+        if zeros or kind != 8 or len(data) - 4 - 4 * dimensions != int(np.prod(shape)):
+            raise ValueError(f"{len(data)} bytes are not what its header says")
+    except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
+        raise DataError(
+            f"'{path}' is no complete idx file ({' '.join(str(error).split())}): fetch it again"
+        ) from None
+    pixels = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
+    return torch.from_numpy(pixels.reshape(shape).copy())
+
+
+LOADERS: dict[str, Callable[[str], Dataset]] = {
+    "cifar100": _cifar100,
+    "cifar10": _cifar10,
+    "fashion": _fashion,
+    "digits": _digits,
+}

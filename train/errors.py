@@ -19,9 +19,19 @@ class DataError(DriverError):
     exit_code = 2
 
 
+class CheckpointError(DriverError):
+    """A checkpoint or a result cannot be used."""
+
+    exit_code = 2
+
+
 class DivergedError(DriverError):
     """The loss is no longer finite."""
 
 
 class VerificationError(DriverError):
     """The optimizer departs from the reference backend."""
+
+
+class NumericsError(DriverError):
+    """An eigensolver did not converge."""

@@ -8,6 +8,7 @@ from torch import nn
 
 import samkernels
 from train.config import Config
+from train.errors import ConfigError
 
 
 class TwoPassOptimizer(Protocol):
@@ -39,6 +40,9 @@ def build_optimizer(
         params: the parameters to train.
         config: opt_name and its hyperparameters.
         backend: overrides config.backend; only the SAM family has one.
+
+    Raises:
+        ConfigError: the optimizer is not in this version.
     """
     base_options: dict[str, Any] = {
         "lr": config.lr,
@@ -48,6 +52,11 @@ def build_optimizer(
     }
     if config.opt_name == "sgd":
         return torch.optim.SGD(params, **base_options)
+    if config.opt_name not in SAM_FAMILY:
+        raise ConfigError(
+            f"opt_name={config.opt_name} is not in this version: allowed sgd, "
+            f"{', '.join(SAM_FAMILY)}; nearest sgd"
+        )
     options: dict[str, Any] = {"rho": config.rho, "adaptive": config.adaptive}
     if config.opt_name != "sam":
         options["granularity"] = config.granularity

@@ -1,8 +1,9 @@
-"""Progress of a run: a bar on a terminal, an occasional line elsewhere."""
+"""Progress of long work: a bar on a terminal, an occasional line elsewhere."""
 
 import sys
 import time
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -10,17 +11,26 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 LINE_EVERY = 10.0  # seconds
 
 
-def make_console() -> Console:
+def make_console(quiet: bool = False) -> Console:
     """Standard output; wide enough for the tables where it is no terminal and has no width."""
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=120, quiet=quiet)
 
 
-class RunProgress:
-    """Shows epoch, loss, accuracy, throughput and time left. A context manager."""
+def duration(seconds: float) -> str:
+    """Such as 42 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
-    def __init__(self, console: Console, title: str, epochs: int, steps_per_epoch: int) -> None:
-        self._console, self._title = console, title
-        self._epochs, self._total = epochs, epochs * steps_per_epoch
+
+_Work = TypeVar("_Work", bound="WorkProgress")
+
+
+class WorkProgress:
+    """Shows how much of `total` is done, what the work says of itself, and the time left."""
+
+    def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
+        self._console, self._title, self._total, self._before = console, title, total, done
         self._started = self._last_line = time.perf_counter()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -32,9 +42,9 @@ class RunProgress:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task(title, total=self._total, state="")
+            self._task = self._bar.add_task(title, total=total, completed=done, state="")
 
-    def __enter__(self) -> "RunProgress":
+    def __enter__(self: _Work) -> _Work:
         if self._bar:
             self._bar.start()
         return self
@@ -47,6 +57,30 @@ class RunProgress:
     ) -> None:
         if self._bar:
             self._bar.stop()
+
+    def show(self, done: int, state: str) -> None:
+        """The state after `done` of the total."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, state=state)
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= LINE_EVERY:
+            self._last_line = now
+            here = done - self._before  # by this process: what was resumed took no time
+            left = (now - self._started) * (self._total - done) / here if here else 0.0
+            self._console.print(
+                f"{self._title}  {state}  {duration(left)} left", soft_wrap=True, markup=False
+            )
+
+
+class RunProgress(WorkProgress):
+    """Shows epoch, loss, accuracy, throughput and time left."""
+
+    def __init__(
+        self, console: Console, title: str, epochs: int, steps_per_epoch: int, done: int = 0
+    ) -> None:
+        super().__init__(console, title, epochs * steps_per_epoch, done)
+        self._epochs = epochs
 
     def update(
         self,
@@ -61,12 +95,4 @@ class RunProgress:
         state = f"{epoch}/{self._epochs} loss {loss:.3f} acc {100 * accuracy:.1f}%"
         if val_accuracy is not None:
             state += f" val {100 * val_accuracy:.1f}%"
-        state += f" {images_per_second:.0f}/s"
-        if self._bar:
-            self._bar.update(self._task, completed=done, state=state)
-            return
-        now = time.perf_counter()
-        if now - self._last_line >= LINE_EVERY:
-            self._last_line = now
-            left = (now - self._started) * (self._total - done) / done
-            self._console.print(f"{self._title}  {state}  {left:.0f} s left", soft_wrap=True)
+        self.show(done, f"{state} {images_per_second:.0f}/s")

@@ -1,4 +1,4 @@
-"""What a run leaves behind: result.json, report.md, curves.png, best.pt."""
+"""What a run leaves behind: result.json, report.md, curves.png."""
 
 import json
 import math
@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 import samkernels
+from train.errors import CheckpointError
 
 COLUMNS = (
     "optimizer",
     "test accuracy, %",
+    "sharpness",
     "lambda_max",
     "deviation",
     "ms per optimizer step",
@@ -26,6 +28,8 @@ COLUMNS = (
 
 NOTES = """\
 - test accuracy: of the checkpoint with the best validation accuracy (the first of equals).
+- sharpness: the report's figure: for each of some augmented training batches alone, the five
+  eigenvalues of the Hessian that are largest in magnitude; the mean of the positive ones.
 - lambda_max: largest eigenvalue of the Hessian of the mean cross-entropy of that checkpoint, over
   unaugmented training images with the labels trained on, eval mode, no weight decay.
 - deviation: the largest relative deviation of any parameter from the reference backend, over the
@@ -54,11 +58,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """torch.save, atomically."""
-    write_atomically(path, lambda file: torch.save(dict(content), file))
-
-
 def versions() -> dict[str, str]:
     """Of what the figures depend on."""
     return {
@@ -85,6 +84,7 @@ def row(result: Mapping[str, Any]) -> list[str]:
     return [
         result["name"],
         f"{100 * figures['test_accuracy']:.2f}",
+        cell(figures.get("sharpness"), ".1f"),
         cell(figures["lambda_max"], ".1f"),
         cell(check["value"] if check else None, ".1e"),
         cell(figures["ms_per_optimizer_step"], ".3f"),
@@ -123,6 +123,28 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """A result.json.
+
+    Raises:
+        CheckpointError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _ = content["name"], content["config"]["opt_name"], content["figures"], content["history"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"'{path}' is no result of a run ({type(error).__name__}: {error}): it was left as it "
+            "is; move it away to run again"
+        ) from None
+    return content
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """As PNG, atomically."""
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
 def write_curves(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Training loss and validation accuracy per epoch, one line per run."""
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -140,7 +162,7 @@ def write_curves(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     accuracy.legend(loc="lower right")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    save_figure(path, figure)
 
 
 def write_report(

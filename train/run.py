@@ -1,31 +1,45 @@
 """One training run, from the configuration to the result."""
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
 import samkernels
 from train import results
+from train.checkpoint import LEFT_ALONE, check_same_run, load_checkpoint, save_checkpoint
 from train.config import Config
 from train.data import Dataset, Split, load_dataset, plain_batches, train_batches
-from train.errors import ConfigError, DivergedError
+from train.distributed import (
+    ALONE,
+    Processes,
+    mean_loss,
+    parallel,
+    process_group,
+    synchronise_batchnorm,
+)
+from train.errors import CheckpointError, ConfigError, DivergedError
 from train.models import build_model
 from train.optimizers import TwoPassOptimizer, backend_names, build_optimizer
-from train.progress import RunProgress
-from train.sharpness import lambda_max
+from train.progress import RunProgress, make_console
+from train.sharpness import measure
 from train.timing import StepTimer
+from train.trackers import make_tracker, scalars
 from train.verify import Lockstep
 
 EVAL_BATCH = 1000
-SHARPNESS_BATCH = 256
 WARMUP_STEPS = 10  # not timed after the lockstep steps, where a single epoch is all there is
 CUDA_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the device
+STATISTICS = samkernels.ops.GradientStatistics._fields
+
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,17 +55,40 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def plain_fp32() -> None:
+    """No TF32, as in the report and as the comparison with the reference needs it; and the same
+    sums at every pass, without which a resumed run would not come out the same."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def build_scheduler(optimizer: Any, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate per epoch."""
+    if config.scheduler == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+    factor = config.lr_gamma if config.scheduler == "exponential" else 1.0
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, factor)
+
+
 def sgd_step(
-    model: nn.Module,
+    forward: Forward,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
     timer: StepTimer,
+    observe: Callable[[], object] = lambda: None,
 ) -> tuple[list[Tensor], Tensor]:
-    """One pass and an update. Returns its loss, in a list, and the number of right answers."""
-    logits = model(images)
-    loss = F.cross_entropy(logits, labels)
+    """One pass and an update. Returns its loss, in a list, and the number of right answers.
+
+    Args:
+        forward: images and labels to loss and logits.
+        observe: called when the gradients are there.
+    """
+    loss, logits = forward(images, labels)
     loss.backward()
+    observe()
     with timer.optimizer():
         optimizer.step()
     optimizer.zero_grad()
@@ -59,6 +96,7 @@ def sgd_step(
 
 
 def sam_step(
+    forward: Forward,
     model: nn.Module,
     optimizer: TwoPassOptimizer,
     images: Tensor,
@@ -69,14 +107,13 @@ def sam_step(
 
     Batch-norm statistics are those of the first pass.
     """
-    logits = model(images)
-    first = F.cross_entropy(logits, labels)
+    first, logits = forward(images, labels)
     first.backward()
     with timer.optimizer():
         optimizer.first_step()
     try:
         with samkernels.frozen_batchnorm_stats(model):
-            second = F.cross_entropy(model(images), labels)
+            second, _ = forward(images, labels)
             second.backward()
     except BaseException:
         optimizer.restore()
@@ -87,38 +124,64 @@ def sam_step(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, split: Split) -> tuple[float, float]:
-    """(mean cross-entropy, accuracy as a share) in eval mode; the mode is put back."""
+def evaluate(
+    forward: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    dataset: Dataset,
+    split: Split,
+    processes: Processes = ALONE,
+) -> tuple[float, float]:
+    """(mean cross-entropy, accuracy as a share) in eval mode; the mode is put back.
+
+    Each process takes every world-th image.
+    """
     training = model.training
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
     right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    for images, labels in plain_batches(dataset, split, EVAL_BATCH):
-        logits = model(images)
-        loss += F.cross_entropy(logits, labels, reduction="sum")
+    every = slice(processes.rank, None, processes.world)
+    part = Split(split.images[every], split.labels[every])
+    for images, labels in plain_batches(dataset, part, EVAL_BATCH):
+        logits = forward(images).float()
+        loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
         right += (logits.argmax(1) == labels).sum()
     model.train(training)
+    processes.sum_(loss, right)
     return float(loss) / len(split), float(right) / len(split)
 
 
 class Training:
     """The state of a run between its epochs, and the epoch itself."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, processes: Processes = ALONE) -> None:
+        self.config, self.processes = config, processes
         self.device = pick_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        # Plain fp32, as in the report and as the comparison with the reference needs it.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        self.dataset = load_dataset(config, self.device)
+        plain_fp32()
+        # The writer first: it may have to download what the others find then.
+        if processes.writes:
+            self.dataset = load_dataset(config, self.device)
+        processes.wait()
+        if not processes.writes:
+            self.dataset = load_dataset(config, self.device)
+        self._check_batches()
         channels, classes = self.dataset.train.images.shape[1], self.dataset.num_classes
         torch.manual_seed(config.seed)
         # Made on the CPU: the same weights on every device.
         self.model = build_model(config.model, channels, classes).to(self.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        network = self.model
+        if processes.world > 1:
+            self.model = synchronise_batchnorm(self.model, self.device)
+            network = parallel(self.model, self.device)
+        # `model` has the weights and their names; `network` is what the steps call.
+        self.network: Callable[[Tensor], Tensor] = network
+        if config.compile:
+            self.network = torch.compile(network)
         self.optimizer = build_optimizer(self.model.parameters(), config)
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.epochs)
+        self.scheduler = build_scheduler(self.optimizer, config)
         self.timer = StepTimer(self.device)
         self.lockstep: Lockstep | None = None
         self.verification: dict[str, Any] | None = None
@@ -128,15 +191,48 @@ class Training:
                 self.optimizer,
                 lambda params: build_optimizer(params, config, backend="reference"),
             )
-        if len(self.dataset.train) % config.batch_size == 1:
-            raise ConfigError(
-                f"batch_size={config.batch_size} leaves a last batch of one image, which batch "
-                f"normalisation cannot take: allowed is what does not divide "
-                f"{len(self.dataset.train)} with rest 1; nearest {config.batch_size + 1}"
-            )
         self.steps_per_epoch = math.ceil(len(self.dataset.train) / config.batch_size)
-        self.done = 0
-        self.val_accuracy: float | None = None
+        self.done = self.resumed = 0
+        self.history: list[dict[str, float]] = []
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The epoch with the highest validation accuracy: the first of equals."""
+        return max(self.history, key=lambda entry: entry["val_accuracy"])
+
+    def state(self) -> dict[str, Any]:
+        """All that a bit-exact continuation needs. The order of the data follows from the seed."""
+        generators = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            generators.append(torch.cuda.get_rng_state(self.device))
+        return {
+            "config": dataclasses.asdict(self.config),
+            "epoch": len(self.history),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generators": generators,
+            "history": self.history,
+            "done": self.done,
+            "verification": self.verification,
+            "lockstep": self.lockstep.state() if self.lockstep else None,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what state() returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["generators"][0].cpu())
+        if self.device.type == "cuda" and len(state["generators"]) > 1:
+            torch.cuda.set_rng_state(state["generators"][1].cpu(), self.device)
+        self.history, self.done = state["history"], state["done"]
+        self.resumed = len(self.history)
+        self.verification = state["verification"]
+        if self.lockstep and state["lockstep"]:
+            self.lockstep.load(state["lockstep"])
+        else:
+            self.lockstep = None
 
     def epoch(self, number: int, progress: RunProgress) -> dict[str, float]:
         """Train epoch `number` (from 1) and evaluate it. Returns its entry of the history.
@@ -145,62 +241,126 @@ class Training:
             DivergedError: a loss is not finite; names the epoch, the step and the pass.
             VerificationError: see Lockstep.
         """
+        config = self.config
         self.model.train()
-        losses: list[list[Tensor]] = []
+        losses: list[Tensor] = []
+        observed: list[Tensor] = []
         weighted = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         seen = checked = 0
+        val_accuracy = self.history[-1]["val_accuracy"] if self.history else None
         check_every = CUDA_CHECK_EVERY if self.device.type == "cuda" else 1
         started = time.perf_counter()
-        batches = train_batches(self.dataset, self.config.batch_size, self.config.seed, number)
+        batches = train_batches(
+            self.dataset,
+            config.batch_size,
+            config.seed,
+            number,
+            self.processes.rank,
+            self.processes.world,
+        )
         for step in range(1, self.steps_per_epoch + 1):
-            with self.timer.step(self._counted(number)):
+            observing = config.statistics_every > 0 and self.done % config.statistics_every == 0
+            count = min(config.batch_size, len(self.dataset.train) - seen)
+            with self.timer.step(self._counted(number) and not observing):
                 images, labels = next(batches)
-                step_losses, step_right = self._step(images, labels)
-            losses.append(step_losses)
-            weighted += step_losses[0] * len(labels)
+                taken, step_right = self._step(images, labels, count, observing, observed)
+            losses.append(torch.stack(taken))
+            weighted += losses[-1][0] * count
             right += step_right
-            seen += len(labels)
+            seen += count
             self.done += 1
             if step % check_every == 0 or step == self.steps_per_epoch:
                 self._check_losses(losses[checked:], number, checked)
                 checked = step
                 speed = seen / (time.perf_counter() - started)
-                progress.update(
-                    self.done,
-                    number,
-                    float(weighted) / seen,
-                    int(right) / seen,
-                    self.val_accuracy,
-                    speed,
-                )
+                shown = [weighted / self.processes.world, right.double()]
+                self.processes.sum_(*shown)
+                loss, accuracy = (float(value) / seen for value in shown)
+                progress.update(self.done, number, loss, accuracy, val_accuracy, speed)
         seconds = time.perf_counter() - started
         self.timer.collect()
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
-        val_loss, self.val_accuracy = evaluate(self.model, self.dataset, self.dataset.val)
+        val_loss, val_accuracy = self.evaluate(self.dataset.val)
         if not math.isfinite(val_loss):
-            raise DivergedError(f"the validation loss is not finite after epoch {number}")
-        return {
+            raise DivergedError(
+                f"the validation loss is not finite after epoch {number}: the run is stopped; a "
+                "smaller lr or rho may help"
+            )
+        entry = {
             "epoch": number,
             "lr": lr,
-            "train_loss": float(weighted) / seen,
-            "train_accuracy": int(right) / seen,
+            "train_loss": loss,
+            "train_accuracy": accuracy,
             "val_loss": val_loss,
-            "val_accuracy": self.val_accuracy,
+            "val_accuracy": val_accuracy,
             "seconds": seconds,
         }
+        if observed:
+            means = torch.stack(observed).double().mean(0).tolist()
+            # One pass has no second gradient to compare with.
+            entry |= {k: v for k, v in zip(STATISTICS, means, strict=True) if not math.isnan(v)}
+        self.history.append(entry)
+        return entry
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
+    def evaluate(self, split: Split) -> tuple[float, float]:
+        """(mean cross-entropy, accuracy) of the weights as they are."""
+
+        def forward(images: Tensor) -> Tensor:
+            with self._autocast():
+                return self.model(self._laid_out(images))
+
+        return evaluate(forward, self.model, self.dataset, split, self.processes)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        if not self.config.channels_last:
+            return images
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _step(
+        self, images: Tensor, labels: Tensor, count: int, observing: bool, observed: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        images = self._laid_out(images)
+
+        def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            with self._autocast():
+                logits = self.network(images).float()
+            return mean_loss(logits, labels, count, self.processes.world), logits
+
         if self.config.opt_name == "sgd":
-            return sgd_step(self.model, self.optimizer, images, labels, self.timer)
-        if self.lockstep is None:
-            return sam_step(self.model, self.optimizer, images, labels, self.timer)
-        taken = sam_step(self.model, self.lockstep, images, labels, self.timer)
-        self.verification = self.lockstep.summary()
-        if self.lockstep.steps == self.config.verify_steps:
-            self.lockstep = None  # with the twin's weights and state
+
+            def observe() -> None:
+                if observing:
+                    observed.append(self._single_statistics())
+
+            return sgd_step(forward, self.optimizer, images, labels, self.timer, observe)
+        self.optimizer.track_statistics = observing
+        optimizer = self.lockstep or self.optimizer
+        taken = sam_step(forward, self.model, optimizer, images, labels, self.timer)
+        if observing:
+            observed.append(torch.stack(list(self.optimizer.statistics)))
+        if self.lockstep is not None:
+            self.verification = self.lockstep.summary()
+            if self.lockstep.steps == self.config.verify_steps:
+                self.lockstep = None  # with the twin's weights and state
         return taken
+
+    def _single_statistics(self) -> Tensor:
+        """STATISTICS where there is one gradient only: nan for the rest."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
+        missing = torch.full((), math.nan, device=self.device)
+        known = {
+            "first_grad_norm": samkernels.ops.norms(grads).total,
+            "weight_norm": samkernels.ops.norms([p.detach() for p in params]).total,
+        }
+        return torch.stack([known.get(name, missing) for name in STATISTICS])
 
     def _counted(self, epoch: int) -> bool:
         """Whether the next step's time counts: not while verified, nor while warming up."""
@@ -208,21 +368,103 @@ class Training:
         warm = epoch > 1 or (self.config.epochs == 1 and self.done >= verified + WARMUP_STEPS)
         return warm and self.done >= verified
 
-    def _check_losses(self, losses: list[list[Tensor]], epoch: int, before: int) -> None:
-        finite = torch.stack([torch.stack(step) for step in losses]).isfinite()
+    def _check_batches(self) -> None:
+        size, world = self.config.batch_size, self.processes.world
+        count = len(self.dataset.train)
+        rest = count % size or min(size, count)
+        # Batch normalisation needs two images, and every process at least one.
+        if rest < max(2, world):
+            least = "one image" if rest == 1 else f"{rest} images"
+            raise ConfigError(
+                f"batch_size={size} leaves a last batch of {least}, which batch normalisation and "
+                f"{world} process(es) cannot take: allowed is what divides {count} with rest 0 or "
+                f"at least {max(2, world)}; nearest {size + 1}"
+            )
+
+    def _check_losses(self, losses: list[Tensor], epoch: int, before: int) -> None:
+        together = torch.stack(losses)
+        self.processes.sum_(together)  # all stop, wherever it happens
+        finite = together.isfinite()
         if finite.all():
             return
         step, which = (~finite).nonzero()[0].tolist()
         raise DivergedError(
             f"the loss of the {('first', 'second')[which]} pass is not finite in epoch {epoch}, "
             f"step {before + step + 1} of {self.steps_per_epoch} (lr "
-            f"{self.optimizer.param_groups[0]['lr']:g}): the run is stopped; a smaller lr or rho "
-            "may help"
+            f"{self.optimizer.param_groups[0]['lr']:g}): the run is stopped, and its last good "
+            "checkpoint kept; a smaller lr or rho may help"
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """What a run keeps in its folder, beside report.md and curves.png."""
+
+    folder: Path
+
+    @property
+    def best(self) -> Path:
+        """The weights with the best validation accuracy."""
+        return self.folder / "best.pt"
+
+    @property
+    def last(self) -> Path:
+        """The state after the last epoch; gone when the run is complete."""
+        return self.folder / "last.pt"
+
+    @property
+    def result(self) -> Path:
+        """Where it is, the run is complete."""
+        return self.folder / "result.json"
+
+
+RESUMABLE = ("config", "epoch", "model", "optimizer", "scheduler", "generators", "history", "done")
+
+
+def finished_result(config: Config) -> dict[str, Any] | None:
+    """The result of the complete run in the folder of the configuration; None if there is none.
+
+    Raises:
+        CheckpointError: it is of another configuration, or damaged.
+    """
+    path = Files(config.folder).result
+    if not path.exists():
+        return None
+    result = results.read_result(path)
+    check_same_run(path, config, result["config"])
+    return result
+
+
+def _prepare(config: Config, writes: bool) -> dict[str, Any] | None:
+    """The state to go on from, if any; on the CPU.
+
+    Raises:
+        CheckpointError: an unfinished run would be lost, or cannot be resumed.
+    """
+    files = Files(config.folder)
+    if files.last.exists() and not config.overwrite:
+        if not config.resume:
+            raise CheckpointError(
+                f"'{files.last}' is the checkpoint of an unfinished run; {LEFT_ALONE}: add "
+                "--resume to go on with it, or --overwrite to start over"
+            )
+        state = load_checkpoint(files.last, RESUMABLE)
+        check_same_run(files.last, config, state["config"])
+        if not files.best.exists():
+            raise CheckpointError(
+                f"'{files.last}' lies there without best.pt, which the test needs; {LEFT_ALONE}: "
+                "put best.pt beside it, or start over with --overwrite"
+            )
+        return state
+    if writes:
+        # Of an earlier run: they would not belong to the new files.
+        for path in (files.result, files.last, files.best, files.folder / "sharpness.json"):
+            path.unlink(missing_ok=True)
+    return None
+
+
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Train, test the best checkpoint, and write best.pt, result.json, report.md and curves.png.
+    """Train, test the best checkpoint, and write all that the folder of a run holds.
 
     Returns:
         what result.json holds.
@@ -230,62 +472,102 @@ def run(config: Config, console: Console) -> dict[str, Any]:
     Raises:
         DriverError: whatever stops the run, in one sentence.
     """
-    started = time.perf_counter()
-    training = Training(config)
-    dataset, model = training.dataset, training.model
-    best, finished = config.folder / "best.pt", config.folder / "result.json"
-    try:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        # Of an earlier run into the same folder: it would not belong to the new files.
-        finished.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output_dir={config.folder} cannot be written: {error}") from None
-    history: list[dict[str, float]] = []
-    best_entry: dict[str, float] = {}
-    with RunProgress(console, config.run_name, config.epochs, training.steps_per_epoch) as progress:
-        for number in range(1, config.epochs + 1):
+    if config.resume and (done := finished_result(config)) is not None:
+        Files(config.folder).last.unlink(missing_ok=True)  # of a process that ended just then
+        return done
+    begun = time.perf_counter()
+    with process_group(config.device) as processes:
+        if not processes.writes:
+            console = make_console(quiet=True)
+        training = _train(config, console, processes)
+        test_loss, test_accuracy = training.evaluate(training.dataset.test)
+        if not processes.writes:  # the rest is for one
+            return {"name": config.run_name, "figures": {"test_accuracy": test_accuracy}}
+    return _finish(training, console, test_loss, test_accuracy, begun)
+
+
+def _train(config: Config, console: Console, processes: Processes) -> Training:
+    """All epochs; the training then has the best weights."""
+    files = Files(config.folder)
+    if processes.writes:
+        try:
+            files.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"output_dir={config.folder} cannot be written: {error}") from None
+        for leftover in files.folder.glob(".*.[0-9]*"):  # of a process killed as it wrote
+            leftover.unlink(missing_ok=True)
+    processes.wait()
+    state = _prepare(config, processes.writes)
+    training = Training(config, processes)
+    if state is not None:
+        training.load(state)
+        console.print(
+            f"{config.run_name}: resumed after epoch {state['epoch']}", markup=False, soft_wrap=True
+        )
+    del state
+    quiet = dataclasses.replace(config, framework_name="none")
+    tracker = make_tracker(config if processes.writes else quiet, files.folder, training.resumed)
+    with (
+        contextlib.closing(tracker),
+        RunProgress(
+            console, config.run_name, config.epochs, training.steps_per_epoch, training.done
+        ) as progress,
+    ):
+        for number in range(training.resumed + 1, config.epochs + 1):
             entry = training.epoch(number, progress)
-            history.append(entry)
-            if not best_entry or entry["val_accuracy"] > best_entry["val_accuracy"]:
-                best_entry = entry
-                results.save_checkpoint(
-                    best,
-                    {"model": model.state_dict(), "config": dataclasses.asdict(config), **entry},
-                )
-    model.load_state_dict(torch.load(best, map_location=training.device)["model"])
-    test_loss, test_accuracy = evaluate(model, dataset, dataset.test)
+            if processes.writes:
+                state = training.state()
+                # The best first: if the process dies between the two, the epoch is taken again,
+                # and comes out the same.
+                if training.best is entry:
+                    kept = {"model": state["model"], "config": state["config"]}
+                    save_checkpoint(files.best, {**kept, **entry})
+                save_checkpoint(files.last, state)
+                tracker.log(number, scalars(entry))
+    processes.wait()
+    best = load_checkpoint(files.best, ("model", "epoch"), training.device)
+    if best["epoch"] != training.best["epoch"]:
+        raise CheckpointError(
+            f"'{files.best}' is of epoch {best['epoch']}, but epoch {training.best['epoch']} was "
+            f"the best; {LEFT_ALONE}: start over with --overwrite"
+        )
+    training.model.load_state_dict(best["model"])
+    return training
+
+
+def _finish(
+    training: Training, console: Console, test_loss: float, test_accuracy: float, begun: float
+) -> dict[str, Any]:
+    """Measure the sharpness, and write the result."""
+    config, files = training.config, Files(training.config.folder)
+    sharpness = measure(training.model, training.dataset, config, console)
+    results.write_json(files.folder / "sharpness.json", sharpness)
     result = {
         "name": config.run_name,
         "config": dataclasses.asdict(config),
         "versions": results.versions(),
         "device": results.describe_device(training.device),
+        "processes": training.processes.world,
         "backends": backend_names(training.optimizer),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in training.model.parameters()),
         "figures": {
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
-            "best_epoch": best_entry["epoch"],
-            "best_val_accuracy": best_entry["val_accuracy"],
-            "lambda_max": _sharpness(training, console),
+            "best_epoch": training.best["epoch"],
+            "best_val_accuracy": training.best["val_accuracy"],
+            **{name: sharpness[name] for name in ("lambda_max", "trace", "sharpness")},
             **training.timer.summary(),
-            "seconds": time.perf_counter() - started,
+            "seconds_per_epoch": sum(e["seconds"] for e in training.history) / config.epochs,
+            # Of an interrupted run: what the last process took, and the epochs before it.
+            "seconds": time.perf_counter()
+            - begun
+            + sum(e["seconds"] for e in training.history[: training.resumed]),
         },
         "verification": training.verification,
-        "history": history,
+        "history": training.history,
     }
-    results.write_all(config.folder, f"{config.run_name} on {config.dataset}", [result])
+    results.write_all(files.folder, f"{config.run_name} on {config.dataset}", [result])
     # Last: where it is, the run is complete.
-    results.write_json(finished, result)
+    results.write_json(files.result, result)
+    files.last.unlink(missing_ok=True)
     return result
-
-
-def _sharpness(training: Training, console: Console) -> float | None:
-    """lambda_max of the weights as they are, over the first images of the training split."""
-    count = training.config.sharpness_samples
-    if not count:
-        return None
-    train = training.dataset.train
-    part = Split(train.images[:count], train.labels[:count])
-    batches = list(plain_batches(training.dataset, part, SHARPNESS_BATCH))
-    with console.status(f"{training.config.run_name}: sharpness"):
-        return lambda_max(training.model, batches)

@@ -1,65 +1,330 @@
-"""Sharpness: the largest eigenvalue of the Hessian of the training loss."""
+"""Sharpness of a checkpoint: `python -m train.sharpness CHECKPOINT`.
 
-from collections.abc import Sequence
+Everything is about the Hessian H of the mean cross-entropy, without weight decay, in eval mode and
+fp32, over all parameters.
+"""
+
+import math
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, eigsh
+from matplotlib.figure import Figure
+from rich.console import Console
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
+from train import results
+from train.checkpoint import load_checkpoint
+from train.config import FIELDS, Config, check_keys, make_config, parse_flags
+from train.data import Dataset, Split, load_dataset, plain_batches, train_batches
+from train.errors import CheckpointError, ConfigError, NumericsError
+from train.progress import WorkProgress
+
+with warnings.catch_warnings():
+    # torch.jit.script is deprecated, and still in use: by one of the library's dependencies, and by
+    # torch itself when the first jvp is taken.
+    warnings.simplefilter("ignore", FutureWarning)
+    torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+    from curvlinops import HessianLinearOperator, hutchinson_trace
+    from curvlinops.papyan2020traces.spectrum import (
+        fast_lanczos,
+        lanczos_approximate_spectrum_from_iter,
+    )
+
 Batch = tuple[Tensor, Tensor]
+BATCH = 256  # of the fixed set, which is summed over its batches
+EIGENVALUES = 5  # per batch, in the report
+TOLERANCE = 1e-3  # relative, of eigenvalues; the report's
+DRAWS_OF_EPOCH = 0  # its order and augmentation: training begins with epoch 1
+
+USAGE = """\
+python -m train.sharpness CHECKPOINT [--KEY=VALUE ...]
+
+CHECKPOINT is a best.pt or last.pt of a run. Writes sharpness.json and density.png beside it, or
+into --output_dir. Keys, with their values here:
+  --sharpness_batches=40      augmented batches for the report's sharpness; 0: leave it out
+  --sharpness_batch_size=256  images in each of them
+  --sharpness_samples=1024    training images for lambda_max, trace and density; 0: leave them out
+  --trace_vectors=32          random vectors for the trace; 0: leave it out
+  --density_steps=64          Lanczos steps for the spectral density; 0: leave it out
+  --data_root, --device, --threads, --seed (of the batches and vectors)
+"""
+HERE = {
+    "sharpness_batches": 40,
+    "sharpness_batch_size": 256,
+    "sharpness_samples": 1024,
+    "trace_vectors": 32,
+    "density_steps": 64,
+}
+ALLOWED = (
+    "sharpness_batches", "sharpness_batch_size", "sharpness_samples", "trace_vectors",
+    "density_steps", "data_root", "device", "threads", "seed", "output_dir",
+)  # fmt: skip
 
 
-def hessian_operator(model: nn.Module, batches: Sequence[Batch]) -> LinearOperator:
-    """v -> H v, where H is the Hessian of the mean cross-entropy over all images of the batches.
+def hessian(model: nn.Module, batches: Sequence[Batch]) -> HessianLinearOperator:
+    """H over all images of the batches, as an operator on tensors; its to_scipy() on arrays.
 
-    By double backward, one batch at a time; all parameters that require gradients, in the order
-    of model.parameters(). The model's mode (train or eval) is the caller's business.
+    All parameters that require gradients, in the order of model.parameters(). The model's mode
+    (train or eval) is the caller's business.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    count = sum(len(labels) for _, labels in batches)
-    size = sum(p.numel() for p in params)
+    return HessianLinearOperator(
+        model, nn.CrossEntropyLoss(), params, list(batches), check_deterministic=False
+    )
+
+
+def extreme_eigenvalues(
+    operator: LinearOperator,
+    number: int,
+    which: str,
+    *,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+    each: Callable[[], object] = lambda: None,
+) -> np.ndarray:
+    """Some eigenvalues of a symmetric operator, in ascending order.
+
+    Args:
+        which: of scipy.sparse.linalg.eigsh: LA, SA: largest, smallest; LM: largest in magnitude.
+        seed: of the start vector.
+        each: called after each product.
+
+    Raises:
+        NumericsError: no convergence, or the products are not finite.
+    """
 
     def matvec(vector: np.ndarray) -> np.ndarray:
-        flat = torch.from_numpy(vector.ravel().copy()).to(params[0])
-        parts = flat.split([p.numel() for p in params])
-        pieces = [part.view_as(p) for part, p in zip(parts, params, strict=True)]
-        product = torch.zeros_like(flat)
-        for images, labels in batches:
-            loss = F.cross_entropy(model(images), labels, reduction="sum") / count
-            grads = torch.autograd.grad(loss, params, create_graph=True)
-            slope = torch.stack([(g * v).sum() for g, v in zip(grads, pieces, strict=True)]).sum()
-            # A parameter in which the slope is linear has no path to it: its product is 0.
-            rows = torch.autograd.grad(slope, params, materialize_grads=True)
-            product += torch.cat([row.reshape(-1) for row in rows])
-        return product.cpu().numpy()
+        product = operator.matvec(vector)
+        if not np.isfinite(product).all():
+            raise NumericsError("the Hessian is not finite at these weights: no eigenvalues")
+        each()
+        return product
 
-    dtype = torch.empty(0, dtype=params[0].dtype).numpy().dtype
-    return LinearOperator((size, size), matvec=matvec, dtype=dtype)
+    watched = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
+    start = np.random.default_rng(seed).standard_normal(operator.shape[0])
+    try:
+        values = eigsh(
+            watched,
+            k=number,
+            which=which,
+            tol=tolerance,
+            v0=start.astype(operator.dtype),
+            return_eigenvectors=False,
+        )
+    except ArpackNoConvergence as error:
+        raise NumericsError(f"the eigenvalues did not converge: {error}") from None
+    return np.sort(values)
 
 
-def lambda_max(
-    model: nn.Module, batches: Sequence[Batch], tolerance: float = 1e-3, seed: int = 0
-) -> float:
+def lambda_max(model: nn.Module, batches: Sequence[Batch], **options: Any) -> float:
     """The largest (not largest in magnitude) eigenvalue of the Hessian, in eval mode.
 
     Args:
         model: its mode is put back afterwards; weights and gradients are not touched.
-        batches: normalised images and labels; the loss is their mean cross-entropy, without
-            weight decay.
-        tolerance: relative, of the eigenvalue (scipy.sparse.linalg.eigsh).
-        seed: of the start vector.
+        batches: normalised images and labels; the loss is their mean cross-entropy.
+        options: see extreme_eigenvalues.
     """
-    training = model.training
-    model.eval()
-    try:
-        operator = hessian_operator(model, batches)
-        rng = np.random.default_rng(seed)
-        start = rng.standard_normal(operator.shape[0]).astype(operator.dtype)
-        values = eigsh(
-            operator, k=1, which="LA", tol=tolerance, v0=start, return_eigenvectors=False
+    with _EvalMode(model):
+        return float(extreme_eigenvalues(hessian(model, batches).to_scipy(), 1, "LA", **options)[0])
+
+
+def report_sharpness(eigenvalues: Sequence[Sequence[float]]) -> float | None:
+    """The report's figure: the mean of the positive values among those of all batches."""
+    positive = [value for values in eigenvalues for value in values if value > 0]
+    return statistics.fmean(positive) if positive else None
+
+
+def training_batches(dataset: Dataset, number: int, size: int, seed: int) -> Iterator[Batch]:
+    """The first `number` full augmented batches; further epochs where one has too few.
+
+    Raises:
+        ConfigError: the training split has no full batch.
+    """
+    if size > len(dataset.train):
+        raise ConfigError(
+            f"sharpness_batch_size={size} is more than the {len(dataset.train)} training images: "
+            f"allowed 1 to {len(dataset.train)}; nearest {len(dataset.train)}"
         )
-    finally:
-        model.train(training)
-    return float(values[0])
+    left = number
+    for epoch in count(DRAWS_OF_EPOCH):
+        for images, labels in train_batches(dataset, size, seed, epoch):
+            if left == 0:
+                return
+            if len(labels) == size:
+                left -= 1
+                yield images, labels
+
+
+class _EvalMode:
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._training = model, model.training
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self._model.train(self._training)
+
+
+def measure(model: nn.Module, dataset: Dataset, config: Config, console: Console) -> dict[str, Any]:
+    """What the configuration asks for; None where it does not.
+
+    Returns:
+        sharpness: the report's figure, and eigenvalues: the list of each batch it is made of;
+        lambda_max, lambda_min, trace with trace_error (its standard error) and density (values and
+        density, which integrates to 1) over the first sharpness_samples training images, not
+        augmented, with the labels trained on.
+    """
+    found: dict[str, Any] = dict.fromkeys(
+        ("sharpness", "eigenvalues", "lambda_max", "lambda_min", "trace", "trace_error", "density")
+    )
+    with _EvalMode(model):
+        if config.sharpness_batches:
+            found["eigenvalues"] = _batch_eigenvalues(model, dataset, config, console)
+            found["sharpness"] = report_sharpness(found["eigenvalues"])
+        if config.sharpness_samples:
+            found |= _fixed_set(model, dataset, config, console)
+    return {**found, "settings": {name: getattr(config, name) for name in HERE}}
+
+
+def _batch_eigenvalues(
+    model: nn.Module, dataset: Dataset, config: Config, console: Console
+) -> list[list[float]]:
+    number = config.sharpness_batches
+    batches = training_batches(dataset, number, config.sharpness_batch_size, config.seed)
+    rows: list[list[float]] = []
+    products = 0
+    with WorkProgress(console, f"{config.run_name}: sharpness", number) as progress:
+
+        def each() -> None:
+            nonlocal products
+            products += 1
+            mean = report_sharpness(rows)
+            state = f"batch {len(rows) + 1}/{number} mean {mean or math.nan:.2f}"
+            progress.show(len(rows), f"{state} products {products}")
+
+        for batch in batches:
+            operator = hessian(model, [batch]).to_scipy()
+            rows.append(
+                extreme_eigenvalues(
+                    operator, EIGENVALUES, "LM", seed=config.seed, each=each
+                ).tolist()
+            )
+    return rows
+
+
+def _fixed_set(
+    model: nn.Module, dataset: Dataset, config: Config, console: Console
+) -> dict[str, Any]:
+    images = dataset.train.images[: config.sharpness_samples]
+    part = Split(images, dataset.train.labels[: config.sharpness_samples])
+    operator = hessian(model, list(plain_batches(dataset, part, BATCH)))
+    array_operator = operator.to_scipy()
+    found: dict[str, Any] = {}
+    with console.status(f"{config.run_name}: lambda_max"):
+        top = extreme_eigenvalues(array_operator, 1, "LA", seed=config.seed)
+        found["lambda_max"] = float(top[0])
+    # The random vectors are the library's, of torch's global generator: put it back.
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(config.seed)
+        if config.trace_vectors:
+            samples: list[float] = []
+            with WorkProgress(console, f"{config.run_name}: trace", config.trace_vectors) as bar:
+                for _ in range(config.trace_vectors):
+                    # One vector at a time: together they would fill the memory.
+                    samples.append(float(hutchinson_trace(operator, 1)))
+                    bar.show(len(samples), f"mean {statistics.fmean(samples):.1f}")
+            found["trace"] = statistics.fmean(samples)
+            if len(samples) > 1:
+                found["trace_error"] = statistics.stdev(samples) / math.sqrt(len(samples))
+        if config.density_steps:
+            with console.status(f"{config.run_name}: spectral density"):
+                bottom = extreme_eigenvalues(array_operator, 1, "SA", seed=config.seed)
+                found["lambda_min"] = float(bottom[0])
+                steps = min(config.density_steps, operator.shape[0] - 1)
+                values, density = lanczos_approximate_spectrum_from_iter(
+                    fast_lanczos(operator, steps),
+                    (found["lambda_min"], found["lambda_max"]),
+                    num_points=512,
+                    kappa=3.0,
+                    margin=0.05,
+                )
+                found["density"] = {"values": values.tolist(), "density": density.tolist()}
+    return found
+
+
+def write_density(path: Path, curves: Sequence[tuple[str, dict[str, list[float]]]]) -> None:
+    """The spectral densities, one line for each (name, density)."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, density in curves:
+        axes.semilogy(density["values"], density["density"], label=name, linewidth=1)
+    top = max(max(density["density"]) for _, density in curves)
+    axes.set(
+        xlabel="eigenvalue of the Hessian", ylabel="spectral density", ylim=(top * 1e-9, 2 * top)
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    results.save_figure(path, figure)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure a checkpoint; the exit code of the process."""
+    from train.progress import make_console
+    from train.run import build_model, pick_device, plain_fp32
+
+    if not arguments or arguments[0].startswith("-"):
+        print(USAGE)
+        return 0 if "--help" in arguments or "-h" in arguments else 2
+    path = Path(arguments[0])
+    flags = parse_flags(arguments[1:])
+    check_keys(flags, "the command line")
+    for name in flags:
+        if name not in ALLOWED:
+            raise ConfigError(f"{name} is settled by the checkpoint: allowed {', '.join(ALLOWED)}")
+    checkpoint = load_checkpoint(path, ("model", "config", "epoch"))
+    known = {k: v for k, v in checkpoint["config"].items() if k in FIELDS}
+    config = make_config(
+        (str(path), {**known, "output_dir": str(path.parent)}), ("", HERE), ("", flags)
+    )
+    console = make_console()
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    plain_fp32()
+    # The labels that it was trained on are those of its configuration, whatever the seed here.
+    dataset = load_dataset(config, device)
+    channels, classes = dataset.train.images.shape[1], dataset.num_classes
+    model = build_model(config.model, channels, classes)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"'{path}' does not hold a {config.model}: {reason}") from None
+    found = measure(model.to(device), dataset, config, console)
+    found |= {"checkpoint": str(path), "epoch": checkpoint["epoch"], "name": config.run_name}
+    found |= {"versions": results.versions(), "device": results.describe_device(device)}
+    folder = Path(config.output_dir)
+    results.write_json(folder / "sharpness.json", found)
+    if found["density"]:
+        write_density(folder / "density.png", [(config.run_name, found["density"])])
+    for name in ("sharpness", "lambda_max", "lambda_min", "trace", "trace_error"):
+        if found[name] is not None:
+            console.print(f"{name}: {found[name]:.4g}", highlight=False)
+    console.print(f"written to {folder}", soft_wrap=True, markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    from train.__main__ import guarded
+
+    sys.exit(guarded(main))

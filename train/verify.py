@@ -98,6 +98,23 @@ class Lockstep:
         """Steps taken, tolerance, and the largest deviation with its place."""
         return {"steps": self.steps, "tolerance": self.tolerance, **asdict(self.largest)}
 
+    def state(self) -> dict[str, Any]:
+        """All that a resumed check needs, between steps."""
+        return {
+            "steps": self.steps,
+            "largest": asdict(self.largest),
+            "twins": [twin.detach() for twin in self._twins],
+            "reference": self._reference.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what state() returned."""
+        self.steps, self.largest = state["steps"], Deviation(**state["largest"])
+        for twin, saved in zip(self._twins, state["twins"], strict=True):
+            twin.copy_(saved)
+        self._reference.load_state_dict(state["reference"])
+
     def _copy_gradients(self) -> None:
         for name, param, twin in zip(self._names, self._params, self._twins, strict=True):
             # Said here: it would pass for an error of the optimizer otherwise.

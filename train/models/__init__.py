@@ -4,10 +4,16 @@ from collections.abc import Callable
 
 from torch import nn
 
-from train.models.resnet import resnet18, resnet_small
+from train.models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152, resnet_small
+from train.models.wide_resnet import wrn28_10
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    "resnet101": resnet101,
+    "resnet152": resnet152,
+    "wrn28_10": wrn28_10,
     "resnet_small": resnet_small,
 }
 

@@ -14,6 +14,12 @@ def _conv_bn(channels_in: int, channels_out: int, size: int, stride: int = 1) ->
     return nn.Sequential(conv, nn.BatchNorm2d(channels_out))
 
 
+def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
+    if stride == 1 and channels_in == channels_out:
+        return nn.Identity()
+    return _conv_bn(channels_in, channels_out, 1, stride)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; the first convolution and the shortcut stride."""
 
@@ -23,13 +29,29 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.first = _conv_bn(channels_in, width, 3, stride)
         self.second = _conv_bn(width, width, 3)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != width:
-            self.shortcut = _conv_bn(channels_in, width, 1, stride)
+        self.shortcut = _shortcut(channels_in, width, stride)
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.second(self.relu(self.first(x))) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (which strides) and 1x1 convolutions, four times as wide at the end."""
+
+    expansion = 4
+
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.first = _conv_bn(channels_in, width, 1)
+        self.second = _conv_bn(width, width, 3, stride)
+        self.third = _conv_bn(width, width * self.expansion, 1)
+        self.shortcut = _shortcut(channels_in, width * self.expansion, stride)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.second(self.relu(self.first(x))))
+        return self.relu(self.third(out) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -43,7 +65,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock],
+        block: type[BasicBlock] | type[Bottleneck],
         depths: Sequence[int],
         widths: Sequence[int],
         in_channels: int,
@@ -64,9 +86,32 @@ class ResNet(nn.Module):
         return self.head(self.features(x).mean(dim=(2, 3)))
 
 
+WIDTHS = (64, 128, 256, 512)
+
+
 def resnet18(in_channels: int, num_classes: int) -> ResNet:
     """The CIFAR ResNet-18: 11,220,132 parameters with 3 channels and 100 classes."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), in_channels, num_classes)
+    return ResNet(BasicBlock, (2, 2, 2, 2), WIDTHS, in_channels, num_classes)
+
+
+def resnet34(in_channels: int, num_classes: int) -> ResNet:
+    """The CIFAR ResNet-34: 21,328,292 parameters with 3 channels and 100 classes."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), WIDTHS, in_channels, num_classes)
+
+
+def resnet50(in_channels: int, num_classes: int) -> ResNet:
+    """The CIFAR ResNet-50: 23,705,252 parameters with 3 channels and 100 classes."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), WIDTHS, in_channels, num_classes)
+
+
+def resnet101(in_channels: int, num_classes: int) -> ResNet:
+    """The CIFAR ResNet-101: 42,697,380 parameters with 3 channels and 100 classes."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), WIDTHS, in_channels, num_classes)
+
+
+def resnet152(in_channels: int, num_classes: int) -> ResNet:
+    """The CIFAR ResNet-152: 58,341,028 parameters with 3 channels and 100 classes."""
+    return ResNet(Bottleneck, (3, 8, 36, 3), WIDTHS, in_channels, num_classes)
 
 
 def resnet_small(in_channels: int, num_classes: int) -> ResNet:

@@ -1,0 +1,141 @@
+"""Data parallel over the processes that torchrun starts; without it, one process.
+
+Each process gets its share of every batch and of every split that is evaluated. Batch norm uses
+the statistics of the whole batch, and the gradients are averaged, so that the number of processes
+changes nothing but the rounding. Rank 0 writes.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its sum over the processes."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def wait(self) -> None:
+        """For all others."""
+        if self.world > 1:
+            dist.barrier()
+
+
+ALONE = Processes()
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[Processes]:
+    """Join the processes of torchrun, if there are several; gloo on CPUs, NCCL on GPUs.
+
+    Args:
+        device: of the configuration; each process takes the GPU of its LOCAL_RANK.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _SumOfProcesses(torch.autograd.Function):
+    """Sum a tensor over the processes; every process's loss depends on every summand.
+
+    (torch.distributed.nn.functional has it, but is deprecated in favour of a private module.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes; torch's SyncBatchNorm is for GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As BatchNorm2d on all images together."""
+        if not self.training:
+            return super().forward(x)
+        count = torch.tensor([float(x.numel() // x.shape[1])])
+        sums = torch.cat([x.sum(dim=(0, 2, 3)), count])
+        total = _SumOfProcesses.apply(sums)
+        n, mean = total[-1], total[:-1] / total[-1]
+        # Around the mean: the difference of two sums of squares would lose digits.
+        centred = x - mean[:, None, None]
+        variance = _SumOfProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / n
+        if self.track_running_stats and self.running_mean is not None:
+            with torch.no_grad():
+                assert self.running_var is not None and self.num_batches_tracked is not None
+                momentum = 0.1 if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * (n / (n - 1)), momentum)
+                self.num_batches_tracked += 1
+        scale = self.weight / (variance + self.eps).sqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norm over all processes; parameters and names stay."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = CpuSyncBatchNorm
+    return model
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model as a module whose backward averages the gradients."""
+    # Statistics are the same everywhere: no need to broadcast them at each pass.
+    # A note on speed, about 1x1 convolutions, whose strides are the same memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def mean_loss(logits: Tensor, labels: Tensor, batch: int, world: int) -> Tensor:
+    """A share's part of the mean cross-entropy of a batch; the mean over processes is the whole.
+
+    Args:
+        batch: images of the batch in all processes together.
+    """
+    loss = F.cross_entropy(logits, labels)
+    # The shares may differ by one image.
+    return loss if world == 1 else loss * (len(labels) * world / batch)
