@@ -15,8 +15,9 @@ struct Variant {
 // u becomes the new weight, buf the new buffer. By value and __restrict: otherwise the compiler
 // must expect that a store changes the options, or what is read next.
 template <typename V, typename N>
-static inline void SgdBlock(SgdOptions options, float lr, N n, const float* __restrict w, float* __restrict u,
-                            const float* __restrict old_buf, float* __restrict buf) {
+static inline void SgdBlock(SgdOptions options, float lr, N n, const float* __restrict w,
+                            float* __restrict u, const float* __restrict old_buf,
+                            float* __restrict buf) {
   options.nesterov = V::kNesterov;
   if (!V::kDecay) options.weight_decay = 0.0f;
   if (V::kDecay && options.weight_decay == 0.0f) __builtin_unreachable();
