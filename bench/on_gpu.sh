@@ -9,7 +9,8 @@
 #   bench/on_gpu.sh tune     FOLDER ["NAME=VALUE ..." ...]   variants of the core, by macros
 #
 # FOLDER takes STAGE.json, STAGE.md and logs; bench/results/DEVICE/ is where results are committed. --dry-run at the
-# end rehearses a stage on the CPU. Needs python3 (or PYTHON) with torch, nvcc, cmake, ninja and pybind11; no network.
+# end rehearses a stage on the CPU. Needs python3 (or PYTHON) with torch, triton, numpy, pybind11 and pytest; nvcc, cmake
+# and ninja; compute-sanitizer and ncu for the stages that are about them. No network.
 set -euo pipefail
 if (($# < 2)); then
   sed -n '2,/^set/{/^#/p}' "$0" >&2

@@ -77,14 +77,8 @@ def summarize(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 def environment() -> dict[str, Any]:
     """What a figure has to come with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
     return {
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -92,6 +86,16 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "samkernels": samkernels.__version__,
     }
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    except OSError:  # no git here
+        return None
+    return described.stdout.strip() or None
 
 
 def _seconds(step: Callable[[], object]) -> float:

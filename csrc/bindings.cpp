@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -81,6 +82,26 @@ class Shapes {
       }
     }
     return list.addresses().data();
+  }
+
+  // Of a list that is written: an element of two tensors would be moved twice.
+  MutableList Disjoint(const char* name, const TensorList& list) const {
+    const MutableList addresses = List(name, list);
+    std::vector<size_t> order;
+    for (size_t i = 0; i < list.size(); ++i) {
+      if (list.numel()[i] > 0) order.push_back(i);
+    }
+    std::sort(order.begin(), order.end(),
+              [&](size_t i, size_t j) { return addresses[i] < addresses[j]; });
+    for (size_t k = 1; k < order.size(); ++k) {
+      const size_t i = order[k - 1];
+      const char* end = static_cast<char*>(addresses[i]) + list.numel()[i] * SizeOf(tensors_.dtype);
+      if (static_cast<char*>(addresses[order[k]]) < end) {
+        throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "] and " + name +
+                                    "[" + std::to_string(order[k]) + "] overlap in memory");
+      }
+    }
+    return addresses;
   }
 
   MutableList Optional(const char* name, const TensorList* list) const {
@@ -226,7 +247,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
            float eps, bool adaptive, std::optional<py::list> journal) {
           const Shapes shapes("params", params, *target.ops);
           const PerturbArgs args = {shapes.tensors(),
-                                    shapes.List("params", params),
+                                    shapes.Disjoint("params", params),
                                     shapes.List("grads", grads),
                                     shapes.List("old_params", old_params),
                                     Required<const float>("norm", norm),

@@ -153,7 +153,7 @@ def perturb_(
         _check_non_negative("rho", rho)
     lists = {"params": params, "grads": grads, "old_params": old_params}
     chosen = _backend_for(backend, lists, ("params", "old_params"), validate)
-    rho = _hyperparameter("rho", rho, params[0])
+    rho = hyperparameter("rho", rho, params[0])
     if norm is None:
         norm = chosen.norms(grads, params if adaptive else None).total
     elif validate:
@@ -333,7 +333,7 @@ def sgd_(
         validate=validate,
     )
     options = SgdOptions(
-        lr=_hyperparameter("lr", lr, params[0]),
+        lr=hyperparameter("lr", lr, params[0]),
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,
@@ -531,10 +531,12 @@ def check_hyperparameter(name: str, value: float | Tensor) -> None:
         _check_non_negative(name, value.item())
 
 
-def _hyperparameter(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+def hyperparameter(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
     """As backends take it: a number, or a tensor of shape () beside `like`."""
     check_hyperparameter(name, value)
     if not isinstance(value, Tensor):
+        if value > torch.finfo(torch.float32).max and like.dtype is not torch.float64:
+            raise ValueError(f"{name}={value}: give a number that float32 can hold")
         return value
     if value.device.type == "cpu" and like.device.type != "cpu":
         return value.item()
@@ -543,7 +545,7 @@ def _hyperparameter(name: str, value: float | Tensor, like: Tensor) -> float | T
             f"{name} is on {value.device}: give a number, or a tensor on {like.device}"
         )
     dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
-    return value.detach().reshape(()).to(dtype)
+    return value.detach().resolve_neg().reshape(()).to(dtype)
 
 
 def _check_norm(name: str, norm: Tensor, tensors: TensorList, shape: tuple[int, ...]) -> None:
@@ -600,7 +602,7 @@ def check_tensor(name: str, tensor: object) -> None:
     if tensor.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
         raise TypeError(f"{name} of shape {shape} is {tensor.dtype}: give one of {allowed}")
-    if _overlaps_itself(tensor):
+    if overlaps_itself(tensor):
         raise ValueError(
             f"{name} of shape {shape} and strides {tensor.stride()} overlaps itself in memory: "
             "give a copy (.contiguous())"
@@ -632,7 +634,8 @@ def check_matches(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
         )
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two of its elements share memory."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     reach = 0

@@ -278,7 +278,7 @@ def test_the_core_refuses_lists_of_different_lengths(
 ) -> None:
     core = Core()
     before = core.tensors.clone()
-    wrong = fakes(*[(core.tensors[0][0].data_ptr(), 3)] * length)
+    wrong = fakes(*[(core.tensors[5 - i][0].data_ptr(), 3) for i in range(length)])
     message = rf" has {length} tensors " if which == "0" else f"{name} has {length} tensors "
     with pytest.raises(ValueError, match=f"{message}|has 2 tensors and {name} has {length}"):
         core.call(op, **{which: wrong})
@@ -289,7 +289,7 @@ def test_the_core_refuses_lists_of_different_lengths(
 def test_the_core_refuses_lists_of_different_sizes(op: str, which: str, name: str) -> None:
     core = Core()
     before = core.tensors.clone()
-    longer = fakes(*[(core.tensors[0][0].data_ptr(), numel) for numel in (3, 4)])
+    longer = fakes(*[(core.tensors[i][0].data_ptr(), numel) for i, numel in ((0, 3), (1, 4))])
     with pytest.raises(ValueError, match=f"{name}.* differ in dtype, device, shape or strides"):
         core.call(op, **{which: longer})
     assert torch.equal(core.tensors, before)

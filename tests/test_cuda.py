@@ -27,6 +27,7 @@ BACKENDS = [
     and backends.why_unavailable(name, torch.device("cuda")) is None
 ]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+KERNELS = [name for name in BACKENDS if name != "foreach"]
 every_variant = pytest.mark.parametrize(("cls", "variant"), VARIANTS)
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 # Long enough for every multiprocessor, with odd ends, and too many tensors for one table.
@@ -72,16 +73,17 @@ def test_the_native_backend_is_there() -> None:
 # Determinism
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every_variant
 def test_twenty_runs_give_the_same_bits(
-    cls: type[SAM], variant: dict[str, Any], dtype: torch.dtype
+    cls: type[SAM], variant: dict[str, Any], dtype: torch.dtype, backend: str
 ) -> None:
     first, second = draw(1, dtype), draw(2, dtype)
     expected: list[Tensor] = []
     for _ in range(20):
         params = parameters(dtype)
-        optimizer = cls(params, backend="native", track_statistics=True, **SGD, **variant)
+        optimizer = cls(params, backend=backend, track_statistics=True, **SGD, **variant)
         take_step(optimizer, first, second)
         take_step(optimizer, second, first)
         assert optimizer.statistics is not None
@@ -208,7 +210,9 @@ def test_autograd_notices_each_step(backend: str) -> None:
 class Training:
     """A model without matrix products, whose libraries choose algorithms; its optimizer."""
 
-    def __init__(self, cls: type[SAM], variant: dict[str, Any], rho_on_device: bool) -> None:
+    def __init__(
+        self, cls: type[SAM], variant: dict[str, Any], rho_on_device: bool, backend: str
+    ) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
         like: dict[str, Any] = {"generator": generator, "device": "cuda"}
         self.x = torch.randn(300, 41, **like)
@@ -217,7 +221,7 @@ class Training:
         ]
         self.lr = torch.tensor(0.1, device="cuda")
         self.optimizer = cls(
-            self.params, lr=self.lr, momentum=0.9, weight_decay=1e-3, backend="native", **variant
+            self.params, lr=self.lr, momentum=0.9, weight_decay=1e-3, backend=backend, **variant
         )
         group = self.optimizer.param_groups[0]
         self.rho = torch.tensor(0.05, device="cuda")
@@ -236,12 +240,13 @@ class Training:
         self.optimizer.second_step(zero_grad=True)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("rho_on_device", [False, True])
 @every_variant
 def test_a_captured_step_replays_bit_for_bit(
-    cls: type[SAM], variant: dict[str, Any], rho_on_device: bool
+    cls: type[SAM], variant: dict[str, Any], rho_on_device: bool, backend: str
 ) -> None:
-    eager, captured = (Training(cls, variant, rho_on_device) for _ in range(2))
+    eager, captured = (Training(cls, variant, rho_on_device, backend) for _ in range(2))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -271,8 +276,9 @@ def test_a_captured_step_replays_bit_for_bit(
     assert not unchanged(captured.params, before)
 
 
-def test_a_gradient_that_is_not_finite_skips_a_replay() -> None:
-    training = Training(SAMDirection, {}, rho_on_device=True)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_gradient_that_is_not_finite_skips_a_replay(backend: str) -> None:
+    training = Training(SAMDirection, {}, rho_on_device=True, backend=backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -535,6 +535,19 @@ def test_a_scheduled_lr_is_the_lr_of_the_update(
             scheduler.step()
 
 
+def test_a_scheduler_leaves_the_update_fused() -> None:
+    """It puts tensors of its own into the groups: on a device they may lie there."""
+    model = linear()
+    optimizer = SAM(model.parameters(), lr=torch.tensor(0.1), momentum=0.9)
+    lr_scheduler.StepLR(optimizer, 1)
+    group = optimizer.param_groups[0]
+    assert isinstance(group["initial_lr"], Tensor)
+    group["initial_lr"] = torch.tensor(0.1, device="meta")
+    assert optimizer._is_fused(group)
+    group["weight_decay"] = torch.tensor(0.1, device="meta")
+    assert not optimizer._is_fused(group)
+
+
 def test_lr_and_rho_as_tensors() -> None:
     """What is written to them between steps counts."""
     results = []
@@ -652,9 +665,27 @@ def test_unscaling_one_gradient_of_two_is_refused(cls: type[SAM], options: dict[
     optimizer.first_step()
     scaler.scale(loss_of(model)).backward()
     scaler.unscale_(optimizer)
-    with pytest.raises(RuntimeError, match=r"unscale_\(\) was called between"):
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) was called: one of g1 and g2"):
         scaler.step(optimizer)
     assert unchanged(weights, snapshot(model.parameters()))
+
+
+def test_what_a_scaler_set_does_not_outlive_a_step_that_failed() -> None:
+    model = linear()
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(model)).backward()
+    with pytest.raises(RuntimeError, match="first_step"):
+        scaler.step(optimizer)
+    optimizer.zero_grad()
+    twin = linear()
+    other = SAM(twin.parameters(), rho=0.1, lr=0.1)
+    for m, o in ((model, optimizer), (twin, other)):
+        loss_of(m).backward()
+        o.first_step()
+        loss_of(m).backward()
+        o.second_step()
+    assert unchanged(snapshot(model.parameters()), snapshot(twin.parameters()))
 
 
 @pytest.mark.parametrize("cls", [SAM, SAMMagnitude])

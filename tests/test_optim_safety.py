@@ -1170,3 +1170,146 @@ def test_first_gradients_are_freed_when_nobody_reads_them() -> None:
     optimizer.first_step()
     assert optimizer.is_perturbed
     assert gradient() is None
+
+
+# -- what the optimizer looked at in the last step has changed -------------------------------------
+
+
+def give(params: list[nn.Parameter], value: float = 1.0) -> None:
+    for p in params:
+        p.grad = torch.full_like(p, value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "swap",
+    [
+        lambda w: torch.cat([w] * 2, 1)[:, :4],
+        lambda w: torch.zeros(1).expand(4, 4),
+        lambda w: w.t(),
+    ],
+    ids=["gaps", "expanded", "transposed"],
+)
+def test_a_parameter_laid_out_anew_between_the_passes(
+    swap: Callable[[Tensor], Tensor], backend: str
+) -> None:
+    """The step is refused, and everything that still can be is restored."""
+    params = [nn.Parameter(torch.randn(4, 4)) for _ in range(2)]
+    optimizer = SAM(params, lr=0.1, backend=backend)
+    w = snapshot(params)
+    give(params)
+    optimizer.first_step()
+    params[1].data = swap(params[1].data)
+    give(params)
+    with pytest.raises(RuntimeError):
+        optimizer.second_step()
+    assert unchanged(w[:1], params[:1])
+
+
+def test_a_parameter_with_gaps_is_served_by_another_backend() -> None:
+    params = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    optimizer = SAM(params, lr=0.1, rho=0.1)
+    for _ in range(2):
+        give(params)
+        optimizer.first_step()
+        give(params)
+        optimizer.second_step()
+        params[1].data = torch.cat([params[1].data] * 2, 1)[:, :4]
+    assert torch.equal(params[0], params[1])
+
+
+def test_parameters_that_come_to_share_memory_are_refused() -> None:
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(2))
+    optimizer = SAM([a, b], lr=0.1, rho=1.0, backend="native")
+    b.data = a.data
+    give([a, b])
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] overlap"):
+        optimizer.first_step()
+    assert a.tolist() == [1, 1] and not optimizer.is_perturbed
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda o, b: o.state[b].update(momentum_buffer=torch.zeros(3)),
+        lambda o, b: o.state[b].update(momentum_buffer=5),
+        lambda o, b: o.param_groups[1].update(lr=torch.tensor(0.1, device="meta")),
+        lambda o, b: o.param_groups[1].update(lr=-1.0),
+        lambda o, b: o.param_groups[1].update(granularity="layer"),
+    ],
+    ids=["shape", "number", "lr on meta", "lr", "granularity"],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_later_group_that_is_wrong_leaves_the_earlier_ones_alone(
+    spoil: Callable[[SAM, Tensor], None], backend: str
+) -> None:
+    a, b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    optimizer = SAMDirection(
+        [{"params": [a]}, {"params": [b]}], lr=0.1, momentum=0.9, backend=backend
+    )
+    give([a, b])
+    optimizer.first_step()
+    give([a, b], 2.0)
+    optimizer.second_step()
+    before = snapshot([a, b, optimizer.state[a]["momentum_buffer"]])
+    give([a, b])
+    optimizer.first_step()
+    spoil(optimizer, b)
+    give([a, b], 2.0)
+    with pytest.raises((ValueError, TypeError)):
+        optimizer.second_step()
+    assert unchanged(before, [a, b, optimizer.state[a]["momentum_buffer"]])
+
+
+def test_a_first_gradient_in_memory_of_somebody_else_is_copied() -> None:
+    """Slices of a flat buffer that hide that they are views."""
+    flat = torch.arange(1.0, 9.0)
+    params = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer = SAMDirection(params, lr=0.1)
+    params[0].grad, params[1].grad = flat[:4].data, flat[4:].data
+    optimizer.first_step()
+    flat.fill_(100.0)
+    params[0].grad, params[1].grad = flat[4:].data, flat[:4].data
+    optimizer.second_step()
+    torch.testing.assert_close(params[0].detach(), -0.1 * torch.arange(1.0, 5.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hyperparameters_that_pytorch_negates_when_it_reads_them(backend: str) -> None:
+    half = torch.tensor(1 - 0.5j).conj().imag
+    assert half.is_neg() and half.item() == 0.5
+    results = []
+    for value in (half, 0.5):
+        p = nn.Parameter(torch.ones(1))
+        optimizer = SAM([p], rho=value, lr=value, backend=backend)
+        give([p])
+        optimizer.first_step()
+        results.append(p.item())
+        give([p])
+        optimizer.second_step()
+        results.append(p.item())
+    assert results[:2] == results[2:] == [1.5, 0.5]
+
+
+def test_rho_that_float32_cannot_hold() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = SAM([p], rho=1e39, lr=0.1)
+    give([p])
+    with pytest.raises(ValueError, match=r"rho=1e\+39"):
+        optimizer.first_step()
+    assert p.tolist() == [1, 1] and not optimizer.is_perturbed
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_gradients_wider_than_their_parameter(base: type[torch.optim.Optimizer]) -> None:
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    if not hasattr(p, "grad_dtype"):
+        pytest.skip("this PyTorch knows no grad_dtype")
+    p.grad_dtype = torch.float32
+    optimizer = SAM([p], base, lr=0.5)
+    for _ in range(2):
+        p.grad = torch.ones(4)
+        optimizer.first_step()
+        p.grad = torch.ones(4)
+        optimizer.second_step(zero_grad=True)
+    assert p.tolist() == [0.0] * 4

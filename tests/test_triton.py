@@ -287,6 +287,14 @@ def test_sums_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
 # Tables
 
 
+def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        plan = triton._plan.__wrapped__(CPU, 0, (5, 4), 4)
+        place = triton._place.__wrapped__(CPU, 0, (16, 32))
+    assert plan.device == place.device == CPU
+    assert plan[:, 0].tolist() == [0, 0, 1] and place.tolist() == [16, 32]
+
+
 def test_plan() -> None:
     plan = triton._plan.__wrapped__(CPU, 0, (5, 0, 4, 9), 4)
     assert plan.tolist() == [

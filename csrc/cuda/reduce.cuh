@@ -80,10 +80,22 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % kWarpSize;
   for (int tensor = warp; tensor < table.num_tensors; tensor += kWarps) {
     double sums[kSums] = {};
-    for (int chunk = table.first_chunk[tensor] + lane; chunk < table.first_chunk[tensor + 1];
-         chunk += kWarpSize) {
-      for (int k = 0; k < kSums; ++k)
-        sums[k] += __ldcg(&buffers.of_chunks[int64_t{chunk} * kSums + k]);
+    // Of a long tensor these are many, and nothing else is left to hide how long each takes.
+    constexpr int kUnroll = kSums == 1 ? 8 : 2;
+    const int end = table.first_chunk[tensor + 1];
+    for (int chunk = table.first_chunk[tensor] + lane; chunk < end; chunk += kUnroll * kWarpSize) {
+      double of_chunk[kUnroll][kSums];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int64_t at = chunk + i * kWarpSize;
+        for (int k = 0; k < kSums; ++k) {
+          of_chunk[i][k] = at < end ? __ldcg(&buffers.of_chunks[at * kSums + k]) : 0.0;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        for (int k = 0; k < kSums; ++k) sums[k] += of_chunk[i][k];
+      }
     }
     for (int k = 0; k < kSums; ++k) sums[k] = WarpSum(sums[k]);
     if (lane == 0) {

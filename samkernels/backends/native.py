@@ -42,7 +42,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
         return f"the compiled core has no kernels for {dtype}"
     if not dense:
         return "the compiled core takes tensors that fill their memory without gaps or overlap"
-    return _why_no_cuda() if device.type == "cuda" else None
+    return _why_no_cuda(device) if device.type == "cuda" else None
 
 
 def build_info() -> dict[str, str]:
@@ -50,13 +50,14 @@ def build_info() -> dict[str, str]:
     return _C.build_info()
 
 
-@lru_cache(maxsize=1)
-def _why_no_cuda() -> str | None:
+@lru_cache(maxsize=64)
+def _why_no_cuda(device: torch.device) -> str | None:
     if not build_info()["cuda"]:
         return "the core was built without CUDA (install again where nvcc is found)"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
-    return _C.why_no_cuda()
+    with torch.cuda.device(device):
+        return _C.why_no_cuda()
 
 
 class PreparedList(list[Tensor]):

@@ -375,18 +375,18 @@ def _check_memory(name: str, addresses: Sequence[int], numel: Sequence[int]) -> 
 # falls out of a cache is freed on the stream that it was made and used on, after its last use.
 @lru_cache(maxsize=64)
 def _plan(device: torch.device, stream: int, numel: tuple[int, ...], chunk: int) -> Tensor:
-    n = torch.tensor(numel, dtype=torch.int64)
+    n = torch.tensor(numel, dtype=torch.int64, device="cpu")
     chunks = (n + (chunk - 1)).div(chunk, rounding_mode="floor").clamp(min=1)
     first = chunks.cumsum(0) - chunks
-    tensor = torch.arange(len(numel)).repeat_interleave(chunks)
-    begin = (torch.arange(len(tensor)) - first[tensor]) * chunk
+    tensor = torch.arange(len(numel), device="cpu").repeat_interleave(chunks)
+    begin = (torch.arange(len(tensor), device="cpu") - first[tensor]) * chunk
     count = (n[tensor] - begin).clamp(max=chunk)
     return _upload(torch.stack([tensor, begin, count, first[tensor], chunks[tensor]], 1), device)
 
 
 @lru_cache(maxsize=256)
 def _place(device: torch.device, stream: int, addresses: tuple[int, ...]) -> Tensor:
-    return _upload(torch.tensor(addresses, dtype=torch.int64), device)
+    return _upload(torch.tensor(addresses, dtype=torch.int64, device="cpu"), device)
 
 
 class CaptureStaging:
@@ -410,7 +410,7 @@ class CaptureStaging:
         if self.room() < wanted:
             if self.buffers and self.taken == 0:
                 self.buffers.pop()  # no graph has any of it
-            self.buffers.append(_pinned(torch.empty(2 * wanted, dtype=torch.int64)))
+            self.buffers.append(_pinned(torch.empty(2 * wanted, dtype=torch.int64, device="cpu")))
             self.taken = 0
 
     def take(self, values: Tensor) -> Tensor:

@@ -111,6 +111,13 @@ class Slots:
         # Per group the buckets of the last step, without parameters and gradients.
         self._last: dict[int, list[Bucket]] = {}
 
+    def serves(self, slot: Slot) -> bool:
+        """Whether the slot still suits its parameter, which may have been cast, moved or laid out
+        anew since."""
+        p = slot.param
+        place = self._places.get((p.device, p.dtype, ops.is_dense(p)))
+        return place is slot.place and fits(slot.old, p)
+
     def place_of(self, p: Tensor) -> Place:
         """Raises RuntimeError if the backend that was named cannot serve p."""
         key = (p.device, p.dtype, ops.is_dense(p))
@@ -121,8 +128,8 @@ class Slots:
     def buckets(
         self, groups: list[dict[str, Any]], perturbed: Container[Slot] = ()
     ) -> list[Bucket]:
-        """All parameters that have a gradient. A gradient in another layout is laid out like its
-        parameter, and a parameter that was cast, moved or laid out anew gets a new slot.
+        """All parameters that have a gradient. Of a gradient in another layout there is a copy in
+        its parameter's, and a parameter that was cast, moved or laid out anew gets a new slot.
 
         Raises:
             RuntimeError: a parameter whose slot is in `perturbed` would get a new one.
@@ -153,16 +160,17 @@ class Slots:
             if grad.layout is not torch.strided:
                 ops.check_tensor(f"params[{i}].grad of parameter group {index}", grad)
             slot = self._slots.get(p)
-            if slot is None or not fits(slot.old, p):
+            if slot is None or not self.serves(slot):
                 if slot in perturbed:
                     raise RuntimeError(
                         f"a parameter of shape {tuple(p.shape)} changed its shape, dtype, device "
                         "or layout between first_step and second_step. The weights were restored."
                     )
+                ops.check_tensor(f"params[{i}] of parameter group {index}", p)
                 slot = Slot(p, self.place_of(p), torch.empty_like(p, requires_grad=False))
                 self._slots[p] = slot
             if not fits(grad, p) or grad.is_neg():
-                grad = p.grad = laid_out_like(p, grad)
+                grad = laid_out_like(p, grad)
             slots, grads = by_place.setdefault(slot.place, ([], []))
             slots.append(slot)
             grads.append(grad)
@@ -205,7 +213,7 @@ def fits(tensor: Tensor, p: Tensor) -> bool:
     """Whether a tensor can stand beside p in a list: dtype, device, shape and order in memory."""
     if tensor.dtype is not p.dtype or tensor.device != p.device or tensor.shape != p.shape:
         return False
-    return ops.same_layout(tensor, p) or not ops.is_dense(p)
+    return ops.same_layout(tensor, p) or not (ops.is_dense(p) or ops.overlaps_itself(tensor))
 
 
 def laid_out_like(p: Tensor, tensor: Tensor) -> Tensor:

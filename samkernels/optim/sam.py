@@ -40,7 +40,9 @@ class SAM(Optimizer):
         optimizer.second_step(zero_grad=True)      # or optimizer.step()
 
     With torch.amp.GradScaler, scale the loss of both passes and call scaler.step(optimizer) for the
-    second step: u is unscaled in the update, and a step whose gradients overflowed is skipped.
+    second step: u is unscaled in the update, and a step whose gradients overflowed is skipped. To
+    clip g2, scaler.unscale_(optimizer) may come between first_step and step, never before
+    first_step: g2 would be taken for unscaled then.
 
     Memory: one copy of the parameters beside the base optimizer's state.
 
@@ -114,7 +116,10 @@ class SAM(Optimizer):
         self._statistics: ops.GradientStatistics | None = None
         self._perturbation: Perturbation | None = None
         self._slots = Slots(backend)
+        self._is_constructed = False
         super().__init__(params, defaults)
+        ops.check_disjoint("params", self._all_params())  # once, not for each group
+        self._is_constructed = True
         # One list of groups and one state for both: a scheduler changes the lr of both.
         self.base_optimizer = base_optimizer(self.param_groups, **base_options)
         self.param_groups = self.base_optimizer.param_groups
@@ -153,8 +158,8 @@ class SAM(Optimizer):
             for bucket in buckets:
                 self._perturb(bucket, perturbation)
                 if keeps_first_grads:
-                    # The memory of a view is somebody else's, who may use it for g2: DDP's buckets.
-                    kept = [g.clone() if g._is_view() else g for g in bucket.grads]
+                    # Memory that somebody else has too may be used for g2: DDP's buckets.
+                    kept = [g.clone() if _shares_memory(g) else g for g in bucket.grads]
                     perturbation.first_grads.update(zip(bucket.slots, kept, strict=True))
             perturbation.settle()
             for bucket in buckets:
@@ -203,6 +208,15 @@ class SAM(Optimizer):
             RuntimeError: no first step was made and there is no closure; the closure made a step
                 of its own; or see first_step and second_step. The weights are restored.
         """
+        try:
+            return self._step(closure)
+        except BaseException:
+            # What a GradScaler set would otherwise count in the next step.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
             if self._perturbation is None:
                 raise RuntimeError(
@@ -305,7 +319,8 @@ class SAM(Optimizer):
             for i, p in enumerate(param_group["params"]):
                 ops.check_tensor(f"params[{i}] of parameter group {index}", p)
                 self._slots.place_of(p)
-            ops.check_disjoint("params", self._all_params())
+            if self._is_constructed:
+                ops.check_disjoint("params", self._all_params())
         except Exception:
             self.param_groups.pop()
             raise
@@ -352,6 +367,7 @@ class SAM(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_perturbation", None)
+        self.__dict__.setdefault("_is_constructed", True)
         self.__dict__.setdefault("_slots", Slots(self._backend))
         for group, previous in zip(self.param_groups, previous_groups, strict=False):
             for key, value in previous.items():
@@ -431,7 +447,7 @@ class SAM(Optimizer):
                 lost.append(slot)
                 continue
             # A parameter that was cast or laid out anew in between still gets its values back.
-            backend = slot.place.backend if fits(slot.old, p) else "foreach"
+            backend = slot.place.backend if self._slots.serves(slot) else "foreach"
             lists.setdefault((slot.place, backend), []).append(slot)
         for (_, backend), of_place in lists.items():
             ops.restore_(
@@ -492,11 +508,15 @@ class SAM(Optimizer):
         done = {slot for bucket in updated for slot in bucket.slots}
         if all(self._is_fused(bucket.group) for bucket in updated):
             # Of all groups, so that a wrong one is found before the first is updated.
-            hyperparameters = [_sgd_options(bucket.group) for bucket in updated]
+            hyperparameters = [_sgd_options(bucket) for bucket in updated]
+            parts = [
+                self._momentum_parts(bucket, options["momentum"])
+                for bucket, options in zip(updated, hyperparameters, strict=True)
+            ]
             if not done.issuperset(perturbation.slots):
                 self._restore({slot: None for slot in perturbation.slots if slot not in done})
-            for bucket, options in zip(updated, hyperparameters, strict=True):
-                self._update_with_sgd(bucket, options, perturbation, second_norm)
+            for of_bucket, options in zip(parts, hyperparameters, strict=True):
+                self._update_with_sgd(of_bucket, options, perturbation, second_norm)
         else:
             for bucket in updated:
                 ops.check_disjoint(".grad of the parameters", bucket.grads)  # u goes in there
@@ -506,6 +526,8 @@ class SAM(Optimizer):
             for bucket in updated:
                 options = self._recombination(bucket, perturbation, second_norm)
                 ops.recombine_(bucket.grads, **options, **bucket.options)
+                for p, u in zip(bucket.params, bucket.grads, strict=True):
+                    _put_grad(p, u)
             self._step_base({slot.param for slot in done})
 
     def _of_scaler(self, name: str) -> Tensor | None:
@@ -514,24 +536,18 @@ class SAM(Optimizer):
     def _require_same_scale(self) -> None:
         if self._rule == "samdirection" or self.track_statistics:
             raise RuntimeError(
-                "GradScaler.unscale_() was called between first_step and step: g2 was unscaled "
-                "and g1 was not, so their magnitudes cannot be compared. Leave unscale_() out; "
-                "scaler.step() unscales both. The weights were restored."
+                "GradScaler.unscale_() was called: one of g1 and g2 was unscaled and the other was "
+                "not, so their magnitudes cannot be compared. Leave unscale_() out; scaler.step() "
+                "unscales both. The weights were restored."
             )
 
     def _is_fused(self, group: dict[str, Any]) -> bool:
-        # lr and rho may lie on the device; other hyperparameters there are left to torch.optim.SGD:
-        # reading them here would make the host wait.
-        on_device = any(
-            isinstance(value, Tensor) and value.device.type != "cpu"
-            for name, value in group.items()
-            if name not in ("lr", "rho")
-        )
-        return (
-            type(self.base_optimizer) is torch.optim.SGD
-            and not group["differentiable"]
-            and not on_device
-        )
+        if type(self.base_optimizer) is not torch.optim.SGD or group["differentiable"]:
+            return False
+        # lr and rho may lie on the device. What else lies there is left to torch.optim.SGD: reading
+        # it here would make the host wait.
+        values = [group[name] for name in ("momentum", "dampening", "weight_decay")]
+        return not any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values)
 
     def _recombination(
         self, bucket: Bucket, perturbation: Perturbation, second_norm: Tensor | None
@@ -554,14 +570,12 @@ class SAM(Optimizer):
 
     def _update_with_sgd(
         self,
-        bucket: Bucket,
+        parts: list[tuple[Bucket, TensorList | None, bool]],
         hyperparameters: dict[str, Any],
         perturbation: Perturbation,
         second_norm: Tensor | None,
     ) -> None:
-        parts: list[tuple[Bucket, TensorList | None, bool]] = [(bucket, None, False)]
-        if hyperparameters["momentum"] != 0:
-            parts = self._momentum_parts(bucket)
+        """parts: see _momentum_parts."""
         for part, buffers, init_momentum in parts:
             ops.sgd_(
                 part.params,
@@ -582,9 +596,19 @@ class SAM(Optimizer):
                 for p, buffer in zip(part.params, buffers or (), strict=True):
                     self.state[p]["momentum_buffer"] = buffer
 
-    def _momentum_parts(self, bucket: Bucket) -> list[tuple[Bucket, TensorList | None, bool]]:
+    def _momentum_parts(
+        self, bucket: Bucket, momentum: float
+    ) -> list[tuple[Bucket, TensorList | None, bool]]:
         """The bucket, split by whether it has momentum yet: part, buffers, init_momentum."""
+        if momentum == 0:
+            return [(bucket, None, False)]
         buffers = [self.state[p].get("momentum_buffer") for p in bucket.params]
+        for p, buffer in zip(bucket.params, buffers, strict=True):
+            if buffer is not None and not isinstance(buffer, Tensor):
+                raise TypeError(
+                    f"the momentum_buffer of a parameter of shape {tuple(p.shape)} is "
+                    f"{type(buffer).__name__}: give a tensor, or remove it from optimizer.state"
+                )
         running = [buffer for buffer in buffers if buffer is not None]
         if len(running) == len(buffers):
             return [(bucket, self._laid_out(bucket, running), False)]
@@ -631,12 +655,30 @@ class SAM(Optimizer):
         return ops.gradient_statistics(comparisons, self._of_scaler("grad_scale"))
 
 
-def _sgd_options(group: dict[str, Any]) -> dict[str, Any]:
+def _put_grad(p: Tensor, u: Tensor) -> None:
+    """u, computed in a copy if p.grad has another layout or dtype (grad_dtype), for p.grad."""
+    if p.grad is None or p.grad is u:
+        return
+    if p.grad.dtype is u.dtype:
+        p.grad = u
+    else:
+        p.grad.copy_(u)
+
+
+def _shares_memory(grad: Tensor) -> bool:
+    return grad._is_view() or grad.untyped_storage().nbytes() != grad.nbytes
+
+
+def _sgd_options(bucket: Bucket) -> dict[str, Any]:
+    """All that may be wrong with a group is found here, before any group is updated."""
+    group = bucket.group
+    ops.check_choice("granularity", bucket.granularity, ops.GRANULARITIES)
     options = {name: group[name] for name in ("lr", "nesterov", "maximize")}
     for name in ("momentum", "dampening", "weight_decay"):
         value = group[name]
         options[name] = value.item() if isinstance(value, Tensor) else value
     ops.check_sgd_options(**options)
+    options["lr"] = ops.hyperparameter("lr", options["lr"], bucket.params[0])
     return options
 
 
