@@ -64,17 +64,7 @@ SGD_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
-# The interpreter of the Triton kernels takes milliseconds per tensor; their tables have no capacity
-# that a thousand would exceed.
-every_setting_and_list = pytest.mark.parametrize(
-    ("setting", "slots"),
-    [
-        pytest.param(setting, slots, id=f"{name}-{setting}")
-        for name, slots in LISTS.items()
-        for setting in SETTINGS
-        if (setting.backend, name) != ("interpreted", "thousand")
-    ],
-)
+every_list = pytest.mark.parametrize("slots", LISTS.values(), ids=LISTS)
 every_perturbation = pytest.mark.parametrize("options", PERTURBATIONS.values(), ids=PERTURBATIONS)
 every_rule = pytest.mark.parametrize(("rule", "granularity"), RULES)
 NATIVE = [s for s in SETTINGS if s.backend == "native"]
@@ -217,7 +207,8 @@ def check_sgd(
 # Every op, list of tensors and setting
 
 
-@every_setting_and_list
+@every_setting
+@every_list
 @pytest.mark.parametrize("weighted", [False, True])
 def test_norms(slots: list[Slot], setting: Setting, weighted: bool) -> None:
     lists = Lists(slots, setting)
@@ -232,7 +223,8 @@ def test_norms(slots: list[Slot], setting: Setting, weighted: bool) -> None:
     lists.assert_guards_intact()
 
 
-@every_setting_and_list
+@every_setting
+@every_list
 @pytest.mark.parametrize("options", ["plain", "adaptive-maximize"])
 def test_perturb(slots: list[Slot], setting: Setting, options: str) -> None:
     check_perturb(ops.perturb_, slots, setting, **PERTURBATIONS[options])
@@ -269,7 +261,8 @@ def test_perturb_with_a_known_norm(setting: Setting, options: dict[str, Any]) ->
     check_perturb(perturb, LAYOUTS, setting, **options)
 
 
-@every_setting_and_list
+@every_setting
+@every_list
 def test_restore_bit_for_bit(slots: list[Slot], setting: Setting) -> None:
     lists = Lists(slots, setting)
     # Any bits: nan payloads, -0.0, subnormal numbers.
@@ -313,7 +306,8 @@ def test_recombine(setting: Setting, rule: str, granularity: str) -> None:
     check_recombine(ops.recombine_, LAYOUTS, setting, rule=rule, granularity=granularity)
 
 
-@every_setting_and_list
+@every_setting
+@every_list
 @pytest.mark.parametrize(
     ("rule", "granularity"),
     [("samdirection", "element"), ("sammagnitude", "tensor")],
@@ -331,7 +325,8 @@ def test_sgd(setting: Setting, options: dict[str, Any], rule: str, granularity: 
     check_sgd(ops.sgd_, LAYOUTS, setting, rule=rule, granularity=granularity, **options)
 
 
-@every_setting_and_list
+@every_setting
+@every_list
 def test_sgd_on_every_list(slots: list[Slot], setting: Setting) -> None:
     recombination = {"rule": "sammagnitude", "granularity": "tensor"}
     check_sgd(ops.sgd_, slots, setting, **SGD_OPTIONS["nesterov"], **recombination)
@@ -377,7 +372,8 @@ def test_known_norms_are_used(setting: Setting, rule: str, granularity: str) -> 
     assert_near(lists.grads, expected, sizes, RECOMBINE_ROUNDINGS + 1)
 
 
-@every_setting_and_list
+@every_setting
+@every_list
 def test_compare(slots: list[Slot], setting: Setting) -> None:
     lists = Lists(slots, setting)
     check_comparison(lists.first_grads, lists.grads, lists.old_params, setting)

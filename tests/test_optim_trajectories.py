@@ -44,8 +44,6 @@ __all__ = ["one_thread"]
 interpreted.register()
 
 STEPS = 50
-# The Triton kernels in their interpreter take milliseconds per tensor and launch.
-INTERPRETED_STEPS = 12
 EPS = 1e-12
 # Half the distance of two neighbours around 1, in the precision of the arithmetic.
 FLOAT32, FLOAT64 = 2.0**-24, 2.0**-53
@@ -361,8 +359,7 @@ def test_conv_net(cls: type[SAM], variant: dict[str, Any], name: str, backend: s
     optimizer, backward = conv_net_run(cls, variant, name, backend)
     before = oracle_of(optimizer, backend).w
     oracle = oracle_of(optimizer, backend)
-    steps = INTERPRETED_STEPS if backend == "interpreted" else STEPS
-    follow(optimizer, oracle, backward, backend, steps=steps)
+    follow(optimizer, oracle, backward, backend, steps=STEPS)
 
     # A bound that has grown would say nothing, and weights that hardly moved neither.
     moved = (oracle.w.value - before.value).abs()
@@ -405,8 +402,7 @@ def test_other_dtypes(
 
     before = oracle_of(optimizer, backend).w
     oracle = oracle_of(optimizer, backend)
-    steps = INTERPRETED_STEPS if backend == "interpreted" else 25
-    follow(optimizer, oracle, backward, backend, steps=steps)
+    follow(optimizer, oracle, backward, backend, steps=25)
     assert (oracle.w.value - before.value).abs().mean() > 0.02
     if dtype is torch.float64:
         assert oracle.w.error.max() < 1e-12
