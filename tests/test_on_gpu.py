@@ -90,10 +90,22 @@ def test_a_stage_without_a_gpu_ends_with_an_error(tmp_path: Path) -> None:
 
 def test_goals_are_reached_or_not() -> None:
     rows = [
-        {"candidate": "native", "of copy": 0.9, "times native": 1.0},
-        {"candidate": gpu_cases.EAGER, "of copy": 0.1, "times native": 2.9},
+        {"candidate": "native", "of copy": 0.8, "wall ms": 1.0, "device ms": 1.0, "host us": 101.0},
+        {"candidate": gpu_cases.EAGER, "wall ms": 10.5},
+        {"candidate": gpu_cases.FOREACH, "wall ms": 1.9},
+        {"candidate": "triton", "wall ms": 2.0, "device ms": 1.05},
     ]
-    assert [row[""] for row in gpu.goals_of("case", rows)] == ["reached", "not reached"]
+    verdicts = {row["what"]: row[""] == "reached" for row in gpu.goals_of("ResNet-18", rows)}
+    assert verdicts == {
+        "share of the copy's speed": True,
+        "host microseconds per step": False,
+        f"times faster than {gpu_cases.EAGER}": True,
+        f"times faster than {gpu_cases.FOREACH}": False,
+        f"triton times faster than {gpu_cases.FOREACH}": False,
+    }
+    verdicts = {row["what"]: row[""] == "reached" for row in gpu.goals_of("ViT-L", rows)}
+    assert not verdicts["share of the copy's speed"]
+    assert verdicts["triton's time over native's"]
 
 
 def test_lists_are_those_of_the_networks() -> None:

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int tensor = warp; tensor < table.num_tensors; tensor += kWarps) {
     double sums[kSums] = {};
     // Of a long tensor these are many, and nothing else is left to hide how long each takes.
-    constexpr int kUnroll = kSums == 1 ? 8 : 2;
+    constexpr int kUnroll = kSums == 1 ? 4 : 2;
     const int end = table.first_chunk[tensor + 1];
     for (int chunk = table.first_chunk[tensor] + lane; chunk < end; chunk += kUnroll * kWarpSize) {
       double of_chunk[kUnroll][kSums];
