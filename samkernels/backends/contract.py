@@ -1,4 +1,4 @@
-"""What a backend implements, and the values that go in and out. No tensor is touched in here.
+"""What a backend implements, the values that go in and out, and what most backends share.
 
 A backend is a module with the functions of `Backend`. Its lists are validated by samkernels.ops:
 tensor i of every list has the same shape, dtype, device and dense layout, and no two tensors that

@@ -10,27 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import (
-    Comparison,
-    Norms,
-    Recombination,
-    SgdOptions,
-    TensorList,
-    are_alike,
-    prepare,
-)
-
-__all__ = [
-    "are_alike",
-    "compare",
-    "norms",
-    "perturb_",
-    "prepare",
-    "recombine_",
-    "restore_",
-    "sgd_",
-    "why_unavailable",
-]
+from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import are_alike as are_alike
+from samkernels.backends.contract import prepare as prepare
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:

@@ -19,17 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import (
-    Comparison,
-    Norms,
-    Recombination,
-    SgdOptions,
-    TensorList,
-    are_alike,
-    prepare,
-)
-
-__all__ = ["are_alike", "prepare"]
+from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import are_alike as are_alike
+from samkernels.backends.contract import prepare as prepare
 
 # To the names of Triton's dtypes.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
