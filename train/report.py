@@ -289,12 +289,6 @@ def summary_table(groups: Sequence[Group]) -> list[list[str]]:
     return rows
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table, head first."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 # -- plots -----------------------------------------------------------------------------------------
 
 
@@ -573,7 +567,7 @@ def write_report(
             "**Not the protocol of the published figures** (which is in parentheses):\n\n" + lines
         )
     for name, rows in tables.items():
-        parts += [f"## {name}", markdown(rows)]
+        parts += [f"## {name}", results.markdown(rows)]
     parts.append(NOTES)
     plots = write_plots(folder, groups)
     if plots:

@@ -92,14 +92,14 @@ def row(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def markdown_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """COLUMNS and one row per run."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(row(result) for result in results)]
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, head first."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def print_table(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
-    """The same on the console."""
+    """COLUMNS and one row per run, on the console."""
     table = Table()
     for number, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
@@ -184,7 +184,8 @@ def write_report(
         f"- parameters of the model: {first['parameters']:,}",
         "- configuration: " + ", ".join(f"{key}={value}" for key, value in common.items()),
     ]
-    parts = [f"# {title}", text.strip(), markdown_table(results), NOTES.strip()]
+    table = markdown([COLUMNS, *(row(result) for result in results)])
+    parts = [f"# {title}", text.strip(), table, NOTES.strip()]
     parts += ["![curves](curves.png)", "## Conditions", "\n".join(conditions)]
     content = "\n\n".join(part for part in parts if part) + "\n"
     write_atomically(path, lambda file: file.write(content.encode()))
