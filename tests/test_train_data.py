@@ -75,6 +75,17 @@ def test_noise_is_exact_and_on_training_labels_only() -> None:
     assert torch.equal(noisy.train.labels, digits(label_noise=0.2, seed=7).train.labels)
 
 
+def test_part_of_the_training_images() -> None:
+    whole, part = digits(), digits(train_samples=100, label_noise=0.2)
+    assert torch.equal(part.train.images, whole.train.images[:100])
+    assert (part.train.labels != whole.train.labels[:100]).sum() == 20
+    assert part.train.labels.unique().numel() == 10  # not sorted by class
+    assert torch.equal(part.val.images, whole.val.images)
+    assert len(digits(train_samples=1000).train) == 1000
+    with pytest.raises(DataError, match=r"train_samples=1001 is more than digits has: .* to 1000"):
+        digits(train_samples=1001)
+
+
 def test_wrong_labels_are_spread_over_the_other_classes() -> None:
     wrong = data.flip_labels(torch.zeros(9000, dtype=torch.int64), 1.0, 10)
     counts = torch.bincount(wrong, minlength=10)

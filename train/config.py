@@ -54,6 +54,12 @@ class Config:
         "data", "data", "folder that holds, or receives, the files of the data set", matters=False
     )
     label_noise: float = _key("data", 0.0, "share of the training labels made wrong", high=1.0)
+    train_samples: int = _key(
+        "data",
+        0,
+        "training images to use, a random part that is always the same; 0: all",
+        high=10**9,
+    )
     batch_size: int = _key(
         "data", 256, "images per step, of all processes together", low=2, high=100_000
     )

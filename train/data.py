@@ -194,17 +194,26 @@ def load_dataset(config: Config, device: torch.device) -> Dataset:
     """The data set of the configuration on the device, with its label noise.
 
     Raises:
-        DataError: it is neither at hand nor to be downloaded, or a file is damaged.
+        DataError: it is neither at hand nor to be downloaded, a file is damaged, or it has fewer
+            than train_samples.
     """
     dataset = LOADERS[config.dataset](config.data_root)
-    noisy = flip_labels(dataset.train.labels, config.label_noise, dataset.num_classes)
+    count = config.train_samples or len(dataset.train)
+    if count > len(dataset.train):
+        raise DataError(
+            f"train_samples={count} is more than {config.dataset} has: allowed 0 (all) to "
+            f"{len(dataset.train)}"
+        )
+    # The training split was drawn at random: its beginning is a random part of it.
+    known = Split(dataset.train.images[:count], dataset.train.labels[:count])
+    noisy = flip_labels(known.labels, config.label_noise, dataset.num_classes)
 
     def moved(images: Tensor, labels: Tensor) -> Split:
         return Split(images.to(device), labels.to(device))
 
     return replace(
         dataset,
-        train=moved(dataset.train.images, noisy),
+        train=moved(known.images, noisy),
         val=moved(dataset.val.images, dataset.val.labels),
         test=moved(dataset.test.images, dataset.test.labels),
         mean=dataset.mean.to(device),
