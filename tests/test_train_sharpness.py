@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,22 @@ def test_the_whole_protocol_against_dense_hessians() -> None:
     # One random vector weighs eigenvalues unequally: the mass at zero, of most of them, is near.
     near_zero = density[abs(values) < 0.1 * dense[-1]].sum() * width
     assert near_zero == pytest.approx((abs(dense) < 0.1 * dense[-1]).mean(), abs=0.2)
+
+
+def test_every_part_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.progress.LINE_EVERY", 0.0)
+    config = settings(
+        sharpness_batches=1, sharpness_batch_size=20, sharpness_samples=20, trace_vectors=2,
+        density_steps=3,
+    )  # fmt: skip
+    dataset = load_dataset(config, torch.device("cpu"))
+    shown = io.StringIO()
+    sharpness.measure(Shallow(), dataset, config, Console(file=shown, width=200))
+    text = shown.getvalue()
+    for part in ("batch 1/1", "lambda_max", "lambda_min"):
+        assert re.search(rf"{part} .*products 2\n", text), part
+    assert "trace  mean" in text and "spectral density  products 3  0 s left" in text
+    assert "nan" not in text
 
 
 @pytest.fixture(scope="module")

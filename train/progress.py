@@ -29,7 +29,8 @@ _Work = TypeVar("_Work", bound="WorkProgress")
 class WorkProgress:
     """Shows how much of `total` is done, what the work says of itself, and the time left."""
 
-    def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
+    def __init__(self, console: Console, title: str, total: int | None, done: int = 0) -> None:
+        """total: None if nobody knows; there is no time left then."""
         self._console, self._title, self._total, self._before = console, title, total, done
         self._started = self._last_line = time.perf_counter()
         self._bar: Progress | None = None
@@ -67,10 +68,11 @@ class WorkProgress:
         if now - self._last_line >= LINE_EVERY:
             self._last_line = now
             here = done - self._before  # by this process: what was resumed took no time
-            left = (now - self._started) * (self._total - done) / here if here else 0.0
-            self._console.print(
-                f"{self._title}  {state}  {duration(left)} left", soft_wrap=True, markup=False
-            )
+            text = f"{self._title}  {state}"
+            if self._total is not None and here:
+                left = (now - self._started) * (self._total - done) / here
+                text += f"  {duration(left)} left"
+            self._console.print(text, soft_wrap=True, markup=False)
 
 
 class RunProgress(WorkProgress):

@@ -208,7 +208,7 @@ def _batch_eigenvalues(
             nonlocal products
             products += 1
             mean = report_sharpness(rows)
-            state = f"batch {len(rows) + 1}/{number} mean {mean or math.nan:.2f}"
+            state = f"batch {len(rows) + 1}/{number}" + (f" mean {mean:.2f}" if mean else "")
             progress.show(len(rows), f"{state} products {products}")
 
         for batch in batches:
@@ -229,9 +229,13 @@ def _fixed_set(
     operator = hessian(model, list(plain_batches(dataset, part, BATCH)))
     array_operator = operator.to_scipy()
     found: dict[str, Any] = {}
-    with console.status(f"{config.run_name}: lambda_max"):
-        top = extreme_eigenvalues(array_operator, 1, "LA", seed=config.seed)
-        found["lambda_max"] = float(top[0])
+
+    def extreme(name: str, which: str) -> float:
+        with _Products(console, f"{config.run_name}: {name}", None) as bar:
+            values = extreme_eigenvalues(array_operator, 1, which, seed=config.seed, each=bar.each)
+        return float(values[0])
+
+    found["lambda_max"] = extreme("lambda_max", "LA")
     # The random vectors are the library's, of torch's global generator: put it back.
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -247,19 +251,44 @@ def _fixed_set(
             if len(samples) > 1:
                 found["trace_error"] = statistics.stdev(samples) / math.sqrt(len(samples))
         if config.density_steps:
-            with console.status(f"{config.run_name}: spectral density"):
-                bottom = extreme_eigenvalues(array_operator, 1, "SA", seed=config.seed)
-                found["lambda_min"] = float(bottom[0])
-                steps = min(config.density_steps, operator.shape[0] - 1)
-                values, density = lanczos_approximate_spectrum_from_iter(
-                    fast_lanczos(operator, steps),
-                    (found["lambda_min"], found["lambda_max"]),
-                    num_points=512,
-                    kappa=3.0,
-                    margin=0.05,
-                )
-                found["density"] = {"values": values.tolist(), "density": density.tolist()}
+            found["lambda_min"] = extreme("lambda_min", "SA")
+            steps = min(config.density_steps, operator.shape[0] - 1)
+            with _Products(console, f"{config.run_name}: spectral density", steps) as bar:
+                lanczos = fast_lanczos(_Watched(operator, bar.each), steps)
+            values, density = lanczos_approximate_spectrum_from_iter(
+                lanczos,
+                (found["lambda_min"], found["lambda_max"]),
+                num_points=512,
+                kappa=3.0,
+                margin=0.05,
+            )
+            found["density"] = {"values": values.tolist(), "density": density.tolist()}
     return found
+
+
+class _Products(WorkProgress):
+    """Counts Hessian-vector products."""
+
+    def __init__(self, console: Console, title: str, total: int | None) -> None:
+        super().__init__(console, title, total)
+        self._products = 0
+
+    def each(self) -> None:
+        self._products += 1
+        self.show(self._products, f"products {self._products}")
+
+
+class _Watched:
+    """What fast_lanczos uses of an operator; `each` is called after each product."""
+
+    def __init__(self, operator: HessianLinearOperator, each: Callable[[], object]) -> None:
+        self._operator, self._each = operator, each
+        self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
+
+    def __matmul__(self, vector: Tensor) -> Tensor:
+        product: Tensor = self._operator @ vector
+        self._each()
+        return product
 
 
 def write_density(path: Path, curves: Sequence[tuple[str, dict[str, list[float]]]]) -> None:
