@@ -296,14 +296,17 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   });
   m.def("compare",
         [](const Target& target, const TensorList& first_grads, const TensorList& second_grads,
-           const TensorList& weights, std::uintptr_t workspace, std::uintptr_t sums) {
+           const TensorList& weights, std::uintptr_t workspace, std::uintptr_t sums,
+           std::uintptr_t per_tensor, std::uintptr_t total) {
           const Shapes shapes("first_grads", first_grads, *target.ops);
           const CompareArgs args = {shapes.tensors(),
                                     shapes.List("first_grads", first_grads),
                                     shapes.List("second_grads", second_grads),
                                     shapes.List("weights", weights),
                                     Required<void>("workspace", workspace),
-                                    Required<double>("sums", sums)};
+                                    Required<double>("sums", sums),
+                                    Required<float>("per_tensor", per_tensor),
+                                    Required<float>("total", total)};
           py::gil_scoped_release release;
           target.ops->compare(args, target.execution);
         });

@@ -45,17 +45,18 @@ struct Scalar {
   const float* address;  // or null
 };
 
-constexpr int kNormsSums = 1;
+constexpr int kNormsSums = 2;  // without weights, 1
 constexpr int kCompareSums = 6;
+constexpr int kSecondSquares = 1;  // the sum of g2^2 among them
 
-// norm_i = ||s * x_i||_2 with s = |weights_i| if weights are given, else 1; total over all i.
+// norm_i = ||x_i||_2; total over all i. If weights are given, ||weights_i * x_i||_2 first.
 struct NormsArgs {
   Tensors tensors;
   ReadOnlyList x;        // [in]
   ReadOnlyList weights;  // [in] or null
   void* workspace;       // [out] WorkspaceBytes(.., kNormsSums)
-  float* per_tensor;     // [out] [num_tensors]
-  float* total;          // [out] [1]
+  float* per_tensor;     // [out] [num_tensors]; with weights [2][num_tensors]
+  float* total;          // [out] [1]; with weights [2]
 };
 
 // old_params = w;  w += scale * s^2 * g,  scale = rho / (norm + eps), s = |w| if adaptive, else 1.
@@ -129,7 +130,7 @@ struct SgdArgs {
 };
 
 // Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0] and w^2, in this
-// order.
+// order; and the norms of g2, as NormsArgs has them.
 struct CompareArgs {
   Tensors tensors;
   ReadOnlyList first_grads;   // [in] g1
@@ -137,6 +138,8 @@ struct CompareArgs {
   ReadOnlyList weights;       // [in] w
   void* workspace;            // [out] WorkspaceBytes(.., kCompareSums)
   double* sums;               // [out] [kCompareSums]
+  float* per_tensor;          // [out] [num_tensors]
+  float* total;               // [out] [1]
 };
 
 // One implementation of every op.

@@ -84,4 +84,6 @@ def compare(
     weights: TensorList,
     workspace: int,
     sums: int,
+    per_tensor: int,
+    total: int,
 ) -> None: ...

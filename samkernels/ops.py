@@ -38,6 +38,7 @@ __all__ = [
     "restore_",
     "sgd_",
     "total_norm",
+    "weighted_norms",
 ]
 
 RULES = ("sam", "samdirection", "sammagnitude")
@@ -79,7 +80,19 @@ def norms(
         TypeError, ValueError: see `perturb_`.
     """
     lists = {"tensors": tensors} if weights is None else {"tensors": tensors, "weights": weights}
-    return _backend_for(backend, lists, (), validate).norms(tensors, weights)
+    chosen = _backend_for(backend, lists, (), validate)
+    return chosen.norms(tensors) if weights is None else chosen.weighted_norms(tensors, weights)[0]
+
+
+def weighted_norms(
+    tensors: TensorList, weights: TensorList, *, backend: str = "auto", validate: bool = True
+) -> tuple[Norms, Norms]:
+    """norms(tensors, weights) and norms(tensors); the tensors are read once for both.
+
+    Args, errors: see `norms`.
+    """
+    lists = {"tensors": tensors, "weights": weights}
+    return _backend_for(backend, lists, (), validate).weighted_norms(tensors, weights)
 
 
 def total_norm(parts: TensorList) -> Tensor:
@@ -155,7 +168,8 @@ def perturb_(
     chosen = _backend_for(backend, lists, ("params", "old_params"), validate)
     rho = hyperparameter("rho", rho, params[0])
     if norm is None:
-        norm = chosen.norms(grads, params if adaptive else None).total
+        norms = chosen.weighted_norms(grads, params)[0] if adaptive else chosen.norms(grads)
+        norm = norms.total
     elif validate:
         _check_norm("norm", norm, params, ())
     signed_rho = -rho if maximize else rho
@@ -478,8 +492,8 @@ def _recombination(
             if norm is not None:
                 _check_norm(name, norm, grads, shape)
     field = "total" if granularity == "global" else "per_tensor"
-    n1 = first_norm if first_norm is not None else getattr(chosen.norms(first_grads, None), field)
-    n2 = second_norm if second_norm is not None else getattr(chosen.norms(grads, None), field)
+    n1 = first_norm if first_norm is not None else getattr(chosen.norms(first_grads), field)
+    n2 = second_norm if second_norm is not None else getattr(chosen.norms(grads), field)
     if rule == "samdirection":
         return Recombination(grads, None, n1, n2, eps, **scalars)
     return Recombination(first_grads, None, n2, n1, eps, **scalars)

@@ -1,5 +1,6 @@
 """Which backend serves what, what the compiled core itself refuses, and life without it."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -187,7 +188,7 @@ class Core:
     def __init__(self) -> None:
         self.tensors = torch.arange(36.0).view(6, 2, 3)
         self.sums = torch.zeros(_C.COMPARE_SUMS, dtype=torch.float64)
-        self.norms = torch.ones(3)
+        self.norms = torch.ones(6)
         self.target = _C.cpu(1)
         room = _C.workspace_bytes(self.target, self.list_of(0), _C.COMPARE_SUMS)
         self.workspace = torch.empty(room, dtype=torch.uint8)
@@ -204,7 +205,7 @@ class Core:
         lists = [wrong.get(str(i), self.list_of(i, second_numel)) for i in range(len(self.tensors))]
         norm, workspace = self.norms.data_ptr(), self.workspace.data_ptr()
         if op == "norms":
-            _C.norms(self.target, lists[0], lists[1], workspace, norm, norm + 8)
+            _C.norms(self.target, lists[0], lists[1], workspace, norm, norm + 16)
         elif op == "perturb":
             _C.perturb(self.target, *lists[:3], norm, 0.1, 0, 0.0, False, None)
         elif op == "restore":
@@ -214,7 +215,7 @@ class Core:
         elif op == "sgd":
             _C.sgd(self.target, self.recombination(lists), *lists[:3], SGD_WITH_MOMENTUM)
         elif op == "compare":
-            _C.compare(self.target, *lists[:3], workspace, self.sums.data_ptr())
+            _C.compare(self.target, *lists[:3], workspace, self.sums.data_ptr(), norm, norm + 8)
         else:
             raise ValueError(op)
 
@@ -392,11 +393,16 @@ def test_the_core_works_without_torch() -> None:
         LOAD_THE_CORE_WITHOUT_TORCH
         + """
 core.norms(target, tensors, None, at(room), at(norms), at(norms) + 8)
-core.compare(target, tensors, others, tensors, at(room), at(sums))
-print(list(norms), list(sums))
+print(list(norms))
+core.compare(target, tensors, others, tensors, at(room), at(sums), at(norms), at(norms) + 8)
+print(*(f"{norm:.4f}" for norm in norms), list(sums))
 """
     )
-    assert printed.strip() == "[5.0, 12.0, 13.0] [169.0, 169.0, 96.0, 2.0, 3.0, 169.0]"
+    of_tensors, of_both = printed.splitlines()
+    assert of_tensors == "[5.0, 12.0, 13.0]"
+    # The second list is x[1:3], x[0].
+    second = [f"{math.hypot(4, 12):.4f}", "3.0000", "13.0000"]
+    assert of_both == f"{' '.join(second)} [169.0, 169.0, 96.0, 2.0, 3.0, 169.0]"
 
 
 @pytest.mark.parametrize(
@@ -406,8 +412,8 @@ print(list(norms), list(sums))
         ("workspace", "core.norms(target, tensors, None, 0, at(norms), at(norms) + 8)"),
         ("per_tensor", "core.norms(target, tensors, None, at(room), 0, at(norms))"),
         ("total", "core.norms(target, tensors, None, at(room), at(norms), 0)"),
-        ("workspace", "core.compare(target, tensors, tensors, tensors, 0, at(sums))"),
-        ("sums", "core.compare(target, tensors, tensors, tensors, at(room), 0)"),
+        ("workspace", "core.compare(target, *[tensors] * 3, 0, at(sums), at(norms), at(norms))"),
+        ("sums", "core.compare(target, *[tensors] * 3, at(room), 0, at(norms), at(norms))"),
     ],
     ids=["perturb-norm", "norms-workspace", "per_tensor", "total", "compare-workspace", "sums"],
 )

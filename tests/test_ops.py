@@ -213,13 +213,17 @@ def check_sgd(
 def test_norms(slots: list[Slot], setting: Setting, weighted: bool) -> None:
     lists = Lists(slots, setting)
     x, weights = lists.grads, lists.params if weighted else None
-    total, per_tensor = ops.norms(x, weights, backend=setting.backend)
+    norms = total, per_tensor = ops.norms(x, weights, backend=setting.backend)
     wide_weights = doubles(lists.params) if weighted else None
     expected = ops.norms(doubles(x), wide_weights, backend="reference")
     for actual, e in ((total, expected.total), (per_tensor, expected.per_tensor)):
         assert actual.dtype is (torch.float64 if setting.dtype is torch.float64 else torch.float32)
         assert actual.device.type == setting.device
         assert_near([actual], [e], [e], norm_roundings(setting, total_numel(x)))
+    if weights is not None:
+        both = ops.weighted_norms(x, weights, backend=setting.backend)
+        assert_same_bits(list(both[0]), list(norms))
+        assert_same_bits(list(both[1]), list(ops.norms(x, backend=setting.backend)))
     lists.assert_guards_intact()
 
 
@@ -383,7 +387,8 @@ def test_compare(slots: list[Slot], setting: Setting) -> None:
 def check_comparison(
     first: list[Tensor], second: list[Tensor], weights: list[Tensor], setting: Setting
 ) -> None:
-    sums, numel = ops.compare(first, second, weights, backend=setting.backend)
+    sums, numel, second_norms = ops.compare(first, second, weights, backend=setting.backend)
+    assert_same_bits(list(second_norms), list(ops.norms(second, backend=setting.backend)))
     g1, g2, w = (flat(doubles(tensors)) for tensors in (first, second, weights))
     expected = torch.stack(
         [

@@ -56,6 +56,10 @@ def test_weighted_norms_by_hand() -> None:
     total, per_tensor = ops.norms(tensors, weights, backend="reference")
     assert total.item() == 13
     assert per_tensor.tolist() == [5, 12]
+    weighted, plain = ops.weighted_norms(tensors, weights, backend="reference")
+    assert weighted.per_tensor.tolist() == [5, 12]
+    torch.testing.assert_close(plain.per_tensor.square(), vector(13, 36))
+    assert plain.total.item() == 7
 
 
 @pytest.mark.parametrize("n", [1, 10, 1000])
@@ -352,8 +356,10 @@ def test_sgd_with_element_rules_by_hand() -> None:
 def test_comparison_by_hand() -> None:
     g1, g2 = [vector(3, -4), vector(0, 1)], [vector(4, 2), vector(5, 1)]
     weights = [vector(1, 2), vector(0, -3)]
-    sums, numel = ops.compare(g1, g2, weights, backend="reference")
+    sums, numel, second_norms = ops.compare(g1, g2, weights, backend="reference")
     assert numel == 4
+    torch.testing.assert_close(second_norms.per_tensor, vector(20, 26).sqrt())
+    torch.testing.assert_close(second_norms.total, torch.tensor(46.0, dtype=torch.float64).sqrt())
     assert sums.dtype is torch.float64
     assert sums.tolist() == [26, 46, 5, 2, 2, 14]  # |g2| > |g1|: 4, 5; same sign: 3*4, 1*1
 

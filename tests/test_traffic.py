@@ -71,6 +71,12 @@ def test_bytes_per_parameter(name: str, dtype: torch.dtype, slots: list[Slot]) -
     assert take_traffic() == (reads * numel * dtype.itemsize, writes * numel * dtype.itemsize)
 
 
+# With statistics, g1, g2 and w are read once more, which gives the norms of g2 as well.
+STATISTICS = 12
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("track_statistics", [False, True])
 @pytest.mark.parametrize(
     ("cls", "granularity", "expected"),
     [
@@ -84,11 +90,16 @@ def test_bytes_per_parameter(name: str, dtype: torch.dtype, slots: list[Slot]) -
     ],
 )
 def test_bytes_per_parameter_and_step(
-    cls: type[SAM], granularity: str | None, expected: int
+    cls: type[SAM], granularity: str | None, expected: int, track_statistics: bool, adaptive: bool
 ) -> None:
     params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 512, CHUNK_SIZE + 7)]
-    options = {} if granularity is None else {"granularity": granularity}
-    optimizer = cls(params, rho=0.1, lr=0.1, momentum=0.9, backend="emulated", **options)
+    options: dict[str, Any] = {} if granularity is None else {"granularity": granularity}
+    options |= {"track_statistics": track_statistics, "adaptive": adaptive, "backend": "emulated"}
+    optimizer = cls(params, rho=0.1, lr=0.1, momentum=0.9, **options)
+    if track_statistics:
+        expected += STATISTICS - (4 if granularity in ("tensor", "global") else 0)
+    if adaptive:
+        expected += 4  # the norm reads w
     for _ in range(2):  # the first step makes the momentum buffers
         take_traffic()
         for step in (optimizer.first_step, optimizer.second_step):

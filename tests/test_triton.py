@@ -61,8 +61,8 @@ class Lists:
             "scaled": Recombination(self.g1, None, self.norms, self.norms, **checks),
         }
         self.calls: dict[str, tuple[Callable[[], Any], int, int]] = {
-            "norms": (lambda: triton.norms(self.g1, None), 1, 0),
-            "norms, weighted": (lambda: triton.norms(self.g1, self.w), 2, 0),
+            "norms": (lambda: triton.norms(self.g1), 1, 0),
+            "norms, weighted": (lambda: triton.weighted_norms(self.g1, self.w), 2, 0),
             "compare": (lambda: triton.compare(self.g1, self.g2, self.w), 3, 0),
             "restore": (lambda: triton.restore_(self.w, self.old), 1, 1),
             "perturb": (lambda: self.perturb(0.1, False), 2, 2),
@@ -166,7 +166,7 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
         w, g1, g2, old, buffer = ([torch.ones(n + i)[i:] for n in sizes] for i in (0, 1, 2, 3, 4))
         norm = torch.ones(8)[len(sizes) % 3]
         per_tensor = torch.ones(len(sizes) + 1)[1:]
-        triton.norms(g1, w)
+        triton.weighted_norms(g1, w)
         triton.compare(g1, g2, w)
         for journal in (None, []):
             triton.perturb_(
@@ -422,7 +422,7 @@ def test_tuning_takes_the_fastest_and_keeps_it(monkeypatch: pytest.MonkeyPatch) 
         del gpu.launches[:]
         a, b = (tensors(sizes=(fastest.block * 2 + 1,)) for _ in range(2))
         triton.restore_(a, b)
-        triton.norms(a, None)
+        triton.norms(a)
         assert [launch.programs for launch in gpu.launches] == [3, 1], "sums are not tuned"
 
 

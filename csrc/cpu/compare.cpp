@@ -39,6 +39,11 @@ static void CompareOf(const CompareArgs& args, const Execution& execution) {
       args.sums[k] += SumOfTensor(tensors, partials, i, kCompareSums, k);
     }
   }
+  for (int64_t i = 0; i < tensors.num_tensors; ++i) {
+    args.per_tensor[i] =
+        static_cast<float>(sqrt(SumOfTensor(tensors, partials, i, kCompareSums, kSecondSquares)));
+  }
+  *args.total = static_cast<float>(sqrt(args.sums[kSecondSquares]));
 }
 
 void Compare(const CompareArgs& args, const Execution& execution) {

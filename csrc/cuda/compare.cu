@@ -10,6 +10,8 @@ template <typename T>
 struct CompareFunctor {
   static constexpr int kSums = kCompareSums;
   double* sums_out;
+  float* per_tensor;
+  float* total;
 
   template <typename ChunkT>
   __device__ void accumulate(const ChunkT& chunk, double (&sums)[kSums]) const {
@@ -41,17 +43,21 @@ struct CompareFunctor {
     sums[4] += signs_agree;
   }
 
-  __device__ void finish_tensor(int64_t, const double (&)[kSums]) const {}
+  __device__ void finish_tensor(int64_t tensor, const double (&sums)[kSums]) const {
+    per_tensor[tensor] = static_cast<float>(sqrt(sums[kSecondSquares]));
+  }
 
   __device__ void finish_total(const double (&sums)[kSums]) const {
     for (int k = 0; k < kSums; ++k) sums_out[k] = sums[k];
+    *total = static_cast<float>(sqrt(sums[kSecondSquares]));
   }
 };
 
 void Compare(const CompareArgs& args, const Execution& execution) {
   const ReadOnlyList lists[] = {args.first_grads, args.second_grads, args.weights};
   DispatchDType(args.tensors.dtype, [&](auto zero) {
-    Reduce(args.tensors, lists, CompareFunctor<decltype(zero)>{args.sums}, args.workspace,
+    Reduce(args.tensors, lists,
+           CompareFunctor<decltype(zero)>{args.sums, args.per_tensor, args.total}, args.workspace,
            execution.stream);
   });
 }

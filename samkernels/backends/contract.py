@@ -28,6 +28,7 @@ class Comparison(NamedTuple):
 
     sums: Tensor  # float64, shape (6,): g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2
     numel: int
+    second_norms: Norms  # of g2
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ class Backend(Protocol):
         """Whether tensor i of all lists has the same dtype, device, shape and order in memory.
         False may also mean that strides differ where it does not matter."""
 
-    def norms(self, tensors: TensorList, weights: TensorList | None) -> Norms: ...
+    def norms(self, tensors: TensorList) -> Norms: ...
+
+    def weighted_norms(self, tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]: ...
 
     def perturb_(
         self,

@@ -19,14 +19,16 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
     return None
 
 
-def norms(tensors: TensorList, weights: TensorList | None) -> Norms:
+def norms(tensors: TensorList) -> Norms:
     wide = _wide(tensors)
-    if weights is not None:
-        wide = torch._foreach_mul(torch._foreach_abs(_wide(weights)), wide)
     # Squares of float32 overflow from 2e19 on, and vanish below 1e-23: float64 sums.
     per_tensor = torch.stack(torch._foreach_norm(wide, 2, torch.float64))
     dtype = wide[0].dtype
     return Norms(torch.linalg.vector_norm(per_tensor).to(dtype), per_tensor.to(dtype))
+
+
+def weighted_norms(tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]:
+    return norms(torch._foreach_mul(_wide(weights), _wide(tensors))), norms(tensors)
 
 
 def perturb_(
@@ -103,7 +105,8 @@ def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorLi
         _sum([x > 0 for x in product]),
         _sum(torch._foreach_mul(w, w)),
     ]
-    return Comparison(torch.stack(sums), sum(g.numel() for g in first_grads))
+    numel = sum(g.numel() for g in first_grads)
+    return Comparison(torch.stack(sums), numel, norms(second_grads))
 
 
 def _wide(tensors: TensorList) -> TensorList:

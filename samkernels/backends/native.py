@@ -77,10 +77,24 @@ def are_alike(first: TensorList, *others: TensorList) -> bool:
     return all(core.is_alike(_core(other)) for other in others)
 
 
-def norms(tensors: TensorList, weights: TensorList | None) -> Norms:
+def norms(tensors: TensorList) -> Norms:
+    per_tensor = torch.empty(len(tensors), dtype=torch.float32, device=tensors[0].device)
+    total = torch.empty((), dtype=torch.float32, device=tensors[0].device)
+    _measure(tensors, None, per_tensor, total)
+    return Norms(total, per_tensor)
+
+
+def weighted_norms(tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]:
+    per_tensor = torch.empty(2, len(tensors), dtype=torch.float32, device=tensors[0].device)
+    total = torch.empty(2, dtype=torch.float32, device=tensors[0].device)
+    _measure(tensors, weights, per_tensor, total)
+    return Norms(total[0], per_tensor[0]), Norms(total[1], per_tensor[1])
+
+
+def _measure(
+    tensors: TensorList, weights: TensorList | None, per_tensor: Tensor, total: Tensor
+) -> None:
     device = tensors[0].device
-    per_tensor = torch.empty(len(tensors), dtype=torch.float32, device=device)
-    total = torch.empty((), dtype=torch.float32, device=device)
     x = _core(tensors)
     with _target(device) as target:
         workspace = _workspace(target, x, _C.NORMS_SUMS, device)
@@ -92,7 +106,6 @@ def norms(tensors: TensorList, weights: TensorList | None) -> Norms:
             per_tensor.data_ptr(),
             total.data_ptr(),
         )
-    return Norms(total, per_tensor)
 
 
 def perturb_(
@@ -166,6 +179,8 @@ def sgd_(
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
     device = first_grads[0].device
     sums = torch.empty(_C.COMPARE_SUMS, dtype=torch.float64, device=device)
+    per_tensor = torch.empty(len(first_grads), dtype=torch.float32, device=device)
+    total = torch.empty((), dtype=torch.float32, device=device)
     first = _core(first_grads)
     with _target(device) as target:
         workspace = _workspace(target, first, _C.COMPARE_SUMS, device)
@@ -176,8 +191,11 @@ def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorLi
             _core(weights),
             workspace.data_ptr(),
             sums.data_ptr(),
+            per_tensor.data_ptr(),
+            total.data_ptr(),
         )
-    return Comparison(sums, sum(map(Tensor.numel, first_grads)))
+    numel = sum(map(Tensor.numel, first_grads))
+    return Comparison(sums, numel, Norms(total, per_tensor))
 
 
 @contextlib.contextmanager

@@ -20,15 +20,17 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
     return None
 
 
-def norms(tensors: TensorList, weights: TensorList | None) -> Norms:
-    per_tensor = []
-    for i, x in enumerate(tensors):
-        scaled = _wide(x) if weights is None else _wide(weights[i]).abs() * _wide(x)
-        # Squares of float32 are summed in float64: they neither overflow nor lose small gradients.
-        per_tensor.append(torch.linalg.vector_norm(scaled, dtype=torch.float64))
+def norms(tensors: TensorList) -> Norms:
+    # Squares of float32 are summed in float64: they neither overflow nor lose small gradients.
+    per_tensor = [torch.linalg.vector_norm(_wide(x), dtype=torch.float64) for x in tensors]
     squares = torch.stack(per_tensor).square()
     dtype = _wide(tensors[0]).dtype
     return Norms(total=squares.sum().sqrt().to(dtype), per_tensor=squares.sqrt().to(dtype))
+
+
+def weighted_norms(tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]:
+    weighted = [_wide(w) * _wide(x) for x, w in zip(tensors, weights, strict=True)]
+    return norms(weighted), norms(tensors)
 
 
 def perturb_(
@@ -107,7 +109,8 @@ def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorLi
                 (w * w).sum(),
             ]
         )
-    return Comparison(sums=sums, numel=sum(g.numel() for g in first_grads))
+    numel = sum(g.numel() for g in first_grads)
+    return Comparison(sums, numel, second_norms=norms(second_grads))
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -113,24 +113,36 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-def norms(tensors: TensorList, weights: TensorList | None) -> Norms:
-    device = tensors[0].device
-    lists = {"tensors": tensors} if weights is None else {"tensors": tensors, "weights": weights}
-    per_tensor = torch.empty(len(tensors), dtype=torch.float32, device=device)
-    total = torch.empty((), dtype=torch.float32, device=device)
+def norms(tensors: TensorList) -> Norms:
+    per_tensor = torch.empty(len(tensors), dtype=torch.float32, device=tensors[0].device)
+    total = torch.empty((), dtype=torch.float32, device=tensors[0].device)
+    _measure({"tensors": tensors}, per_tensor, total)
+    return Norms(total, per_tensor)
+
+
+def weighted_norms(tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]:
+    per_tensor = torch.empty(2, len(tensors), dtype=torch.float32, device=tensors[0].device)
+    total = torch.empty(2, dtype=torch.float32, device=tensors[0].device)
+    _measure({"tensors": tensors, "weights": weights}, per_tensor, total)
+    return Norms(total[0], per_tensor[0]), Norms(total[1], per_tensor[1])
+
+
+def _measure(lists: dict[str, TensorList], per_tensor: Tensor, total: Tensor) -> None:
+    device = total.device
+    sums = total.numel()
+    num_tensors = len(lists["tensors"])
     with _on(device):
         table = _table(lists, SUM_CHUNK)
         _launch(
             _kernels().norms,
             table,
             SUM_LAUNCH,
-            torch.empty(table.chunks + len(tensors), dtype=torch.float64, device=device),
-            torch.zeros(len(tensors) + 1, dtype=torch.int32, device=device),
+            torch.empty(sums * (table.chunks + num_tensors), dtype=torch.float64, device=device),
+            torch.zeros(num_tensors + 1, dtype=torch.int32, device=device),
             per_tensor,
             total,
-            WEIGHTED=weights is not None,
+            WEIGHTED="weights" in lists,
         )
-    return Norms(total, per_tensor)
 
 
 def perturb_(
@@ -230,6 +242,8 @@ def sgd_(
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
     device = first_grads[0].device
     sums = torch.empty(COMPARE_SUMS, dtype=torch.float64, device=device)
+    per_tensor = torch.empty(len(first_grads), dtype=torch.float32, device=device)
+    total = torch.empty((), dtype=torch.float32, device=device)
     lists = {"first_grads": first_grads, "second_grads": second_grads, "weights": weights}
     with _on(device):
         table = _table(lists, SUM_CHUNK)
@@ -237,11 +251,16 @@ def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorLi
             _kernels().compare,
             table,
             SUM_LAUNCH,
-            torch.empty(table.chunks * COMPARE_SUMS, dtype=torch.float64, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
+            torch.empty(
+                table.chunks * COMPARE_SUMS + len(first_grads), dtype=torch.float64, device=device
+            ),
+            torch.zeros(len(first_grads) + 1, dtype=torch.int32, device=device),
             sums,
+            per_tensor,
+            total,
         )
-    return Comparison(sums, sum(map(Tensor.numel, first_grads)))
+    numel = sum(map(Tensor.numel, first_grads))
+    return Comparison(sums, numel, Norms(total, per_tensor))
 
 
 def _scalars(recombination: Recombination) -> tuple[Any, ...]:

@@ -456,14 +456,31 @@ def _sum(values, first, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _neighbours(plan):
+    """The first chunk of this program's tensor, how many it has, and how many tensors there are."""
+    row = plan + tl.program_id(0).to(tl.int64) * PLAN_COLUMNS
+    last = plan + (tl.num_programs(0) - 1).to(tl.int64) * PLAN_COLUMNS
+    return tl.load(row + 3), tl.load(row + 4), tl.load(last) + 1
+
+
+@triton.jit
 def _squares(
-    x_at, weights_at, offsets, mask, WEIGHTED: tl.constexpr, WHOLE: tl.constexpr, T: tl.constexpr
+    x_at,
+    weights_at,
+    offsets,
+    mask,
+    weighted,
+    plain,
+    WEIGHTED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
 ):
     x = _load(x_at, offsets, mask, WHOLE, T).to(tl.float32)
     if WEIGHTED:
-        x = tl.abs(_load(weights_at, offsets, mask, WHOLE, T).to(tl.float32)) * x
+        scaled = (_load(weights_at, offsets, mask, WHOLE, T).to(tl.float32) * x).to(tl.float64)
+        weighted += scaled * scaled
     wide = x.to(tl.float64)
-    return wide * wide
+    return weighted, plain + wide * wide
 
 
 @triton.jit(do_not_specialize=["plan", "addresses", "workspace", "finished", "per_tensor", "total"])
@@ -478,41 +495,50 @@ def norms(
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """per_tensor = ||s * x||_2 of each tensor, total of all;  s = |weights| if given, else 1.
+    """per_tensor = ||x||_2 of each tensor, total of all;  if WEIGHTED, ||weights * x||_2 first.
 
-    Lists: x and, if WEIGHTED, weights. workspace: float64 [chunks + tensors]; finished: int32
-    [tensors + 1], zeros.
+    Lists: x and, if WEIGHTED, weights. workspace: float64 [SUMS, chunks + tensors], per_tensor
+    [SUMS, tensors], total [SUMS], SUMS = 2 if WEIGHTED, else 1; finished: int32 [tensors + 1],
+    zeros.
     """
     LISTS: tl.constexpr = 1 + WEIGHTED
+    SUMS: tl.constexpr = 1 + WEIGHTED
     chunk = tl.program_id(0)
     chunks = tl.num_programs(0)
     tensor, begin, count = _chunk(plan)
-    row = plan + chunk.to(tl.int64) * PLAN_COLUMNS
-    first_chunk = tl.load(row + 3)
-    chunks_of_tensor = tl.load(row + 4)
-    tensors = tl.load(plan + (chunks - 1).to(tl.int64) * PLAN_COLUMNS) + 1  # the last one's tensor
+    first_chunk, chunks_of_tensor, tensors = _neighbours(plan)
     x_at = _address(addresses, tensor, begin, 0, LISTS, T)
     weights_at = _address(addresses, tensor, begin, LISTS - 1, LISTS, T)
     aligned = _is_aligned(x_at | weights_at)
 
     offsets = tl.arange(0, BLOCK)
-    squares = tl.full([BLOCK], 0.0, tl.float64)
+    weighted = tl.full([BLOCK], 0.0, tl.float64)
+    plain = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(0, count, BLOCK):
         here = start + offsets
         mask = here < count
         if aligned & (start + BLOCK <= count):
-            squares += _squares(x_at, weights_at, here, mask, WEIGHTED, True, T)
+            weighted, plain = _squares(
+                x_at, weights_at, here, mask, weighted, plain, WEIGHTED, True, T
+            )
         else:
-            squares += _squares(x_at, weights_at, here, mask, WEIGHTED, False, T)
-    tl.store(workspace + chunk, tl.sum(squares, 0))
+            weighted, plain = _squares(
+                x_at, weights_at, here, mask, weighted, plain, WEIGHTED, False, T
+            )
+    row = (chunks + tensors).to(tl.int64)  # of the workspace
+    if WEIGHTED:
+        tl.store(workspace + chunk, tl.sum(weighted, 0))
+    tl.store(workspace + (SUMS - 1) * row + chunk, tl.sum(plain, 0))
 
     if _is_last(finished + tensor, chunks_of_tensor):
-        of_tensor = _sum(workspace, first_chunk, chunks_of_tensor, 1, BLOCK)
-        tl.store(per_tensor + tensor, tl.sqrt(of_tensor).to(tl.float32))
-        tl.store(workspace + chunks + tensor, of_tensor)
+        for k in tl.static_range(SUMS):
+            of_tensor = _sum(workspace + k * row, first_chunk, chunks_of_tensor, 1, BLOCK)
+            tl.store(per_tensor + k * tensors + tensor, tl.sqrt(of_tensor).to(tl.float32))
+            tl.store(workspace + k * row + chunks + tensor, of_tensor)
         if _is_last(finished + tensors, tensors):
-            of_all = _sum(workspace + chunks, 0, tensors, 1, BLOCK)
-            tl.store(total, tl.sqrt(of_all).to(tl.float32))
+            for k in tl.static_range(SUMS):
+                of_all = _sum(workspace + k * row + chunks, 0, tensors, 1, BLOCK)
+                tl.store(total + k, tl.sqrt(of_all).to(tl.float32))
 
 
 @triton.jit
@@ -541,12 +567,25 @@ def _compare_block(
     return a + g1 * g1, b + g2 * g2, c + product, d + larger, e + agree, f + w * w
 
 
-@triton.jit(do_not_specialize=["plan", "addresses", "workspace", "finished", "sums"])
-def compare(plan, addresses, workspace, finished, sums, T: tl.constexpr, BLOCK: tl.constexpr):
-    """sums = g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2, over all elements.
+@triton.jit(
+    do_not_specialize=["plan", "addresses", "workspace", "finished", "sums", "per_tensor", "total"]
+)
+def compare(
+    plan,
+    addresses,
+    workspace,
+    finished,
+    sums,
+    per_tensor,
+    total,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """sums = g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2, over all elements;
+    per_tensor = ||g2|| of each tensor, total of all.
 
-    Lists: first_grads, second_grads, weights. workspace: float64 [chunks, 6]; finished: int32 [1],
-    zero.
+    Lists: first_grads, second_grads, weights. workspace: float64 [6 * chunks + tensors]; finished:
+    int32 [tensors + 1], zeros.
     """
     SUMS: tl.constexpr = 6
     chunk = tl.program_id(0).to(tl.int64)
@@ -583,9 +622,17 @@ def compare(plan, addresses, workspace, finished, sums, T: tl.constexpr, BLOCK: 
     tl.store(of_chunk + 4, tl.sum(e, 0).to(tl.float64))
     tl.store(of_chunk + 5, tl.sum(f, 0))
 
-    if _is_last(finished, chunks):
-        for k in tl.static_range(SUMS):
-            tl.store(sums + k, _sum(workspace + k, 0, chunks, SUMS, BLOCK))
+    # Not earlier: in the loop, registers are scarce.
+    first_chunk, chunks_of_tensor, tensors = _neighbours(plan)
+    if _is_last(finished + tensor, chunks_of_tensor):
+        of_tensor = _sum(workspace + 1, first_chunk, chunks_of_tensor, SUMS, BLOCK)
+        tl.store(per_tensor + tensor, tl.sqrt(of_tensor).to(tl.float32))
+        of_tensors = workspace + chunks.to(tl.int64) * SUMS
+        tl.store(of_tensors + tensor, of_tensor)
+        if _is_last(finished + tensors, tensors):
+            tl.store(total, tl.sqrt(_sum(of_tensors, 0, tensors, 1, BLOCK)).to(tl.float32))
+            for k in tl.static_range(SUMS):
+                tl.store(sums + k, _sum(workspace + k, 0, chunks, SUMS, BLOCK))
 
 
 # Whether all this was meant for Triton's interpreter (TRITON_INTERPRET), and takes CPU tensors.

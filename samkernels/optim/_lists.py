@@ -87,7 +87,10 @@ class Perturbation:
     first_grads: dict[Slot, Tensor] = field(default_factory=dict)  # empty if nobody reads g1
     ascent_norm: Tensor | None = None  # n
     first_norm: Tensor | None = None  # n1 over all parameters, if a granularity needs it
-    first_norms_per_tensor: list[tuple[list[Slot], Tensor]] = field(default_factory=list)
+    second_norm: Tensor | None = None  # n2, likewise; known in the second step
+    # n1 and n2 of each parameter, for the lists that they were taken of.
+    first_norms: list[tuple[list[Slot], Tensor]] = field(default_factory=list)
+    second_norms: list[tuple[list[Slot], Tensor]] = field(default_factory=list)
 
     def settle(self) -> None:
         """At the end of the first step, or when it was interrupted: take in what has moved."""
@@ -96,9 +99,10 @@ class Perturbation:
                 self.slots.update(dict.fromkeys(bucket.slots))
         self.moving.clear()  # and with it the gradients, which nobody may need any more
 
-    def first_norm_per_tensor(self, slots: list[Slot]) -> Tensor | None:
-        """n1 of each parameter, if the first step had just this list."""
-        return next((norms for of, norms in self.first_norms_per_tensor if of == slots), None)
+
+def norms_of(slots: list[Slot], measured: list[tuple[list[Slot], Tensor]]) -> Tensor | None:
+    """The norm of each parameter, if just this list was measured."""
+    return next((norms for of, norms in measured if of == slots), None)
 
 
 class Slots:

@@ -13,7 +13,16 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels import backends, ops
 from samkernels.backends import TensorList
-from samkernels.optim._lists import Bucket, Perturbation, Place, Slot, Slots, fits, laid_out_like
+from samkernels.optim._lists import (
+    Bucket,
+    Perturbation,
+    Place,
+    Slot,
+    Slots,
+    fits,
+    laid_out_like,
+    norms_of,
+)
 
 
 class SAM(Optimizer):
@@ -409,14 +418,14 @@ class SAM(Optimizer):
         needs_first_norms = any(bucket.granularity != "element" for bucket in buckets)
         ascent_norms, first_norms = [], []
         for bucket in buckets:
-            adaptive = bucket.group["adaptive"]
-            norms = ops.norms(bucket.grads, bucket.params if adaptive else None, **bucket.options)
-            ascent_norms.append(norms.total)
+            if bucket.group["adaptive"]:
+                ascent, norms = ops.weighted_norms(bucket.grads, bucket.params, **bucket.options)
+            else:
+                ascent = norms = ops.norms(bucket.grads, **bucket.options)
+            ascent_norms.append(ascent.total)
             if needs_first_norms:
-                if adaptive:
-                    norms = ops.norms(bucket.grads, **bucket.options)
                 first_norms.append(norms.total)
-                perturbation.first_norms_per_tensor.append((bucket.slots, norms.per_tensor))
+                perturbation.first_norms.append((bucket.slots, norms.per_tensor))
         perturbation.ascent_norm = ops.total_norm(ascent_norms)
         if first_norms:
             perturbation.first_norm = ops.total_norm(first_norms)
@@ -496,14 +505,9 @@ class SAM(Optimizer):
 
         # Without g1 there is nothing to recombine: like torch.optim without a gradient, leave the
         # parameter alone.
-        has_both = perturbation.first_grads.__contains__
-        updated = buckets if self._rule == "sam" else _select(buckets, has_both)
-        if self.track_statistics:
-            self._statistics = self._compare(_select(buckets, has_both), perturbation)
-        second_norm = None
-        if any(bucket.granularity == "global" for bucket in updated):
-            norms = [ops.norms(bucket.grads, **bucket.options).total for bucket in updated]
-            second_norm = ops.total_norm(norms)
+        both = _select(buckets, perturbation.first_grads.__contains__)
+        updated = buckets if self._rule == "sam" else both
+        self._measure_second(both, perturbation)
 
         done = {slot for bucket in updated for slot in bucket.slots}
         if all(self._is_fused(bucket.group) for bucket in updated):
@@ -516,7 +520,7 @@ class SAM(Optimizer):
             if not done.issuperset(perturbation.slots):
                 self._restore({slot: None for slot in perturbation.slots if slot not in done})
             for of_bucket, options in zip(parts, hyperparameters, strict=True):
-                self._update_with_sgd(of_bucket, options, perturbation, second_norm)
+                self._update_with_sgd(of_bucket, options, perturbation)
         else:
             for bucket in updated:
                 ops.check_disjoint(".grad of the parameters", bucket.grads)  # u goes in there
@@ -524,7 +528,7 @@ class SAM(Optimizer):
             if found_inf is not None and found_inf.item():
                 return
             for bucket in updated:
-                options = self._recombination(bucket, perturbation, second_norm)
+                options = self._recombination(bucket, perturbation)
                 ops.recombine_(bucket.grads, **options, **bucket.options)
                 for p, u in zip(bucket.params, bucket.grads, strict=True):
                     _put_grad(p, u)
@@ -549,9 +553,29 @@ class SAM(Optimizer):
         values = [group[name] for name in ("momentum", "dampening", "weight_decay")]
         return not any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values)
 
-    def _recombination(
-        self, bucket: Bucket, perturbation: Perturbation, second_norm: Tensor | None
-    ) -> dict[str, Any]:
+    def _measure_second(self, both: list[Bucket], perturbation: Perturbation) -> None:
+        """Of g2, where there is g1 too: the norms that the recombination needs, and the statistics;
+        g2 is read once for them."""
+        needs_total = any(bucket.granularity == "global" for bucket in both)
+        if not (needs_total or self.track_statistics):
+            return
+        norms, comparisons = [], []
+        for bucket in both:
+            if self.track_statistics:
+                first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
+                comparison = ops.compare(first_grads, bucket.grads, bucket.old, **bucket.options)
+                comparisons.append(comparison)
+                norms.append(comparison.second_norms)
+            else:
+                norms.append(ops.norms(bucket.grads, **bucket.options))
+            perturbation.second_norms.append((bucket.slots, norms[-1].per_tensor))
+        if needs_total:
+            perturbation.second_norm = ops.total_norm([of_bucket.total for of_bucket in norms])
+        if self.track_statistics:
+            scale = self._of_scaler("grad_scale")
+            self._statistics = ops.gradient_statistics(comparisons, scale) if comparisons else None
+
+    def _recombination(self, bucket: Bucket, perturbation: Perturbation) -> dict[str, Any]:
         options: dict[str, Any] = {
             "rule": self._rule,
             "granularity": bucket.granularity,
@@ -563,9 +587,10 @@ class SAM(Optimizer):
             options["first_grads"] = [perturbation.first_grads[slot] for slot in bucket.slots]
             if bucket.granularity == "global":
                 options["first_norm"] = bucket.bring(perturbation.first_norm)
-                options["second_norm"] = bucket.bring(second_norm)
+                options["second_norm"] = bucket.bring(perturbation.second_norm)
             elif bucket.granularity == "tensor":
-                options["first_norm"] = perturbation.first_norm_per_tensor(bucket.slots)
+                options["first_norm"] = norms_of(bucket.slots, perturbation.first_norms)
+                options["second_norm"] = norms_of(bucket.slots, perturbation.second_norms)
         return options
 
     def _update_with_sgd(
@@ -573,7 +598,6 @@ class SAM(Optimizer):
         parts: list[tuple[Bucket, TensorList | None, bool]],
         hyperparameters: dict[str, Any],
         perturbation: Perturbation,
-        second_norm: Tensor | None,
     ) -> None:
         """parts: see _momentum_parts."""
         for part, buffers, init_momentum in parts:
@@ -589,7 +613,7 @@ class SAM(Optimizer):
                 buffers,
                 init_momentum=init_momentum,
                 **hyperparameters,
-                **self._recombination(part, perturbation, second_norm),
+                **self._recombination(part, perturbation),
                 **part.options,
             )
             if init_momentum:
@@ -642,17 +666,6 @@ class SAM(Optimizer):
         finally:
             for p, grad in hidden.items():
                 p.grad = grad
-
-    def _compare(
-        self, buckets: list[Bucket], perturbation: Perturbation
-    ) -> ops.GradientStatistics | None:
-        if not buckets:
-            return None
-        comparisons = []
-        for bucket in buckets:
-            first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
-            comparisons.append(ops.compare(first_grads, bucket.grads, bucket.old, **bucket.options))
-        return ops.gradient_statistics(comparisons, self._of_scaler("grad_scale"))
 
 
 def _put_grad(p: Tensor, u: Tensor) -> None:
