@@ -1,5 +1,6 @@
 """Options of a run: precision, memory format, compilation, trackers, statistics."""
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from train import progress, run, trackers
+from train import graphs, progress, run, trackers
 from train.config import Config
 from train.errors import ConfigError
 from train.models import MODELS
@@ -240,3 +241,66 @@ def test_a_missing_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(trackers.TRACKERS, "wandb", missing)
     with pytest.raises(ConfigError, match=r"framework_name=wandb needs .*\[tracking\]"):
         trackers.make_tracker(small(tmp_path, framework_name="wandb"), tmp_path, 0)
+
+
+# CUDA graphs
+
+
+class Recorder:
+    """Stands in for a CUDA graph: what is recorded happens when it is replayed, each time."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, do: Any) -> Any:
+        self.recorded += 1
+
+        def again() -> graphs.Outputs:
+            self.replayed += 1
+            return do()
+
+        return again
+
+
+@pytest.mark.parametrize("opt_name", OPTIMIZERS)
+def test_recorded_steps_are_the_steps(tmp_path: Path, opt_name: str) -> None:
+    config = small(tmp_path, opt_name=opt_name, batch_size=60, statistics_every=7)
+    torch.manual_seed(0)
+    plain = trained(config)
+    recorder = Recorder()
+    graphed = run.Training(config)
+    graphed.graphed = graphs.GraphedStep(graphed._recorded_step, recorder)
+    bar = progress.RunProgress(quiet(), "x", config.epochs, graphed.steps_per_epoch)
+    for number in range(1, config.epochs + 1):
+        graphed.epoch(number, bar)
+    for ours, theirs in zip(graphed.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(graphed.history, plain.history, strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    # 17 steps an epoch; eager are the first 5 of all, the last of each epoch, which is smaller, and
+    # of the others every 7th, where statistics are taken (7, 14, 21, 28; 0 is among the first 5).
+    assert (recorder.recorded, recorder.replayed) == (2, 2 * 17 - 5 - 2 - 4)
+    assert graphed.timer.summary()["timed_steps"] == plain.timer.summary()["timed_steps"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"), [({}, "device=cpu"), ({"opt_name": "sgdhess"}, "device=cpu|sgdhess")]
+)
+def test_graphs_are_for_gpus(tmp_path: Path, keys: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=f"cuda_graph=true does not go with ({why})"):
+        run.Training(small(tmp_path, cuda_graph=True, **keys))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("opt_name", OPTIMIZERS)
+def test_cuda_graphs_train_as_eager_steps_do(tmp_path: Path, opt_name: str) -> None:
+    config = small(tmp_path, opt_name=opt_name, batch_size=60, device="cuda")
+    torch.backends.cudnn.deterministic = True
+    try:
+        eager = trained(config)
+        graphed = trained(dataclasses.replace(config, cuda_graph=True))
+    finally:
+        torch.backends.cudnn.deterministic = False
+        torch.cuda.set_stream(torch.cuda.default_stream())
+    for ours, theirs in zip(graphed.model.parameters(), eager.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -69,6 +69,9 @@ class Config:
     )
     channels_last: bool = _key("network", False, "memory format of images and weights")
     compile: bool = _key("network", False, "torch.compile the network")
+    cuda_graph: bool = _key(
+        "network", False, "record the training step as a CUDA graph, anew in every epoch"
+    )
     opt_name: str = _key(
         "optimizer",
         "sgd",

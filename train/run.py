@@ -26,6 +26,7 @@ from train.distributed import (
     synchronise_batchnorm,
 )
 from train.errors import CheckpointError, ConfigError, DivergedError
+from train.graphs import CudaCapture, GraphedStep
 from train.models import build_model
 from train.optimizers import TwoPassOptimizer, backend_names, build_optimizer
 from train.progress import RunProgress, make_console
@@ -36,6 +37,7 @@ from train.verify import Lockstep
 
 EVAL_BATCH = 1000
 WARMUP_STEPS = 10  # not timed after the lockstep steps, where a single epoch is all there is
+GRAPH_AFTER = 5  # steps of a run, before one is recorded
 CUDA_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the device
 STATISTICS = samkernels.ops.GradientStatistics._fields
 
@@ -166,6 +168,8 @@ class Training:
         if not processes.writes:
             self.dataset = load_dataset(config, self.device)
         self._check_batches()
+        if config.cuda_graph:
+            self._check_graph()
         channels, classes = self.dataset.train.images.shape[1], self.dataset.num_classes
         torch.manual_seed(config.seed)
         # Made on the CPU: the same weights on every device.
@@ -191,6 +195,11 @@ class Training:
                 self.optimizer,
                 lambda params: build_optimizer(params, config, backend="reference"),
             )
+        self.graphed: GraphedStep | None = None
+        if config.cuda_graph:
+            capture = CudaCapture(self.device)
+            torch.cuda.set_stream(capture.stream)
+            self.graphed = GraphedStep(self._recorded_step, capture)
         self.steps_per_epoch = math.ceil(len(self.dataset.train) / config.batch_size)
         self.done = self.resumed = 0
         self.history: list[dict[str, float]] = []
@@ -248,6 +257,8 @@ class Training:
         weighted = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         seen = checked = 0
+        if self.graphed:
+            self.graphed.forget()  # lr is another one now
         val_accuracy = self.history[-1]["val_accuracy"] if self.history else None
         check_every = CUDA_CHECK_EVERY if self.device.type == "cuda" else 1
         started = time.perf_counter()
@@ -327,7 +338,26 @@ class Training:
         self, images: Tensor, labels: Tensor, count: int, observing: bool, observed: list[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
         images = self._laid_out(images)
+        # The first steps make what a recording may not: buffers, and the libraries' workspaces.
+        whole = count == self.config.batch_size and self.done >= GRAPH_AFTER
+        if self.graphed and whole and not observing and self.lockstep is None:
+            return self.graphed(images, labels)
+        return self._eager_step(images, labels, count, observing, observed, self.timer)
 
+    def _recorded_step(self, images: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
+        # No event of a recording can be read: another timer, whose times nobody looks at.
+        timer = StepTimer(torch.device("cpu"))
+        return self._eager_step(images, labels, len(labels), False, [], timer)
+
+    def _eager_step(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        count: int,
+        observing: bool,
+        observed: list[Tensor],
+        timer: StepTimer,
+    ) -> tuple[list[Tensor], Tensor]:
         def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             with self._autocast():
                 logits = self.network(images).float()
@@ -339,10 +369,10 @@ class Training:
                 if observing:
                     observed.append(self._single_statistics())
 
-            return sgd_step(forward, self.optimizer, images, labels, self.timer, observe)
+            return sgd_step(forward, self.optimizer, images, labels, timer, observe)
         self.optimizer.track_statistics = observing
         optimizer = self.lockstep or self.optimizer
-        taken = sam_step(forward, self.model, optimizer, images, labels, self.timer)
+        taken = sam_step(forward, self.model, optimizer, images, labels, timer)
         if observing:
             observed.append(torch.stack(list(self.optimizer.statistics)))
         if self.lockstep is not None:
@@ -367,6 +397,21 @@ class Training:
         verified = 0 if self.config.opt_name == "sgd" else self.config.verify_steps
         warm = epoch > 1 or (self.config.epochs == 1 and self.done >= verified + WARMUP_STEPS)
         return warm and self.done >= verified
+
+    def _check_graph(self) -> None:
+        config = self.config
+        why = None
+        if self.device.type != "cuda":
+            why = f"device={self.device.type}"
+        elif self.processes.world > 1:
+            why = f"{self.processes.world} processes"
+        elif config.opt_name == "sgdhess":
+            why = "opt_name=sgdhess, whose random vectors come from the host"
+        if why:
+            raise ConfigError(
+                f"cuda_graph=true does not go with {why}: it records the step of one process on a "
+                "GPU; allowed here is false"
+            )
 
     def _check_batches(self) -> None:
         size, world = self.config.batch_size, self.processes.world

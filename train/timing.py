@@ -44,15 +44,17 @@ class StepTimer:
             torch.cuda.synchronize()
         for step, parts in self._pending:
             self._step_ms.append(self._milliseconds(step))
-            self._optimizer_ms.append(sum(self._milliseconds(part) for part in parts))
+            if parts:  # a step that a CUDA graph makes has none
+                self._optimizer_ms.append(sum(self._milliseconds(part) for part in parts))
         self._pending = []
 
     def summary(self) -> dict[str, float | int | None]:
         """Medians in milliseconds over the counted steps, None where there are none."""
         self.collect()
         counted = len(self._step_ms)
+        optimizer = self._optimizer_ms
         return {
-            "ms_per_optimizer_step": statistics.median(self._optimizer_ms) if counted else None,
+            "ms_per_optimizer_step": statistics.median(optimizer) if optimizer else None,
             "ms_per_training_step": statistics.median(self._step_ms) if counted else None,
             "timed_steps": counted,
         }

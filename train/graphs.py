@@ -1,0 +1,66 @@
+"""A training step as a CUDA graph: recorded once, replayed from then on, without the host's work
+for each kernel."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Losses, one per pass, and the number of right answers.
+Outputs = tuple[list[Tensor], Tensor]
+Step = Callable[[Tensor, Tensor], Outputs]
+# From something to do to what does it again, on the same memory.
+Capture = Callable[[Callable[[], Outputs]], Callable[[], Outputs]]
+
+
+class CudaCapture:
+    """Records on a stream of its own, where the steps before the recording belong as well:
+    autograd remembers the stream of each parameter's gradient."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._pool: Any = None  # of the last graph's memory, for the next one
+
+    def __call__(self, do: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+            outputs = do()
+        self._pool = graph.pool()
+
+        def again() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return again
+
+
+class GraphedStep:
+    """Makes training steps, by a recording where it has one of this shape.
+
+    A recording holds lr and all other numbers as they were: forget() it when they change.
+
+    Args:
+        step: images and labels to Outputs; changes the weights.
+        capture: records without doing, like a CUDA graph.
+    """
+
+    def __init__(self, step: Step, capture: Capture) -> None:
+        self._step, self._capture = step, capture
+        self._again: Callable[[], Outputs] | None = None
+        self._images = self._labels = torch.empty(0)
+
+    def forget(self) -> None:
+        """The next step is recorded anew."""
+        self._again = None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Outputs:
+        """Make a step; what it returns is overwritten by nothing."""
+        if self._again is None:
+            if self._images.shape != images.shape or self._images.stride() != images.stride():
+                self._images, self._labels = torch.empty_like(images), torch.empty_like(labels)
+            self._again = self._capture(lambda: self._step(self._images, self._labels))
+        self._images.copy_(images)
+        self._labels.copy_(labels)
+        losses, right = self._again()
+        return [loss.clone() for loss in losses], right.clone()
