@@ -30,6 +30,7 @@ __all__ = [
     "Comparison",
     "GradientStatistics",
     "Norms",
+    "clipping_divisor",
     "compare",
     "gradient_statistics",
     "norms",
@@ -398,6 +399,25 @@ def gradient_statistics(
     return GradientStatistics(*(value.float() for value in statistics))
 
 
+def clipping_divisor(norm: Tensor, max_norm: float, grad_scale: Tensor | None = None) -> Tensor:
+    """What u is to be divided by so that a gradient of this norm is clipped: as GradScaler's scale,
+    which is part of it.
+
+    max(1, (norm / grad_scale + 1e-6) / max_norm) * grad_scale
+
+    Args:
+        norm: shape (), of gradients that grad_scale multiplies.
+        max_norm: > 0.
+
+    Returns:
+        shape (), on the norm's device; not finite if the norm is not.
+
+    Source: torch.nn.utils.clip_grad_norm_.
+    """
+    scale = 1.0 if grad_scale is None else grad_scale.reshape(()).to(norm.device, norm.dtype)
+    return ((norm / scale + 1e-6) / max_norm).clamp(min=1.0) * scale
+
+
 def check_sgd_options(
     *,
     lr: float | Tensor,
@@ -543,6 +563,13 @@ def check_hyperparameter(name: str, value: float | Tensor) -> None:
         )
     if value.device.type == "cpu":
         _check_non_negative(name, value.item())
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise TypeError or ValueError unless this is a finite number > 0."""
+    _check_non_negative(name, value)
+    if value == 0:
+        raise ValueError(f"{name}=0: give a finite number > 0")
 
 
 def hyperparameter(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -75,6 +75,7 @@ def test_bytes_per_parameter(name: str, dtype: torch.dtype, slots: list[Slot]) -
 STATISTICS = 12
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("track_statistics", [False, True])
 @pytest.mark.parametrize(
@@ -90,14 +91,22 @@ STATISTICS = 12
     ],
 )
 def test_bytes_per_parameter_and_step(
-    cls: type[SAM], granularity: str | None, expected: int, track_statistics: bool, adaptive: bool
+    cls: type[SAM],
+    granularity: str | None,
+    expected: int,
+    track_statistics: bool,
+    adaptive: bool,
+    max_grad_norm: float | None,
 ) -> None:
     params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 512, CHUNK_SIZE + 7)]
     options: dict[str, Any] = {} if granularity is None else {"granularity": granularity}
+    options["max_grad_norm"] = max_grad_norm
     options |= {"track_statistics": track_statistics, "adaptive": adaptive, "backend": "emulated"}
     optimizer = cls(params, rho=0.1, lr=0.1, momentum=0.9, **options)
     if track_statistics:
         expected += STATISTICS - (4 if granularity in ("tensor", "global") else 0)
+    if max_grad_norm is not None and cls is not SAMDirection and not track_statistics:
+        expected += 4 if granularity in (None, "element") else 0  # the norm of g2
     if adaptive:
         expected += 4  # the norm reads w
     for _ in range(2):  # the first step makes the momentum buffers

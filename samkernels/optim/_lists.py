@@ -89,8 +89,9 @@ class Perturbation:
     first_norm: Tensor | None = None  # n1 over all parameters, if a granularity needs it
     second_norm: Tensor | None = None  # n2, likewise; known in the second step
     # n1 and n2 of each parameter, for the lists that they were taken of.
-    first_norms: list[tuple[list[Slot], Tensor]] = field(default_factory=list)
-    second_norms: list[tuple[list[Slot], Tensor]] = field(default_factory=list)
+    first_norms: list[tuple[list[Slot], ops.Norms]] = field(default_factory=list)
+    second_norms: list[tuple[list[Slot], ops.Norms]] = field(default_factory=list)
+    divisor: Tensor | None = None  # of u: GradScaler's scale, and what clips
 
     def settle(self) -> None:
         """At the end of the first step, or when it was interrupted: take in what has moved."""
@@ -100,8 +101,8 @@ class Perturbation:
         self.moving.clear()  # and with it the gradients, which nobody may need any more
 
 
-def norms_of(slots: list[Slot], measured: list[tuple[list[Slot], Tensor]]) -> Tensor | None:
-    """The norm of each parameter, if just this list was measured."""
+def norms_of(slots: list[Slot], measured: list[tuple[list[Slot], ops.Norms]]) -> ops.Norms | None:
+    """The norms of these parameters, if just this list was measured."""
     return next((norms for of, norms in measured if of == slots), None)
 
 

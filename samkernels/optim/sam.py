@@ -66,6 +66,10 @@ class SAM(Optimizer):
         backend: "auto" takes, per device and dtype, the fastest that can serve (see `backends`);
             "native", "triton", "foreach" or "reference" insists on one.
         track_statistics: fill `statistics` in each second step.
+        max_grad_norm: u is multiplied by min(1, max_grad_norm / (n + 1e-6)), n the norm over all
+            parameters of the gradient that u has its magnitude of: of g2, as
+            torch.nn.utils.clip_grad_norm_ between the steps would do it; SAMDirection: of g1. One
+            reduction more, and no pass to scale. None: as it is.
         base_options: lr, momentum, weight_decay and so on.
 
     Raises:
@@ -92,6 +96,7 @@ class SAM(Optimizer):
         *,
         backend: str = "auto",
         track_statistics: bool = False,
+        max_grad_norm: float | None = None,
         **base_options: Any,
     ) -> None:
         self._init(
@@ -101,6 +106,7 @@ class SAM(Optimizer):
             base_options,
             backend=backend,
             track_statistics=track_statistics,
+            max_grad_norm=max_grad_norm,
         )
 
     def _init(
@@ -112,6 +118,7 @@ class SAM(Optimizer):
         *,
         backend: str,
         track_statistics: bool,
+        max_grad_norm: float | None,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             raise TypeError(
@@ -121,7 +128,10 @@ class SAM(Optimizer):
         backends.check_name(backend)
         _check_options(defaults, "")
         self._backend = backend
+        if max_grad_norm is not None:
+            ops.check_positive("max_grad_norm", max_grad_norm)
         self.track_statistics = track_statistics
+        self.max_grad_norm = max_grad_norm
         self._statistics: ops.GradientStatistics | None = None
         self._perturbation: Perturbation | None = None
         self._slots = Slots(backend)
@@ -368,12 +378,13 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("copying or pickling")
-        own = ("base_optimizer", "_backend", "track_statistics")
+        own = ("base_optimizer", "_backend", "track_statistics", "max_grad_norm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         previous_groups = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_perturbation", None)
         self.__dict__.setdefault("_is_constructed", True)
@@ -416,6 +427,8 @@ class SAM(Optimizer):
         """The norms of g1 that the two steps need; nothing is perturbed yet."""
         perturbation = Perturbation()
         needs_first_norms = any(bucket.granularity != "element" for bucket in buckets)
+        if self.max_grad_norm is not None and self._rule == "samdirection":
+            needs_first_norms = True
         ascent_norms, first_norms = [], []
         for bucket in buckets:
             if bucket.group["adaptive"]:
@@ -425,7 +438,7 @@ class SAM(Optimizer):
             ascent_norms.append(ascent.total)
             if needs_first_norms:
                 first_norms.append(norms.total)
-                perturbation.first_norms.append((bucket.slots, norms.per_tensor))
+                perturbation.first_norms.append((bucket.slots, norms))
         perturbation.ascent_norm = ops.total_norm(ascent_norms)
         if first_norms:
             perturbation.first_norm = ops.total_norm(first_norms)
@@ -507,7 +520,7 @@ class SAM(Optimizer):
         # parameter alone.
         both = _select(buckets, perturbation.first_grads.__contains__)
         updated = buckets if self._rule == "sam" else both
-        self._measure_second(both, perturbation)
+        self._measure_second(updated, both, perturbation)
 
         done = {slot for bucket in updated for slot in bucket.slots}
         if all(self._is_fused(bucket.group) for bucket in updated):
@@ -553,34 +566,43 @@ class SAM(Optimizer):
         values = [group[name] for name in ("momentum", "dampening", "weight_decay")]
         return not any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values)
 
-    def _measure_second(self, both: list[Bucket], perturbation: Perturbation) -> None:
-        """Of g2, where there is g1 too: the norms that the recombination needs, and the statistics;
-        g2 is read once for them."""
-        needs_total = any(bucket.granularity == "global" for bucket in both)
-        if not (needs_total or self.track_statistics):
-            return
-        norms, comparisons = [], []
-        for bucket in both:
-            if self.track_statistics:
-                first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
-                comparison = ops.compare(first_grads, bucket.grads, bucket.old, **bucket.options)
-                comparisons.append(comparison)
-                norms.append(comparison.second_norms)
-            else:
-                norms.append(ops.norms(bucket.grads, **bucket.options))
-            perturbation.second_norms.append((bucket.slots, norms[-1].per_tensor))
-        if needs_total:
-            perturbation.second_norm = ops.total_norm([of_bucket.total for of_bucket in norms])
+    def _measure_second(
+        self, updated: list[Bucket], both: list[Bucket], perturbation: Perturbation
+    ) -> None:
+        """Of g2: the norms that the update needs, and where there is g1 too, the statistics; g2 is
+        read once for them."""
+        scale = self._of_scaler("grad_scale")
+        comparisons = []
+        for bucket in both if self.track_statistics else ():
+            first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
+            comparison = ops.compare(first_grads, bucket.grads, bucket.old, **bucket.options)
+            comparisons.append(comparison)
+            perturbation.second_norms.append((bucket.slots, comparison.second_norms))
         if self.track_statistics:
-            scale = self._of_scaler("grad_scale")
             self._statistics = ops.gradient_statistics(comparisons, scale) if comparisons else None
+
+        of_first = self._rule == "samdirection"
+        clips_second = self.max_grad_norm is not None and not of_first
+        if updated and (clips_second or any(b.granularity == "global" for b in updated)):
+            totals = []
+            for bucket in updated:
+                norms = norms_of(bucket.slots, perturbation.second_norms)
+                if norms is None:
+                    norms = ops.norms(bucket.grads, **bucket.options)
+                    perturbation.second_norms.append((bucket.slots, norms))
+                totals.append(norms.total)
+            perturbation.second_norm = ops.total_norm(totals)
+        perturbation.divisor = scale
+        norm = perturbation.first_norm if of_first else perturbation.second_norm
+        if self.max_grad_norm is not None and norm is not None:
+            perturbation.divisor = ops.clipping_divisor(norm, self.max_grad_norm, scale)
 
     def _recombination(self, bucket: Bucket, perturbation: Perturbation) -> dict[str, Any]:
         options: dict[str, Any] = {
             "rule": self._rule,
             "granularity": bucket.granularity,
             "ascent_norm": bucket.bring(perturbation.ascent_norm),
-            "grad_scale": bucket.bring(self._of_scaler("grad_scale")),
+            "grad_scale": bucket.bring(perturbation.divisor),
             "found_inf": bucket.bring(self._of_scaler("found_inf")),
         }
         if self._rule != "sam":
@@ -589,8 +611,10 @@ class SAM(Optimizer):
                 options["first_norm"] = bucket.bring(perturbation.first_norm)
                 options["second_norm"] = bucket.bring(perturbation.second_norm)
             elif bucket.granularity == "tensor":
-                options["first_norm"] = norms_of(bucket.slots, perturbation.first_norms)
-                options["second_norm"] = norms_of(bucket.slots, perturbation.second_norms)
+                first = norms_of(bucket.slots, perturbation.first_norms)
+                second = norms_of(bucket.slots, perturbation.second_norms)
+                options["first_norm"] = first and first.per_tensor
+                options["second_norm"] = second and second.per_tensor
         return options
 
     def _update_with_sgd(

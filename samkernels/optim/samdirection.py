@@ -44,6 +44,7 @@ class SAMDirection(SAM):
         granularity: str = "element",
         backend: str = "auto",
         track_statistics: bool = False,
+        max_grad_norm: float | None = None,
         **base_options: Any,
     ) -> None:
         self._init(
@@ -53,4 +54,5 @@ class SAMDirection(SAM):
             base_options,
             backend=backend,
             track_statistics=track_statistics,
+            max_grad_norm=max_grad_norm,
         )
