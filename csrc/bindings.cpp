@@ -244,7 +244,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   m.def("perturb",
         [](const Target& target, const TensorList& params, const TensorList& grads,
            const TensorList& old_params, std::uintptr_t norm, float rho, std::uintptr_t rho_address,
-           float eps, bool adaptive, std::optional<py::list> journal) {
+           float eps, bool adaptive, bool rounds_at_random, std::optional<py::list> journal) {
           const Shapes shapes("params", params, *target.ops);
           const PerturbArgs args = {shapes.tensors(),
                                     shapes.Disjoint("params", params),
@@ -253,7 +253,8 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                                     Required<const float>("norm", norm),
                                     ScalarOf(rho, rho_address),
                                     eps,
-                                    adaptive};
+                                    adaptive,
+                                    rounds_at_random};
           {
             py::gil_scoped_release release;
             target.ops->perturb(args, target.execution);

@@ -70,6 +70,7 @@ struct PerturbArgs {
   Scalar rho;              // negative: away from the gradient
   float eps;
   bool adaptive;
+  bool rounds_at_random;  // bfloat16 parameters
 };
 
 // params = old_params, bit for bit.

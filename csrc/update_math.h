@@ -8,6 +8,7 @@
 #pragma once
 
 #include <math.h>
+#include <string.h>
 
 #include "ops.h"
 
@@ -20,6 +21,18 @@
 namespace samkernels {
 
 constexpr float kLargestFloat = 3.40282346638528859812e+38f;
+
+static inline SAMKERNELS_HOST_DEVICE uint32_t BitsOf(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+static inline SAMKERNELS_HOST_DEVICE float FromBits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 
 static inline SAMKERNELS_HOST_DEVICE bool IsFinite(float x) {
   return x >= -kLargestFloat && x <= kLargestFloat;
@@ -44,6 +57,30 @@ static inline SAMKERNELS_HOST_DEVICE float PerturbScale(float norm, float rho, f
 static inline SAMKERNELS_HOST_DEVICE float Perturbed(float w, float g, float scale, bool adaptive) {
   const float direction = adaptive ? w * w * g : g;
   return w + scale * direction;
+}
+
+// Random bits from a number: a bijection (C. Wellons, "lowbias32").
+static inline SAMKERNELS_HOST_DEVICE uint32_t Mixed(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Where the random numbers of a tensor's rounding start. The norm is another one in every step, so
+// no state is kept, and the same inputs give the same bits.
+static inline SAMKERNELS_HOST_DEVICE uint32_t RoundingKey(float norm, int64_t tensor) {
+  return Mixed(BitsOf(norm) ^ Mixed(static_cast<uint32_t>(tensor)));
+}
+
+// x rounded to a bfloat16, up or down at random, so that it is x on average: nearest rounding would
+// lose a perturbation that is smaller than half a step of the weight.
+// place: of the element in its tensor's memory.
+static inline SAMKERNELS_HOST_DEVICE float RoundedAtRandom(float x, uint32_t key, int64_t place) {
+  if (!IsFinite(x)) return x;
+  const uint32_t random = Mixed(key + static_cast<uint32_t>(place));
+  return FromBits((BitsOf(x) + (random & 0xffffu)) & 0xffff0000u);
 }
 
 // The factor of tensor i, if HasCoefficient: numerator / (denominator + eps) / grad_scale.

@@ -65,6 +65,7 @@ def perturb(
     rho_address: int,
     eps: float,
     adaptive: bool,
+    rounds_at_random: bool,
     journal: list[bool] | None,
 ) -> None: ...
 def restore(target: Target, params: TensorList, old_params: TensorList) -> None: ...

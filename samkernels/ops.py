@@ -26,6 +26,7 @@ from samkernels.backends import Backend, Comparison, Norms, Recombination, SgdOp
 
 __all__ = [
     "GRANULARITIES",
+    "ROUNDINGS",
     "RULES",
     "Comparison",
     "GradientStatistics",
@@ -44,6 +45,7 @@ __all__ = [
 
 RULES = ("sam", "samdirection", "sammagnitude")
 GRANULARITIES = ("element", "tensor", "global")
+ROUNDINGS = ("nearest", "stochastic")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -129,6 +131,7 @@ def perturb_(
     adaptive: bool = False,
     maximize: bool = False,
     eps: float = 1e-12,
+    rounding: str = "nearest",
     journal: list[bool] | None = None,
     backend: str = "auto",
     validate: bool = True,
@@ -146,6 +149,10 @@ def perturb_(
         norm: n, if it is known or spans more than these tensors; shape (), on their device.
         maximize: move to w - e(w): the neighbour that is worst for an objective that is maximized.
         eps: added to n, in the units of n.
+        rounding: of w + e(w) to bfloat16: "nearest", or "stochastic": up or down at random, so that
+            it is right on average, where nearest rounding loses all that is smaller than half a
+            step of the weight. The random numbers are a function of n and of an element's place, so
+            the same inputs give the same bits. Other dtypes are rounded to nearest.
         journal: True is appended once old_params holds w and parameters may have moved: after an
             interrupt (Ctrl-C) an empty journal says that nothing has to be restored.
 
@@ -163,6 +170,7 @@ def perturb_(
         davda54/sam.
     """
     _check_non_negative("eps", eps)
+    check_choice("rounding", rounding, ROUNDINGS)
     if not isinstance(rho, Tensor):
         _check_non_negative("rho", rho)
     lists = {"params": params, "grads": grads, "old_params": old_params}
@@ -182,6 +190,7 @@ def perturb_(
         rho=signed_rho,
         adaptive=adaptive,
         eps=eps,
+        rounds_at_random=rounding == "stochastic",
         journal=journal,
     )
     return norm

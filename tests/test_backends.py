@@ -207,7 +207,7 @@ class Core:
         if op == "norms":
             _C.norms(self.target, lists[0], lists[1], workspace, norm, norm + 16)
         elif op == "perturb":
-            _C.perturb(self.target, *lists[:3], norm, 0.1, 0, 0.0, False, None)
+            _C.perturb(self.target, *lists[:3], norm, 0.1, 0, 0.0, False, False, None)
         elif op == "restore":
             _C.restore(self.target, *lists[:2])
         elif op == "recombine":
@@ -408,7 +408,10 @@ print(*(f"{norm:.4f}" for norm in norms), list(sums))
 @pytest.mark.parametrize(
     ("argument", "call"),
     [
-        ("norm", "core.perturb(target, tensors, tensors, tensors, 0, 0.1, 0, 0.0, False, None)"),
+        (
+            "norm",
+            "core.perturb(target, tensors, tensors, tensors, 0, 0.1, 0, 0.0, False, False, None)",
+        ),
         ("workspace", "core.norms(target, tensors, None, 0, at(norms), at(norms) + 8)"),
         ("per_tensor", "core.norms(target, tensors, None, at(room), 0, at(norms))"),
         ("total", "core.norms(target, tensors, None, at(room), at(norms), 0)"),

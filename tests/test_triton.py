@@ -67,6 +67,7 @@ class Lists:
             "restore": (lambda: triton.restore_(self.w, self.old), 1, 1),
             "perturb": (lambda: self.perturb(0.1, False), 2, 2),
             "perturb, adaptive": (lambda: self.perturb(self.norm, True), 2, 2),
+            "perturb, at random": (lambda: self.perturb(0.1, False, at_random=True), 2, 2),
         }
         for name, rule in self.rules.items():
             reads = 1 + (name == "signed")
@@ -84,8 +85,11 @@ class Lists:
             2,
         )
 
-    def perturb(self, rho: Any, adaptive: bool, journal: list[bool] | None = None) -> None:
+    def perturb(
+        self, rho: Any, adaptive: bool, journal: list[bool] | None = None, at_random: bool = False
+    ) -> None:
         options: dict[str, Any] = {"adaptive": adaptive, "eps": 1e-12, "journal": journal}
+        options["rounds_at_random"] = at_random
         triton.perturb_(self.w, self.g1, self.old, norm=self.norm, rho=rho, **options)
 
     def recombine(self, rule: Recombination) -> Callable[[], None]:
@@ -98,7 +102,10 @@ class Lists:
 
 
 # Every kernel in float32, and in half precision one of each kind, the longest.
-HALF = ("norms, weighted", "compare", "restore", "perturb, adaptive", "recombine, signed")
+HALF = (
+    "norms, weighted", "compare", "restore", "perturb, adaptive", "perturb, at random",
+    "recombine, signed",
+)  # fmt: skip
 COMPILED = [
     *((torch.float32, name) for name in Lists(torch.float32).calls),
     *(
@@ -170,7 +177,15 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
         triton.compare(g1, g2, w)
         for journal in (None, []):
             triton.perturb_(
-                w, g1, old, norm=norm, rho=rho, adaptive=True, eps=rho / 7, journal=journal
+                w,
+                g1,
+                old,
+                norm=norm,
+                rho=rho,
+                adaptive=True,
+                eps=rho / 7,
+                rounds_at_random=False,
+                journal=journal,
             )
         triton.restore_(w, old)
         rule = Recombination(g1, None, per_tensor, per_tensor, eps=lr, ascent_norm=norm)
@@ -258,6 +273,7 @@ def test_radius_and_learning_rate_may_be_on_the_device() -> None:
         w, g, old, buffer = (make_list(slots, torch.float32, seed=i) for i in range(4))
         norm = torch.tensor(3.0)
         options: dict[str, Any] = {"adaptive": True, "eps": 1e-12, "journal": None}
+        options["rounds_at_random"] = False
         INTERPRETED.perturb_(w, g, old, norm=norm, rho=number(0.05), **options)
         perturbed = copies(w)
         INTERPRETED.sgd_(w, old, buffer, Recombination(g), sgd_options(lr=number(0.1)))

@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+
+#include "../update_math.h"
 
 #ifdef __F16C__
 #include <immintrin.h>
@@ -17,18 +18,6 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-
-static inline uint32_t BitsOf(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-
-static inline float FromBits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
 
 static inline float ToFloat(BFloat16 x) { return FromBits(uint32_t{x.bits} << 16); }
 

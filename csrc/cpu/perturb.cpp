@@ -4,7 +4,7 @@
 
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 
-template <typename T>
+template <typename T, bool kRoundsAtRandom>
 static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
   const Tensors& tensors = args.tensors;
   const bool streaming = IsStreaming(tensors, 4);
@@ -12,6 +12,7 @@ static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
   const float scale = PerturbScale(*args.norm, Read(args.rho), args.eps);
   ForEachChunk(tensors, execution.num_threads,
                [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
+                 const uint32_t key = RoundingKey(*args.norm, tensor);
                  T* params = At<T>(args.params, tensor, begin);
                  T* old_params = At<T>(args.old_params, tensor, begin);
                  const T* grads = At<T>(args.grads, tensor, begin);
@@ -29,6 +30,10 @@ static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
                      for (int64_t i = 0; i < count; ++i)
                        perturbed[i] = Perturbed(w[i], g[i], scale, false);
                    }
+                   if (kRoundsAtRandom) {
+                     for (int64_t i = 0; i < count; ++i)
+                       perturbed[i] = RoundedAtRandom(perturbed[i], key, begin + offset + i);
+                   }
                    StoreBytes(old_params + offset, params + offset, BytesOf<T>(count), streams);
                    if (scale != 0.0f) StoreBlock(params + offset, perturbed, count, kInPlace);
                  });
@@ -36,7 +41,12 @@ static void PerturbOf(const PerturbArgs& args, const Execution& execution) {
 }
 
 void Perturb(const PerturbArgs& args, const Execution& execution) {
-  DispatchDType(args.tensors.dtype, [&](auto zero) { PerturbOf<decltype(zero)>(args, execution); });
+  if (args.tensors.dtype == DType::kBFloat16 && args.rounds_at_random) {
+    PerturbOf<BFloat16, true>(args, execution);
+    return;
+  }
+  DispatchDType(args.tensors.dtype,
+                [&](auto zero) { PerturbOf<decltype(zero), false>(args, execution); });
 }
 
 }  // namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT

@@ -4,7 +4,7 @@
 
 namespace samkernels::cuda {
 
-template <typename T>
+template <typename T, bool kRoundsAtRandom>
 struct PerturbFunctor {
   enum List { kParams, kGrads, kOldParams, kLists };
   // The end of g1, which the norm read last, is still in the cache.
@@ -20,6 +20,7 @@ struct PerturbFunctor {
     T* old_params = chunk.template At<T>(kOldParams);
     const T* grads = chunk.template At<const T>(kGrads);
     const float scale = PerturbScale(*norm, Read(rho), eps);
+    const uint32_t key = RoundingKey(*norm, chunk.TensorInWholeList());
     const bool aligned = IsAligned(params) && IsAligned(old_params) && IsAligned(grads);
     // The second pass reads the perturbed weights next; old_params has time until the restore.
     const auto load = [&](int i, auto width) {
@@ -32,8 +33,11 @@ struct PerturbFunctor {
       if (scale != 0.0f) {
 #pragma unroll
         for (int j = 0; j < width; ++j) {
-          perturbed.lane[j] =
-              FromFloat<T>(Perturbed(ToFloat(w.lane[j]), ToFloat(g.lane[j]), scale, adaptive));
+          float value = Perturbed(ToFloat(w.lane[j]), ToFloat(g.lane[j]), scale, adaptive);
+          if constexpr (kRoundsAtRandom) {
+            value = RoundedAtRandom(value, key, chunk.begin + i + j);
+          }
+          perturbed.lane[j] = FromFloat<T>(value);
         }
       }
       Store<width, kStreaming>(old_params + i, w);
@@ -44,10 +48,16 @@ struct PerturbFunctor {
 
 void Perturb(const PerturbArgs& args, const Execution& execution) {
   const ReadOnlyList lists[] = {args.params, args.grads, args.old_params};
-  DispatchDType(args.tensors.dtype, [&](auto zero) {
-    const PerturbFunctor<decltype(zero)> functor = {args.norm, args.rho, args.eps, args.adaptive};
+  const auto apply = [&](auto zero, auto at_random) {
+    const PerturbFunctor<decltype(zero), decltype(at_random)::value> functor = {
+        args.norm, args.rho, args.eps, args.adaptive};
     MultiTensorApply(args.tensors, lists, functor, execution.stream);
-  });
+  };
+  if (args.tensors.dtype == DType::kBFloat16 && args.rounds_at_random) {
+    apply(__nv_bfloat16{}, std::true_type());
+    return;
+  }
+  DispatchDType(args.tensors.dtype, [&](auto zero) { apply(zero, std::false_type()); });
 }
 
 }  // namespace samkernels::cuda

@@ -104,6 +104,7 @@ class Backend(Protocol):
         rho: float | Tensor,  # as SgdOptions.lr; negative: away from the gradient
         adaptive: bool,
         eps: float,
+        rounds_at_random: bool,  # bfloat16 parameters: see rounding.py
         journal: list[bool] | None,
     ) -> None:
         """Appends True to the journal when all of old_params holds w: before the first parameter

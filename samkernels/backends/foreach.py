@@ -12,6 +12,7 @@ from torch import Tensor
 from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
 from samkernels.backends.contract import are_alike as are_alike
 from samkernels.backends.contract import prepare as prepare
+from samkernels.backends.rounding import rounded_at_random
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
@@ -40,6 +41,7 @@ def perturb_(
     rho: float | Tensor,
     adaptive: bool,
     eps: float,
+    rounds_at_random: bool,
     journal: list[bool] | None,
 ) -> None:
     torch._foreach_copy_(old_params, params)
@@ -50,7 +52,10 @@ def perturb_(
         direction = torch._foreach_mul(torch._foreach_mul(w, w), direction)
     radius = rho if isinstance(rho, Tensor) else torch.full_like(norm, rho)
     scale = radius / (norm + eps)
-    perturbed = torch._foreach_add(w, torch._foreach_mul(direction, scale))
+    perturbed: TensorList = torch._foreach_add(w, torch._foreach_mul(direction, scale))
+    if rounds_at_random and params[0].dtype is torch.bfloat16:
+        pairs = enumerate(zip(params, perturbed, strict=True))
+        perturbed = [rounded_at_random(x, norm, i, like=p) for i, (p, x) in pairs]
     torch._foreach_copy_(params, _where((norm > 0) & norm.isfinite(), perturbed, w))
 
 

@@ -117,6 +117,7 @@ def perturb_(
     rho: float | Tensor,
     adaptive: bool,
     eps: float,
+    rounds_at_random: bool,
     journal: list[bool] | None,
 ) -> None:
     with _target(params[0].device) as target:
@@ -129,6 +130,7 @@ def perturb_(
             *_scalar(rho),
             eps,
             adaptive,
+            rounds_at_random,
             journal,
         )
     _mark_written(params, old_params)

@@ -13,6 +13,7 @@ from torch import Tensor
 from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
 from samkernels.backends.contract import are_alike as are_alike
 from samkernels.backends.contract import prepare as prepare
+from samkernels.backends.rounding import rounded_at_random
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
@@ -42,6 +43,7 @@ def perturb_(
     rho: float | Tensor,
     adaptive: bool,
     eps: float,
+    rounds_at_random: bool,
     journal: list[bool] | None,
 ) -> None:
     for w, old in zip(params, old_params, strict=True):
@@ -53,9 +55,12 @@ def perturb_(
     # rho as a tensor: PyTorch divides a number by a tensor with a reciprocal, an ulp off.
     radius = rho if isinstance(rho, Tensor) else torch.full_like(norm, rho)
     scale = radius / (norm + eps)
-    for w, g in zip(params, grads, strict=True):
+    for i, (w, g) in enumerate(zip(params, grads, strict=True)):
         direction = _wide(w) * _wide(w) * _wide(g) if adaptive else _wide(g)
-        w.copy_(torch.where(perturbs, _wide(w) + scale * direction, _wide(w)))
+        perturbed = _wide(w) + scale * direction
+        if rounds_at_random and w.dtype is torch.bfloat16:
+            perturbed = rounded_at_random(perturbed, norm, i, like=w)
+        w.copy_(torch.where(perturbs, perturbed, _wide(w)))
 
 
 def restore_(params: TensorList, old_params: TensorList) -> None:

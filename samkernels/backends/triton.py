@@ -154,6 +154,7 @@ def perturb_(
     rho: float | Tensor,
     adaptive: bool,
     eps: float,
+    rounds_at_random: bool,
     journal: list[bool] | None,
 ) -> None:
     lists = {"params": params, "grads": grads, "old_params": old_params}
@@ -173,6 +174,7 @@ def perturb_(
             float(eps),
             journal=journal,
             ADAPTIVE=adaptive,
+            AT_RANDOM=rounds_at_random and params[0].dtype is torch.bfloat16,
             RHO_ON_DEVICE=isinstance(rho, Tensor),
         )
     _mark_written(params, old_params)
@@ -505,7 +507,17 @@ def tune(
     options = SgdOptions(0.0, 0.9, 0.0, 0.0, False, False, False)
 
     def step() -> None:
-        perturb_(w, g, old, norm=norm, rho=0.0, adaptive=False, eps=0.0, journal=None)
+        perturb_(
+            w,
+            g,
+            old,
+            norm=norm,
+            rho=0.0,
+            adaptive=False,
+            eps=0.0,
+            rounds_at_random=False,
+            journal=None,
+        )
         sgd_(w, old, buffer, Recombination(g), options)
 
     times = {}

@@ -94,6 +94,25 @@ def _is_finite(x):
 
 
 @triton.jit
+def _mixed(x):
+    """Random bits from a number of 32 bits (C. Wellons, "lowbias32")."""
+    x = x ^ (x >> 16)
+    x = x * tl.full([1], 0x7FEB352D, tl.uint32)
+    x = x ^ (x >> 15)
+    x = x * tl.full([1], 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _rounded_at_random(x, key, places):
+    """x rounded to a bfloat16, up or down, so that it is x on average; see csrc/update_math.h."""
+    random = _mixed(key + places.to(tl.uint32))
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + (random & 0xFFFF)) & tl.full([1], 0xFFFF0000, tl.uint32)
+    return tl.where(_is_finite(x), rounded.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
 def _perturb_block(
     w_at,
     g_at,
@@ -101,7 +120,10 @@ def _perturb_block(
     offsets,
     mask,
     scale,
+    key,
+    begin,
     ADAPTIVE: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
     WHOLE: tl.constexpr,
     T: tl.constexpr,
 ):
@@ -110,7 +132,10 @@ def _perturb_block(
     direction = _load(g_at, offsets, mask, WHOLE, T).to(tl.float32)
     if ADAPTIVE:
         direction = w * w * direction
-    perturbed = (w + scale * direction).to(T)
+    perturbed = w + scale * direction
+    if AT_RANDOM:
+        perturbed = _rounded_at_random(perturbed, key, begin + offsets)
+    perturbed = perturbed.to(T)
     _store(old_at, offsets, mask, stored, WHOLE, T)
     _store(w_at, offsets, mask, tl.where(scale != 0, perturbed, stored), WHOLE, T)
 
@@ -123,6 +148,7 @@ def perturb(
     rho,
     eps,
     ADAPTIVE: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
     RHO_ON_DEVICE: tl.constexpr,
     T: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -140,12 +166,20 @@ def perturb(
     n = tl.load(norm)
     radius = _scalar(rho, RHO_ON_DEVICE)
     scale = tl.where((n > 0) & (n <= LARGEST_FLOAT), tl.div_rn(radius, n + eps), 0.0)
+    key = tl.full([1], 0, tl.uint32)
+    if AT_RANDOM:
+        of_norm = (tl.full([1], 0.0, tl.float32) + n).to(tl.uint32, bitcast=True)
+        key = _mixed(of_norm ^ _mixed(key + tensor.to(tl.uint32)))
     offsets = tl.arange(0, BLOCK)
     mask = offsets < count
     if (count == BLOCK) & _is_aligned(w_at | g_at | old_at):
-        _perturb_block(w_at, g_at, old_at, offsets, mask, scale, ADAPTIVE, True, T)
+        _perturb_block(
+            w_at, g_at, old_at, offsets, mask, scale, key, begin, ADAPTIVE, AT_RANDOM, True, T
+        )
     else:
-        _perturb_block(w_at, g_at, old_at, offsets, mask, scale, ADAPTIVE, False, T)
+        _perturb_block(
+            w_at, g_at, old_at, offsets, mask, scale, key, begin, ADAPTIVE, AT_RANDOM, False, T
+        )
 
 
 @triton.jit(do_not_specialize=["plan", "addresses"])

@@ -53,6 +53,10 @@ class SAM(Optimizer):
     clip g2, scaler.unscale_(optimizer) may come between first_step and step, never before
     first_step: g2 would be taken for unscaled then.
 
+    In bfloat16 weights, whose precision is often coarser than the perturbation, w + e(w) is rounded
+    up or down at random (ops.perturb_): right on average, and the same bits from the same inputs.
+    w itself comes back exactly.
+
     Memory: one copy of the parameters beside the base optimizer's state.
 
     Args:
@@ -455,6 +459,7 @@ class SAM(Optimizer):
             norm=bucket.bring(perturbation.ascent_norm),
             adaptive=bucket.group["adaptive"],
             maximize=bucket.group.get("maximize", False),
+            rounding="stochastic",
             journal=journal,
             **bucket.options,
         )
