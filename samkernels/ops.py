@@ -39,6 +39,7 @@ __all__ = [
     "recombine_",
     "restore_",
     "sgd_",
+    "spread_overflow_",
     "total_norm",
     "weighted_norms",
 ]
@@ -425,6 +426,14 @@ def clipping_divisor(norm: Tensor, max_norm: float, grad_scale: Tensor | None = 
     """
     scale = 1.0 if grad_scale is None else grad_scale.reshape(()).to(norm.device, norm.dtype)
     return ((norm / scale + 1e-6) / max_norm).clamp(min=1.0) * scale
+
+
+@torch.no_grad()
+def spread_overflow_(tensor: Tensor, norm: Tensor) -> None:
+    """Make one element of the tensor nan if the norm, of shape (), is not finite; else change no
+    bit."""
+    one = tensor[(0,) * tensor.dim()]
+    one.sub_((norm * 0).to(one.device, one.dtype, non_blocking=True))
 
 
 def check_sgd_options(

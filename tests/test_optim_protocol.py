@@ -589,7 +589,7 @@ def scaled_step(model: nn.Module, optimizer: SAM, scaler: Any, spoil: str = "") 
         spoil_gradient(model)
     optimizer.first_step()
     scaler.scale(loss_of(model)).backward()
-    if spoil:
+    if spoil == "second":
         spoil_gradient(model)
     scaler.step(optimizer)
     scaler.update()

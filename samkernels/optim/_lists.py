@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from samkernels import backends, ops
 from samkernels.backends import TensorList
@@ -92,6 +93,12 @@ class Perturbation:
     first_norms: list[tuple[list[Slot], ops.Norms]] = field(default_factory=list)
     second_norms: list[tuple[list[Slot], ops.Norms]] = field(default_factory=list)
     divisor: Tensor | None = None  # of u: GradScaler's scale, and what clips
+    hook: RemovableHandle | None = None  # see SAM._spread_overflow
+
+    def remove_hook(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
 
     def settle(self) -> None:
         """At the end of the first step, or when it was interrupted: take in what has moved."""

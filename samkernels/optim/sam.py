@@ -4,6 +4,7 @@ tensors in here."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -138,6 +139,7 @@ class SAM(Optimizer):
         self.max_grad_norm = max_grad_norm
         self._statistics: ops.GradientStatistics | None = None
         self._perturbation: Perturbation | None = None
+        self._meets_scaler = False
         self._slots = Slots(backend)
         self._is_constructed = False
         super().__init__(params, defaults)
@@ -188,6 +190,8 @@ class SAM(Optimizer):
             for bucket in buckets:
                 for p in bucket.params:
                     p.grad = None
+            if self._meets_scaler:
+                self._spread_overflow(perturbation)
         except BaseException:
             self.restore()
             raise
@@ -279,6 +283,7 @@ class SAM(Optimizer):
         perturbation = self._perturbation
         if perturbation is None:
             return
+        perturbation.remove_hook()
         perturbation.settle()
         try:
             self._restore(perturbation.slots)
@@ -391,6 +396,7 @@ class SAM(Optimizer):
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_perturbation", None)
+        self.__dict__.setdefault("_meets_scaler", False)
         self.__dict__.setdefault("_is_constructed", True)
         self.__dict__.setdefault("_slots", Slots(self._backend))
         for group, previous in zip(self.param_groups, previous_groups, strict=False):
@@ -500,6 +506,8 @@ class SAM(Optimizer):
                 "the closure made a step or a restore of its own: leave step(), second_step() and "
                 "restore() out of it"
             )
+        perturbation.remove_hook()
+        self._meets_scaler = self._of_scaler("found_inf") is not None
         try:
             self._finish(perturbation)
         except BaseException:
@@ -551,6 +559,16 @@ class SAM(Optimizer):
                 for p, u in zip(bucket.params, bucket.grads, strict=True):
                     _put_grad(p, u)
             self._step_base({slot.param for slot in done})
+
+    def _spread_overflow(self, perturbation: Perturbation) -> None:
+        """GradScaler looks for overflow in g2, when g1 is gone: have it find that of g1 there."""
+        norm = perturbation.ascent_norm
+        for slot in perturbation.slots:
+            p = slot.param
+            if p.requires_grad and p.numel() > 0 and norm is not None:
+                hook = functools.partial(_add_overflow, norm)
+                perturbation.hook = p.register_post_accumulate_grad_hook(hook)
+                return
 
     def _of_scaler(self, name: str) -> Tensor | None:
         return getattr(self, name, None)
@@ -705,6 +723,11 @@ def _put_grad(p: Tensor, u: Tensor) -> None:
         p.grad = u
     else:
         p.grad.copy_(u)
+
+
+def _add_overflow(norm: Tensor, p: Tensor) -> None:
+    if p.grad is not None:
+        ops.spread_overflow_(p.grad, norm)
 
 
 def _shares_memory(grad: Tensor) -> bool:
