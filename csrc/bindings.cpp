@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "chunk_plan.h"
@@ -294,6 +295,38 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
     }
     py::gil_scoped_release release;
     target.ops->sgd(args, target.execution);
+  });
+  m.def("sgd_hess", [](const Target& target, const TensorList& params, const TensorList& grads,
+                       const TensorList& hessian_products, const TensorList* momentum_buffers,
+                       const std::vector<std::pair<std::int64_t, std::int64_t>>& positions,
+                       float rho, std::uintptr_t rho_address, const SgdOptions& options) {
+    const Shapes shapes("params", params, *target.ops);
+    if (positions.size() != params.size()) {
+      throw std::invalid_argument("positions: give one pair for each of the params");
+    }
+    std::vector<Positions> of_tensors;
+    for (size_t i = 0; i < params.size(); ++i) {
+      const auto [count, stride] = positions[i];
+      if (count < 1 || stride < 1 || count > INT32_MAX || stride > INT32_MAX ||
+          params.numel()[i] % count != 0 || params.numel()[i] / count % stride != 0) {
+        throw std::invalid_argument("positions[" + std::to_string(i) + "] does not fit " +
+                                    std::to_string(params.numel()[i]) + " elements");
+      }
+      of_tensors.push_back({count, stride});
+    }
+    const SgdHessArgs args = {shapes.tensors(),
+                              shapes.List("params", params),
+                              shapes.List("grads", grads),
+                              shapes.List("hessian_products", hessian_products),
+                              shapes.Optional("momentum_buffers", momentum_buffers),
+                              of_tensors.data(),
+                              ScalarOf(rho, rho_address),
+                              options};
+    if (options.has_momentum && args.momentum_buffer == nullptr) {
+      throw std::invalid_argument("momentum_buffers is missing");
+    }
+    py::gil_scoped_release release;
+    target.ops->sgd_hess(args, target.execution);
   });
   m.def("compare",
         [](const Target& target, const TensorList& first_grads, const TensorList& second_grads,

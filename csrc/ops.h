@@ -130,6 +130,27 @@ struct SgdArgs {
   SgdOptions options;
 };
 
+// How a tensor lies around its spatial positions: [..][count][stride] in memory. The positions of
+// a convolution's kernel have stride 1 if contiguous, the number of input channels in
+// channels_last; a tensor without spatial dimensions has one position.
+struct Positions {  // both below 2^31
+  int64_t count;
+  int64_t stride;
+};
+
+// torch.optim.SGD with u = g * (1 + rho * D) in the gradient's place. D is the mean of |Hv| over
+// the positions, added up in their order.
+struct SgdHessArgs {
+  Tensors tensors;
+  MutableList params;             // [in, out] w
+  ReadOnlyList grads;             // [in] g
+  ReadOnlyList hessian_products;  // [in] Hv
+  MutableList momentum_buffer;    // [in, out], null without momentum
+  const Positions* positions;     // [num_tensors]
+  Scalar rho;
+  SgdOptions options;
+};
+
 // Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0] and w^2, in this
 // order; and the norms of g2, as NormsArgs has them.
 struct CompareArgs {
@@ -152,6 +173,7 @@ struct OpTable {
   void (*restore)(const RestoreArgs&, const Execution&);
   void (*recombine)(const RecombineArgs&, const Execution&);
   void (*sgd)(const SgdArgs&, const Execution&);
+  void (*sgd_hess)(const SgdHessArgs&, const Execution&);
   void (*compare)(const CompareArgs&, const Execution&);
 };
 

@@ -132,4 +132,9 @@ static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, float
   return w - lr * u;
 }
 
+// What SGDHess puts in the gradient's place: d is |Hv|, or its mean over the spatial positions.
+static inline SAMKERNELS_HOST_DEVICE float ScaledByCurvature(float g, float rho, float d) {
+  return g * (1.0f + rho * d);
+}
+
 }  // namespace samkernels

@@ -78,6 +78,17 @@ def sgd(
     momentum_buffers: TensorList | None,
     options: SgdOptions,
 ) -> None: ...
+def sgd_hess(
+    target: Target,
+    params: TensorList,
+    grads: TensorList,
+    hessian_products: TensorList,
+    momentum_buffers: TensorList | None,
+    positions: Sequence[tuple[int, int] | None],
+    rho: float,
+    rho_address: int,
+    options: SgdOptions,
+) -> None: ...
 def compare(
     target: Target,
     first_grads: TensorList,

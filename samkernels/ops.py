@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from samkernels import backends
 from samkernels.backends import Backend, Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import positions_of
 
 __all__ = [
     "GRANULARITIES",
@@ -39,6 +40,7 @@ __all__ = [
     "recombine_",
     "restore_",
     "sgd_",
+    "sgd_hess_",
     "spread_overflow_",
     "total_norm",
     "weighted_norms",
@@ -367,6 +369,89 @@ def sgd_(
         init_momentum=init_momentum,
     )
     chosen.sgd_(params, old_params, momentum_buffers, recombination, options)
+
+
+@torch.no_grad()
+def sgd_hess_(
+    params: TensorList,
+    grads: TensorList,
+    hessian_products: TensorList,
+    momentum_buffers: TensorList | None = None,
+    *,
+    lr: float | Tensor,
+    rho: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    init_momentum: bool = False,
+    backend: str = "auto",
+    validate: bool = True,
+) -> None:
+    """torch.optim.SGD with each gradient scaled by the curvature there, in one pass.
+
+    D = |Hv|; for 4-D tensors the mean of |Hv| over the two last dimensions
+    u = g * (1 + rho * D);  u = -u if maximize;  u += weight_decay * w
+    buf = u if init_momentum, else momentum * buf + (1 - dampening) * u
+    d = u + momentum * buf if nesterov, else buf (u without momentum);  params = w - lr * d
+
+    What is not finite in grads or hessian_products goes into the weights, as in torch.optim.SGD.
+
+    Args:
+        params: w, updated; grads: g; hessian_products: Hv. Lists of n tensors.
+        momentum_buffers: buf, updated; needed if momentum is not 0.
+        init_momentum: buf holds nothing yet.
+        lr, rho: >= 0. A tensor of one element on the device of the parameters is read there, and
+            its value is not checked.
+
+    4-D tensors whose two last dimensions have no common stride (neither contiguous nor
+    channels_last) are left to the reference, whatever the backend.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `perturb_`.
+
+    Source: D: Yao et al., arXiv:2006.00719 (AdaHessian); the rest: torch.optim.SGD.
+    """
+    check_sgd_options(
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+    )
+    check_hyperparameter("rho", rho)
+    if momentum != 0 and momentum_buffers is None:
+        raise ValueError(f"momentum={momentum}: give momentum_buffers, one per parameter")
+    if momentum == 0:
+        momentum_buffers = None
+    lists = {"params": params, "grads": grads, "hessian_products": hessian_products}
+    if momentum_buffers is not None:
+        lists["momentum_buffers"] = momentum_buffers
+    chosen = _backend_for(backend, lists, ("params", "momentum_buffers"), validate)
+    rho = hyperparameter("rho", rho, params[0])
+    options = SgdOptions(
+        lr=hyperparameter("lr", lr, params[0]),
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        init_momentum=init_momentum,
+    )
+    odd = [i for i, p in enumerate(params) if positions_of(p) is None]
+    if not odd:
+        chosen.sgd_hess_(params, grads, hessian_products, momentum_buffers, rho, options)
+        return
+    even = [i for i in range(len(params)) if i not in odd]
+    for one, part in ((chosen, even), (backends.get("reference"), odd)):
+        if part:
+            w, g, products = (
+                [tensors[i] for i in part] for tensors in (params, grads, hessian_products)
+            )
+            buffers = None if momentum_buffers is None else [momentum_buffers[i] for i in part]
+            one.sgd_hess_(w, g, products, buffers, rho, options)
 
 
 @torch.no_grad()

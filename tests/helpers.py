@@ -80,6 +80,21 @@ LAYOUTS = [
     Slot((0, 3)),
     Slot((513,), offset=1),
 ]
+# 4-D tensors: layouts in which the positions have one stride, and (the last row) none. Vectors of 4
+# and 8 columns, and odd numbers of them; kernels that chunks cut.
+SPATIAL = [
+    *(Slot((5, 3, 3, 3), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST, (1, 0, 2, 3))),
+    *(Slot((3, 16, 3, 3), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST, (2, 3, 1, 0))),
+    *(Slot((2, 8, 1, 5), order=order, offset=1) for order in ((0, 1, 2, 3), CHANNELS_LAST)),
+    *(Slot((2, 3, 5, 1), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST, (2, 3, 0, 1))),
+    *(Slot((4, 7, 1, 1), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST)),
+    *(Slot((1, 1, 2, 2), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST)),
+    *(Slot((0, 2, 3, 3), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST)),
+    Slot((2, 3, 0, 3)),
+    *(Slot((40, 64, 3, 3), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST)),
+    *(Slot((7, 600, 5, 1), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST)),
+    *(Slot((2, 3, 4, 5), order=order) for order in ((0, 1, 3, 2), (2, 0, 1, 3), (3, 1, 0, 2))),
+]
 LISTS = {
     "sizes": [Slot((n,)) for n in (*SIZES, MANY_CHUNKS)],
     "offsets": [

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from samkernels import ops
 from tests import emulated
-from tests.helpers import CHUNK_SIZE, LISTS, Slot, make_list
+from tests.helpers import CHUNK_SIZE, LISTS, SPATIAL, Slot, make_list
 
 RULES = [("sam", "element")] + [
     (rule, granularity)
@@ -73,6 +73,8 @@ class Runner:
             for options in SGD_OPTIONS:
                 self.call("sgd_", w, old, g2, buf, lr=0.1, first_grads=g1, **options, **how)
             self.call("recombine_", g2, g1, **how)
+        for options in SGD_OPTIONS:
+            self.call("sgd_hess_", w, g1, g2, buf, lr=0.1, rho=0.1, **options)
 
     def many_tensors(self) -> None:
         """So many that five lists of them need two tables (csrc/cuda/multi_tensor_apply.cuh)."""
@@ -81,6 +83,7 @@ class Runner:
         self.call(
             "sgd_", w, old, g2, buf, lr=0.1, momentum=0.9, first_grads=g1, rule="samdirection"
         )
+        self.call("sgd_hess_", w, g1, g2, buf, lr=0.1, rho=0.1, momentum=0.9)
 
     def lie(self, lie: str, numel: int) -> None:
         honest = torch.ones(numel).to(self.device)
@@ -100,6 +103,7 @@ def work(brief: bool) -> Iterator[tuple[list[Slot], torch.dtype]]:
     short = [slot for slot in LISTS["offsets"] if slot.shape != (CHUNK_SIZE + 1,)]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield LISTS["layouts"], dtype
+        yield SPATIAL, dtype
         yield (short if brief else LISTS["offsets"]), dtype
         yield LISTS["empty"], dtype
     yield ([Slot((CHUNK_SIZE + 1,), offset=1)] if brief else LISTS["sizes"]), torch.float32

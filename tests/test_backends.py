@@ -114,7 +114,9 @@ LISTS_THAT_NATIVE_REFUSES: dict[str, tuple[Callable[[], Tensor], str]] = {
 @pytest.mark.parametrize(
     ("make", "reason"), LISTS_THAT_NATIVE_REFUSES.values(), ids=LISTS_THAT_NATIVE_REFUSES
 )
-@pytest.mark.parametrize("op", ["norms", "perturb_", "restore_", "recombine_", "sgd_", "compare"])
+@pytest.mark.parametrize(
+    "op", ["norms", "perturb_", "restore_", "recombine_", "sgd_", "sgd_hess_", "compare"]
+)
 def test_ops_on_native_refuse_what_it_cannot_serve(
     make: Callable[[], Tensor], reason: str, op: str
 ) -> None:
@@ -126,6 +128,7 @@ def test_ops_on_native_refuse_what_it_cannot_serve(
         "restore_": lambda: ops.restore_(a, b, backend="native"),
         "recombine_": lambda: ops.recombine_(a, b, rule="samdirection", backend="native"),
         "sgd_": lambda: ops.sgd_(a, b, c, lr=0.1, backend="native"),
+        "sgd_hess_": lambda: ops.sgd_hess_(a, b, c, lr=0.1, rho=0.1, backend="native"),
         "compare": lambda: ops.compare(a, b, c, backend="native"),
     }
     with pytest.raises(RuntimeError, match=reason):

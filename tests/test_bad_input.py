@@ -53,6 +53,12 @@ CALLS = {
         written=("params", "momentum_buffers"),
         options={"lr": 0.1, "momentum": 0.9, "rule": "samdirection"},
     ),
+    "sgd_hess_": Call(
+        ops.sgd_hess_,
+        ("params", "grads", "hessian_products", "momentum_buffers"),
+        written=("params", "momentum_buffers"),
+        options={"lr": 0.1, "rho": 0.05, "momentum": 0.9},
+    ),
     "compare": Call(ops.compare, ("first_grads", "second_grads", "weights")),
 }
 EVERY_OP = list(CALLS)
@@ -285,6 +291,7 @@ def test_tensors_that_overlap_between_lists(
     [
         ("perturb_", "params", "old_params"),
         ("sgd_", "params", "momentum_buffers"),
+        ("sgd_hess_", "params", "momentum_buffers"),
     ],
 )
 def test_the_same_tensor_in_two_lists_that_are_written(
@@ -303,6 +310,8 @@ def test_the_same_tensor_in_two_lists_that_are_written(
         ("recombine_", "grads", "first_grads"),
         ("sgd_", "params", "old_params"),
         ("sgd_", "params", "first_grads"),
+        ("sgd_hess_", "params", "grads"),
+        ("sgd_hess_", "momentum_buffers", "hessian_products"),
     ],
 )
 def test_shifted_by_one_element_at_the_same_index(name: str, argument: str, other: str) -> None:
@@ -328,7 +337,12 @@ NUMBERS = [
     ("sgd_", "momentum"),
     ("sgd_", "weight_decay"),
     ("sgd_", "eps"),
+    ("sgd_hess_", "lr"),
+    ("sgd_hess_", "rho"),
+    ("sgd_hess_", "momentum"),
+    ("sgd_hess_", "weight_decay"),
 ]
+MAY_BE_TENSORS = [("perturb_", "rho"), ("sgd_", "lr"), ("sgd_hess_", "lr"), ("sgd_hess_", "rho")]
 
 
 @pytest.mark.parametrize(("name", "option"), NUMBERS)
@@ -352,7 +366,7 @@ def test_something_that_is_no_number(name: str, option: str, value: Any) -> None
     refuses(name, arguments, TypeError, f"{option} is {type(value).__name__}")
 
 
-@pytest.mark.parametrize(("name", "option"), [("perturb_", "rho"), ("sgd_", "lr")])
+@pytest.mark.parametrize(("name", "option"), MAY_BE_TENSORS)
 @pytest.mark.parametrize(
     "value", [torch.ones(2), torch.ones(0), torch.tensor(1), torch.tensor(True)], ids=str
 )
@@ -361,28 +375,30 @@ def test_tensors_that_are_no_hyperparameter(name: str, option: str, value: Tenso
     refuses(name, arguments, ValueError, option, str(tuple(value.shape)), "one element")
 
 
-@pytest.mark.parametrize(("name", "option"), [("perturb_", "rho"), ("sgd_", "lr")])
+@pytest.mark.parametrize(("name", "option"), MAY_BE_TENSORS)
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_tensors_out_of_range_on_the_host(name: str, option: str, value: float) -> None:
     arguments = CALLS[name].arguments(**{option: torch.tensor(value)})
     refuses(name, arguments, ValueError, f"{option}={value}")
 
 
-@pytest.mark.parametrize(("name", "option"), [("perturb_", "rho"), ("sgd_", "lr")])
+@pytest.mark.parametrize(("name", "option"), MAY_BE_TENSORS)
 def test_hyperparameters_on_another_device(name: str, option: str) -> None:
     arguments = CALLS[name].arguments(**{option: torch.tensor(0.1, device="meta")})
     refuses(name, arguments, ValueError, f"{option} is on meta", "cpu")
 
 
+@pytest.mark.parametrize("name", ["sgd_", "sgd_hess_"])
 @pytest.mark.parametrize("options", [{"momentum": 0.0}, {"dampening": 0.5}], ids=str)
-def test_nesterov_needs_momentum_and_no_dampening(options: dict[str, float]) -> None:
-    arguments = CALLS["sgd_"].arguments(nesterov=True, **options)
-    refuses("sgd_", arguments, ValueError, "nesterov", "momentum", "dampening")
+def test_nesterov_needs_momentum_and_no_dampening(name: str, options: dict[str, float]) -> None:
+    arguments = CALLS[name].arguments(nesterov=True, **options)
+    refuses(name, arguments, ValueError, "nesterov", "momentum", "dampening")
 
 
-def test_momentum_without_buffers() -> None:
-    arguments = CALLS["sgd_"].arguments(momentum_buffers=None)
-    refuses("sgd_", arguments, ValueError, "momentum=0.9", "momentum_buffers")
+@pytest.mark.parametrize("name", ["sgd_", "sgd_hess_"])
+def test_momentum_without_buffers(name: str) -> None:
+    arguments = CALLS[name].arguments(momentum_buffers=None)
+    refuses(name, arguments, ValueError, "momentum=0.9", "momentum_buffers")
 
 
 # Choices

@@ -170,6 +170,9 @@ def lists_of(name: str) -> tuple[int, int]:
         return 1, 1
     if op == "Recombine":
         return 1 + (flags[0] == "true"), 1  # signs
+    if op == "SgdHess":
+        momentum = int(flags[0])
+        return 3 + (momentum == 2), 1 + (momentum > 0)
     if op == "Sgd":
         momentum = int(flags[1])  # Momentum: none, init, running
         return 2 + (flags[0] == "true") + (momentum == 2), 1 + (momentum > 0)

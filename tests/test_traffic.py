@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from samkernels import SAM, SAMDirection, SAMMagnitude, backends, ops
-from tests.helpers import CHUNK_SIZE, Slot, make_list
+from samkernels import SAM, SAMDirection, SAMMagnitude, SGDHess, backends, ops
+from tests.helpers import CHANNELS_LAST, CHUNK_SIZE, Slot, make_list
 
 SLOTS = [Slot((n,)) for n in (1, 5, 512, CHUNK_SIZE - 1, CHUNK_SIZE + 7)]
 MISALIGNED = [Slot((n,), offset=1) for n in (1, 5, 512, CHUNK_SIZE + 7)]
@@ -28,6 +28,12 @@ def sgd(rule: str, **options: Any) -> Callable[..., None]:
         ops.sgd_(w, old, g2, buf, lr=0.1, rule=rule, first_grads=first_grads, **options, **OPTIONS)
 
     return run
+
+
+def sgd_hess(**options: Any) -> Callable[..., None]:
+    return lambda w, old, g, hv, buf: ops.sgd_hess_(
+        w, g, hv, buf, lr=0.1, rho=0.1, **options, **OPTIONS
+    )
 
 
 def norms(adaptive: bool) -> Callable[..., Any]:
@@ -55,6 +61,9 @@ TRAFFIC: dict[str, tuple[Callable[..., Any], int, int]] = {
     "sgd, samdirection": (sgd("samdirection", **MOMENTUM), 4, 2),
     "sgd, sammagnitude": (sgd("sammagnitude", **MOMENTUM), 4, 2),
     "recombine, samdirection": (recombine("samdirection"), 2, 1),
+    "sgd_hess": (sgd_hess(**MOMENTUM), 4, 2),
+    "sgd_hess, first step": (sgd_hess(init_momentum=True, **MOMENTUM), 3, 2),
+    "sgd_hess, no momentum": (sgd_hess(), 3, 1),
     "compare": (lambda w, old, g1, g2, buf: ops.compare(g1, g2, w, **OPTIONS), 3, 0),
 }
 
@@ -69,6 +78,41 @@ def test_bytes_per_parameter(name: str, dtype: torch.dtype, slots: list[Slot]) -
     run(*lists)
     numel = sum(t.numel() for t in lists[0])
     assert take_traffic() == (reads * numel * dtype.itemsize, writes * numel * dtype.itemsize)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("order", "numel_twice"),
+    # Contiguous kernels that chunks cut are averaged on both sides: 9 elements at each of 17 cuts.
+    [((0, 1, 2, 3), 9 * 17), (CHANNELS_LAST, 0)],
+    ids=["contiguous", "channels_last"],
+)
+def test_bytes_of_a_spatial_mean(
+    order: tuple[int, ...], numel_twice: int, dtype: torch.dtype
+) -> None:
+    lists = [
+        make_list([Slot((128, 128, 3, 3), order=order)], dtype, seed=seed) for seed in range(4)
+    ]
+    take_traffic()
+    ops.sgd_hess_(*lists, lr=0.1, rho=0.1, **MOMENTUM, **OPTIONS)
+    numel = lists[0][0].numel()
+    read, written = take_traffic()
+    assert written == 2 * numel * dtype.itemsize
+    assert 4 * numel * dtype.itemsize <= read <= (4 * numel + numel_twice) * dtype.itemsize
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_bytes_per_parameter_and_step_of_sgdhess(k: int) -> None:
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 512, CHUNK_SIZE + 7)]
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "rho": 0.1, "k": k}
+    optimizer = SGDHess(params, backend="emulated", **options)
+    for _ in range(3):  # the first step makes the momentum buffers
+        optimizer.zero_grad()
+        optimizer.backward(sum((p**3).sum() for p in params))
+        take_traffic()
+        optimizer.step()
+        read, written = take_traffic()
+    assert read + written == (16 + 8) * sum(p.numel() for p in params)
 
 
 # With statistics, g1, g2 and w are read once more, which gives the norms of g2 as well.

@@ -73,7 +73,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "exponential"])
-@pytest.mark.parametrize("opt_name", ["sgd", "sam", "samdirection", "sammagnitude"])
+@pytest.mark.parametrize("opt_name", ["sgd", "sam", "samdirection", "sammagnitude", "sgdhess"])
 def test_the_whole_state_continues_bit_for_bit(
     tmp_path: Path, opt_name: str, scheduler: str
 ) -> None:

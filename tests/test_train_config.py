@@ -105,8 +105,10 @@ def test_run_names_tell_runs_apart() -> None:
         Config(opt_name="sam", rho=0.1, granularity="global").run_name,
         Config(opt_name="sam", rho=0.1, adaptive=True).run_name,
         Config(opt_name="sammagnitude", rho=0.1, granularity="global").run_name,
+        Config(opt_name="sgdhess", rho=1, granularity="global", adaptive=True).run_name,
     ]
-    assert names == ["sgd", "sam-rho0.1", "sam-rho0.1-adaptive", "sammagnitude-rho0.1-global"]
+    expected = ["sgd", "sam-rho0.1", "sam-rho0.1-adaptive", "sammagnitude-rho0.1-global"]
+    assert names == [*expected, "sgdhess-rho1"]
     assert Config(dataset="digits").folder == Path("runs/digits-resnet18-sgd-seed0")
     assert Config(output_dir="x").folder == Path("x")
 
@@ -248,6 +250,11 @@ def test_wrong_paths_are_said(path: str, parts: list[str]) -> None:
 def test_flags_that_stand_alone() -> None:
     config = from_command_line(["--resume", "--compile", "--verify", "3", "--nesterov=false"])
     assert (config.resume, config.compile, config.verify_steps) == (True, True, 3)
+
+
+def test_sgdhess_cannot_be_compiled() -> None:
+    with pytest.raises(ConfigError, match=r"compile=true with opt_name=sgdhess.*allowed false"):
+        from_command_line(["--opt_name=sgdhess", "--compile"])
 
 
 def test_extends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,13 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         torch.testing.assert_close(states[1]["model"][name], value, rtol=1e-2, atol=2e-3, msg=name)
 
 
+def test_sgdhess_is_for_one_process(tmp_path: Path) -> None:
+    done = finish([*TORCHRUN, *command(tmp_path, opt_name="sgdhess")])
+    assert done.returncode != 0
+    assert "opt_name=sgdhess in 2 processes" in done.stderr
+    assert "allowed one process" in done.stderr
+
+
 SCRIPT = """
 import torch
 import torch.nn.functional as F

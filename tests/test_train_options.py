@@ -16,7 +16,7 @@ from train.config import Config
 from train.errors import ConfigError
 from train.models import MODELS
 
-OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude")
+OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude", "sgdhess")
 
 
 @pytest.fixture(autouse=True)
@@ -83,11 +83,13 @@ def test_bf16_passes_with_fp32_weights(tmp_path: Path, opt_name: str) -> None:
     )
 
 
-def test_channels_last_is_the_same_run_up_to_rounding(tmp_path: Path) -> None:
-    training = trained(small(tmp_path, channels_last=True, epochs=1, verify_steps=4))
+@pytest.mark.parametrize("opt_name", ["sammagnitude", "sgdhess"])
+def test_channels_last_is_the_same_run_up_to_rounding(tmp_path: Path, opt_name: str) -> None:
+    keys: dict[str, Any] = {"opt_name": opt_name, "epochs": 1}
+    training = trained(small(tmp_path, channels_last=True, verify_steps=4, **keys))
     weights = [p for p in training.model.parameters() if p.ndim == 4 and p.shape[-1] == 3]
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
-    plain = trained(small(tmp_path, epochs=1))
+    plain = trained(small(tmp_path, **keys))
     assert training.history[0]["train_loss"] == pytest.approx(
         plain.history[0]["train_loss"], rel=1e-3
     )
@@ -173,14 +175,15 @@ def test_statistics_are_means_over_the_observed_steps(tmp_path: Path) -> None:
     assert training.timer.summary()["timed_steps"] == 0  # one epoch, all of it warm-up
 
 
-def test_statistics_of_sgd_are_those_of_one_gradient(tmp_path: Path) -> None:
-    entry = trained(small(tmp_path, opt_name="sgd", epochs=1, statistics_every=1)).history[0]
+@pytest.mark.parametrize("opt_name", ["sgd", "sgdhess"])
+def test_statistics_of_one_pass_are_those_of_one_gradient(tmp_path: Path, opt_name: str) -> None:
+    entry = trained(small(tmp_path, opt_name=opt_name, epochs=1, statistics_every=1)).history[0]
     assert entry["first_grad_norm"] > 0 and entry["weight_norm"] > 0
     assert "cosine" not in entry and "second_grad_norm" not in entry
 
 
 def test_statistics_do_not_change_the_run(tmp_path: Path) -> None:
-    for opt_name in ("sgd", "sam"):
+    for opt_name in ("sgd", "sam", "sgdhess"):
         plain, watched = (
             trained(small(tmp_path, opt_name=opt_name, epochs=1, statistics_every=every))
             for every in (0, 1)

@@ -20,7 +20,7 @@ from train.errors import ConfigError, DivergedError, VerificationError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parent.parent
-OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude")
+OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude", "sgdhess")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -121,10 +121,11 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert first != other
 
 
-def test_command_line_in_a_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("opt_name", ["sammagnitude", "sgdhess"])
+def test_command_line_in_a_process(tmp_path: Path, opt_name: str) -> None:
     """`python -m train` prints lines and a table, no control codes, and no warning."""
     flags = {
-        "experiment": "default_sam", "opt_name": "sammagnitude", "rho": "0.2", "wd": "0.001",
+        "experiment": "default_sam", "opt_name": opt_name, "rho": "0.2", "wd": "0.001",
         "dataset": "digits", "model": "resnet_small", "epochs": "1", "device": "cpu",
         "threads": "1", "sharpness_samples": "0", "verify_steps": "2",
         "output_dir": str(tmp_path / "out"),
@@ -134,7 +135,7 @@ def test_command_line_in_a_process(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert "sammagnitude-rho0.2" in done.stdout and "test accuracy" in done.stdout
+    assert f"{opt_name}-rho0.2" in done.stdout and "test accuracy" in done.stdout
     assert "\x1b" not in done.stdout and "\r" not in done.stdout
     assert (tmp_path / "out" / "result.json").exists()
 

@@ -120,12 +120,20 @@ def test_one_run_that_fails_does_not_stop_the_others(
     assert "- runs: 3" in (tmp_path / "report.md").read_text()
 
 
-def test_sgdhess_is_said_not_to_be_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = [*QUICK, f"--output_dir={tmp_path}", "--opt_name=sgdhess"]
-    assert study.main(["quickstart", *flags]) == 1
-    assert "opt_name=sgdhess is not in this version: allowed sgd, sam" in capsys.readouterr().err
+def test_a_cell_of_sgdhess(tmp_path: Path) -> None:
+    """The grid of the report's table, on the digits with a small network, at one of its radii."""
+    flags = [*QUICK, "--dataset=digits", "--model=resnet_small", "--opt_name=sgdhess", "--rho=1"]
+    assert study.main(["cifar100-sgdhess", *flags, f"--output_dir={tmp_path}"]) == 0
+    (folder,) = tmp_path.glob("*sgdhess*")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["name"] == "sgdhess-rho1"
+    assert result["verification"]["steps"] == 3 and result["verification"]["value"] <= 1e-5
+    assert "| small ResNet | sgdhess-rho1 | 1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_sgdhess_has_a_cost_of_its_own() -> None:
+    sgd, hess = Config(epochs=1), Config(epochs=1, opt_name="sgdhess")
+    assert study.time_left([(sgd, 10.0), (hess, 40.0)], [hess]) == 40.0
 
 
 def test_missing_data_stops_the_study_at_once(

@@ -79,6 +79,55 @@ def test_right_optimizers_pass(opt_name: str, granularity: str) -> None:
     assert 0 <= summary["value"] <= TOLERANCE
 
 
+def sgdhess_steps(
+    wrong: Callable[[nn.Module], Any], right: Config, steps: int = 5
+) -> tuple[Lockstep, nn.Module]:
+    model = network()
+    lockstep = Lockstep(
+        model, wrong(model), lambda params: build_optimizer(params, right, backend="reference")
+    )
+    for step in range(steps):
+        images, labels = batch(step)
+        lockstep.backward(F.cross_entropy(model(images), labels))
+        lockstep.step()
+        lockstep.zero_grad()
+    return lockstep, model
+
+
+def test_sgdhess_passes_and_the_training_is_the_same() -> None:
+    settings = config("sgdhess", nesterov=True)
+    lockstep, checked = sgdhess_steps(made(settings), settings)
+    summary = lockstep.summary()
+    assert summary["steps"] == 5 and 0 <= summary["value"] <= TOLERANCE
+    model = network()
+    optimizer = build_optimizer(model.parameters(), settings)
+    for step in range(5):
+        images, labels = batch(step)
+        optimizer.backward(F.cross_entropy(model(images), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+    pairs = zip(model.parameters(), checked.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("wrong", [{"rho": 0.2}, {"rho": 0.0}, {"wd": 0.0}, {"momentum": 0.0}])
+def test_wrong_sgdhess_is_caught(wrong: dict[str, float]) -> None:
+    with pytest.raises(VerificationError, match=r"after the update, parameter '.*' deviates"):
+        sgdhess_steps(made(config("sgdhess", **wrong)), config("sgdhess"))
+
+
+def test_a_hessian_vector_product_that_is_not_finite_is_said() -> None:
+    settings = config("sgdhess")
+    model = network()
+    optimizer = build_optimizer(model.parameters(), settings)
+    lockstep = Lockstep(model, optimizer, lambda params: build_optimizer(params, settings))
+    images, labels = batch(0)
+    lockstep.backward(F.cross_entropy(model(images), labels))
+    next(iter(optimizer.hessian_products.values())).fill_(float("inf"))
+    with pytest.raises(DivergedError, match=r"step 1: Hv of '.*' is not finite"):
+        lockstep.step()
+
+
 def test_adaptive_passes() -> None:
     settings = config(adaptive=True, rho=0.5)
     lockstep, _ = take_steps(made(settings), settings)

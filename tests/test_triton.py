@@ -76,6 +76,10 @@ class Lists:
             self.calls[f"sgd, {name}, init"] = (self.sgd(rule, True), reads + 1, 2)
             self.calls[f"sgd, {name}, running"] = (self.sgd(rule, False), reads + 2, 2)
 
+        for name, init in (("", None), (", init", True), (", running", False)):
+            writes = 1 if init is None else 2
+            self.calls[f"sgd_hess{name}"] = (self.sgd_hess(init), 3 + (init is False), writes)
+
         bare = Recombination(self.g2, None, self.norm, self.norm)
         options = sgd_options(lr=self.norm, weight_decay=0.0, nesterov=False)
         self.calls["recombine, bare"] = (self.recombine(bare), 1, 1)
@@ -100,6 +104,11 @@ class Lists:
         options = sgd_options(nesterov=init is not None, init_momentum=init is True)
         return lambda: triton.sgd_(self.w, self.old, buffer, rule, options)
 
+    def sgd_hess(self, init: bool | None) -> Callable[[], None]:
+        buffer = None if init is None else self.buffer
+        options = sgd_options(nesterov=init is not None, init_momentum=init is True)
+        return lambda: triton.sgd_hess_(self.w, self.g1, self.g2, buffer, 0.1, options)
+
 
 # Every kernel in float32, and in half precision one of each kind, the longest.
 HALF = (
@@ -111,7 +120,7 @@ COMPILED = [
     *(
         (dtype, name)
         for dtype in (torch.bfloat16, torch.float16)
-        for name in (*HALF, "sgd, signed, running")
+        for name in (*HALF, "sgd, signed, running", "sgd_hess, running")
     ),
 ]
 
@@ -191,6 +200,10 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
         rule = Recombination(g1, None, per_tensor, per_tensor, eps=lr, ascent_norm=norm)
         triton.recombine_(g2, rule)
         triton.sgd_(w, old, buffer, rule, sgd_options(lr=lr, **options))
+        kernels = [x[: n // 9 * 9].view(-1, 1, 3, 3) for x, n in zip(w, sizes, strict=True)]
+        for ws in (w, kernels):
+            lists = [[x.clone() for x in ws] for _ in range(2)]
+            triton.sgd_hess_(ws, *lists, None, rho, sgd_options(lr=lr, **options))
 
     with compiled.gpu(90) as gpu:
         step((3, 5000), 0.05, 0.1)

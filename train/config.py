@@ -78,7 +78,12 @@ class Config:
         "optimizer",
         choices=("sgd", "sam", "samdirection", "sammagnitude", "sgdhess"),
     )
-    rho: float = _key("optimizer", 0.05, "radius of the perturbation", high=100.0)
+    rho: float = _key(
+        "optimizer",
+        0.05,
+        "radius of the perturbation; sgdhess: weight of the curvature",
+        high=100.0,
+    )
     adaptive: bool = _key("optimizer", False, "ASAM's perturbation, scaled by |w|")
     granularity: str = _key(
         "optimizer",
@@ -116,7 +121,7 @@ class Config:
     verify_steps: int = _key(
         "run",
         20,
-        "(or --verify) first steps of a SAM run that are compared with the reference backend",
+        "(or --verify) first steps that are compared with the reference backend; sgd has none",
         high=1_000_000,
     )
     statistics_every: int = _key(
@@ -168,6 +173,11 @@ class Config:
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov=true needs momentum above 0: allowed (0, 1], nearest 0.9")
 
+        if self.opt_name == "sgdhess" and self.compile:
+            raise ConfigError(
+                "compile=true with opt_name=sgdhess: torch.compile's networks have no second "
+                "derivatives; allowed false"
+            )
         if self.density_steps == 1:
             raise ConfigError("density_steps=1 gives no density: allowed 0, 2 to 10000; nearest 2")
 
@@ -177,6 +187,8 @@ class Config:
         if self.opt_name == "sgd":
             return "sgd"
         name = f"{self.opt_name}-rho{self.rho:g}"
+        if self.opt_name == "sgdhess":
+            return name
         if self.opt_name != "sam" and self.granularity != "element":
             name += f"-{self.granularity}"
         return name + ("-adaptive" if self.adaptive else "")

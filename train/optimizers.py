@@ -8,11 +8,20 @@ from torch import nn
 
 import samkernels
 from train.config import Config
-from train.errors import ConfigError
+
+
+class OnePassOptimizer(Protocol):
+    """What the training step uses of an optimizer."""
+
+    def step(self) -> Any:
+        """Update the weights."""
+
+    def zero_grad(self) -> None:
+        """Clear the gradients."""
 
 
 class TwoPassOptimizer(Protocol):
-    """What the training step uses of samkernels' optimizers."""
+    """What it uses of the SAM family."""
 
     def first_step(self) -> None:
         """Take the gradients over and move the weights to w + e(w)."""
@@ -34,15 +43,12 @@ SAM_FAMILY = {
 def build_optimizer(
     params: Iterable[nn.Parameter], config: Config, backend: str | None = None
 ) -> Any:
-    """torch.optim.SGD or one of the SAM family over it.
+    """torch.optim.SGD, SGDHess, or one of the SAM family over SGD.
 
     Args:
         params: the parameters to train.
         config: opt_name and its hyperparameters.
-        backend: overrides config.backend; only the SAM family has one.
-
-    Raises:
-        ConfigError: the optimizer is not in this version.
+        backend: overrides config.backend; torch.optim.SGD has none.
     """
     base_options: dict[str, Any] = {
         "lr": config.lr,
@@ -52,10 +58,13 @@ def build_optimizer(
     }
     if config.opt_name == "sgd":
         return torch.optim.SGD(params, **base_options)
-    if config.opt_name not in SAM_FAMILY:
-        raise ConfigError(
-            f"opt_name={config.opt_name} is not in this version: allowed sgd, "
-            f"{', '.join(SAM_FAMILY)}; nearest sgd"
+    if config.opt_name == "sgdhess":
+        return samkernels.SGDHess(
+            params,
+            rho=config.rho,
+            seed=config.seed,
+            backend=backend or config.backend,
+            **base_options,
         )
     options: dict[str, Any] = {"rho": config.rho, "adaptive": config.adaptive}
     if config.opt_name != "sam":

@@ -160,7 +160,11 @@ def grouped(runs: Iterable[dict[str, Any]]) -> list[Group]:
             # What does not matter for the figures must not part runs.
             if name == "seed" or not key.metadata["matters"]:
                 known[name] = key.default
-        unused = {"sgd": ("rho", "adaptive", "granularity", "backend"), "sam": ("granularity",)}
+        unused = {
+            "sgd": ("rho", "adaptive", "granularity", "backend"),
+            "sgdhess": ("adaptive", "granularity"),
+            "sam": ("granularity",),
+        }
         for name in unused.get(known["opt_name"], ()):
             known[name] = FIELDS[name].default
         group = groups.setdefault(Config(**known), Group(Config(**known)))

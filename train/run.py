@@ -28,7 +28,7 @@ from train.distributed import (
 from train.errors import CheckpointError, ConfigError, DivergedError
 from train.graphs import CudaCapture, GraphedStep
 from train.models import build_model
-from train.optimizers import TwoPassOptimizer, backend_names, build_optimizer
+from train.optimizers import OnePassOptimizer, TwoPassOptimizer, backend_names, build_optimizer
 from train.progress import RunProgress, make_console
 from train.sharpness import measure
 from train.timing import StepTimer
@@ -76,20 +76,22 @@ def build_scheduler(optimizer: Any, config: Config) -> torch.optim.lr_scheduler.
 
 def sgd_step(
     forward: Forward,
-    optimizer: torch.optim.Optimizer,
+    optimizer: OnePassOptimizer,
     images: Tensor,
     labels: Tensor,
     timer: StepTimer,
     observe: Callable[[], object] = lambda: None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> tuple[list[Tensor], Tensor]:
     """One pass and an update. Returns its loss, in a list, and the number of right answers.
 
     Args:
         forward: images and labels to loss and logits.
         observe: called when the gradients are there.
+        backward: of the loss.
     """
     loss, logits = forward(images, labels)
-    loss.backward()
+    backward(loss)
     observe()
     with timer.optimizer():
         optimizer.step()
@@ -157,6 +159,11 @@ class Training:
 
     def __init__(self, config: Config, processes: Processes = ALONE) -> None:
         self.config, self.processes = config, processes
+        if config.opt_name == "sgdhess" and processes.world > 1:
+            raise ConfigError(
+                f"opt_name=sgdhess in {processes.world} processes: batch normalisation over "
+                "processes has no second derivatives; allowed one process, without torchrun"
+            )
         self.device = pick_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -363,18 +370,21 @@ class Training:
                 logits = self.network(images).float()
             return mean_loss(logits, labels, count, self.processes.world), logits
 
+        def observe() -> None:
+            if observing:
+                observed.append(self._single_statistics())
+
+        optimizer: Any = self.lockstep or self.optimizer
+        batch = (images, labels, timer)
         if self.config.opt_name == "sgd":
-
-            def observe() -> None:
-                if observing:
-                    observed.append(self._single_statistics())
-
-            return sgd_step(forward, self.optimizer, images, labels, timer, observe)
-        self.optimizer.track_statistics = observing
-        optimizer = self.lockstep or self.optimizer
-        taken = sam_step(forward, self.model, optimizer, images, labels, timer)
-        if observing:
-            observed.append(torch.stack(list(self.optimizer.statistics)))
+            taken = sgd_step(forward, optimizer, *batch, observe)
+        elif self.config.opt_name == "sgdhess":
+            taken = sgd_step(forward, optimizer, *batch, observe, optimizer.backward)
+        else:
+            self.optimizer.track_statistics = observing
+            taken = sam_step(forward, self.model, optimizer, *batch)
+            if observing:
+                observed.append(torch.stack(list(self.optimizer.statistics)))
         if self.lockstep is not None:
             self.verification = self.lockstep.summary()
             if self.lockstep.steps == self.config.verify_steps:

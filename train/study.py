@@ -107,8 +107,10 @@ def time_left(spent: Sequence[tuple[Config, float]], waiting: Sequence[Config]) 
     if not spent:
         return None
 
-    def kind(config: Config) -> tuple[str, str, bool]:
-        return config.dataset, config.model, config.opt_name == "sgd"
+    def kind(config: Config) -> tuple[str, str, str]:
+        one_pass = ("sgd", "sgdhess")
+        cost = config.opt_name if config.opt_name in one_pass else "two passes"
+        return config.dataset, config.model, cost
 
     total = 0.0
     for config in waiting:

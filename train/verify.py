@@ -1,6 +1,6 @@
 """The lockstep check: the first steps of a run, compared with the reference backend as it runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,14 +78,45 @@ class Lockstep:
         Raises:
             VerificationError: as first_step.
         """
+        self._prepare_update()
+        self.optimizer.second_step(zero_grad=zero_grad)
+        self._reference.second_step(zero_grad=True)
+        self._finish_update()
+
+    def backward(self, loss: Tensor) -> None:
+        """Of SGDHess: gradients and Hessian-vector products."""
+        self.optimizer.backward(loss)
+
+    def step(self) -> None:
+        """Of SGDHess: update both with the same Hessian-vector products, then compare.
+
+        Raises:
+            DivergedError, VerificationError: as first_step.
+        """
+        self._prepare_update()
+        for name, param, twin in self._each():
+            product = self.optimizer.hessian_products.get(param)
+            if product is not None:
+                self._check_finite(f"Hv of '{name}'", product)
+                self._reference.hessian_products[twin] = product.clone()
+        self.optimizer.step()
+        self._reference.step()
+        self._reference.zero_grad()
+        self._finish_update()
+
+    def zero_grad(self) -> None:
+        """Of the real optimizer; the twin's are cleared already."""
+        self.optimizer.zero_grad()
+
+    def _prepare_update(self) -> None:
         # The scheduler knows the real optimizer only. Nothing else is copied: a wrong rho or
         # momentum in the real one has to show.
         groups = zip(self._reference.param_groups, self.optimizer.param_groups, strict=True)
         for twin_group, group in groups:
             twin_group["lr"] = group["lr"]
         self._copy_gradients()
-        self.optimizer.second_step(zero_grad=zero_grad)
-        self._reference.second_step(zero_grad=True)
+
+    def _finish_update(self) -> None:
         self._compare("update")
         self.steps += 1
 
@@ -116,19 +147,26 @@ class Lockstep:
         self._reference.load_state_dict(state["reference"])
 
     def _copy_gradients(self) -> None:
-        for name, param, twin in zip(self._names, self._params, self._twins, strict=True):
-            # Said here: it would pass for an error of the optimizer otherwise.
-            if param.grad is not None and not param.grad.isfinite().all():
-                raise DivergedError(
-                    f"step {self.steps + 1}: the gradient of '{name}' is not finite: the run is "
-                    "stopped; a smaller lr or rho may help"
-                )
+        for name, param, twin in self._each():
+            if param.grad is not None:
+                self._check_finite(f"the gradient of '{name}'", param.grad)
             twin.grad = None if param.grad is None else param.grad.detach().clone()
+
+    def _check_finite(self, what: str, tensor: Tensor) -> None:
+        # Said here: it would pass for an error of the optimizer otherwise.
+        if not tensor.isfinite().all():
+            raise DivergedError(
+                f"step {self.steps + 1}: {what} is not finite: the run is stopped; a smaller lr or "
+                "rho may help"
+            )
+
+    def _each(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        return zip(self._names, self._params, self._twins, strict=True)
 
     @torch.no_grad()
     def _compare(self, phase: str) -> None:
         step = self.steps + 1
-        for name, param, twin in zip(self._names, self._params, self._twins, strict=True):
+        for name, param, twin in self._each():
             value = relative_deviation(param, twin)
             # Written so that nan fails too.
             if not value <= self.tolerance:

@@ -12,6 +12,7 @@ void Perturb(const PerturbArgs& args, const Execution& execution);
 void Restore(const RestoreArgs& args, const Execution& execution);
 void Recombine(const RecombineArgs& args, const Execution& execution);
 void Sgd(const SgdArgs& args, const Execution& execution);
+void SgdHess(const SgdHessArgs& args, const Execution& execution);
 void Compare(const CompareArgs& args, const Execution& execution);
 }  // namespace SAMKERNELS_CPU_VARIANT
 

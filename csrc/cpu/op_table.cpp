@@ -14,6 +14,7 @@ const OpTable kOps = {SAMKERNELS_STRING(SAMKERNELS_CPU_VARIANT),
                       Restore,
                       Recombine,
                       Sgd,
+                      SgdHess,
                       Compare};
 
 }  // namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT

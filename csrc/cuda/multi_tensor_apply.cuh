@@ -89,6 +89,11 @@ struct Chunk {
     return static_cast<T*>(const_cast<void*>(table.address[list][tensor])) + begin;
   }
 
+  // Of a list that holds a number for each tensor, in place of addresses.
+  __device__ int64_t Number(int list) const {
+    return reinterpret_cast<intptr_t>(table.address[list][tensor]);
+  }
+
   __device__ int64_t TensorInWholeList() const { return table.first_tensor + tensor; }
 };
 

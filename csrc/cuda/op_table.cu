@@ -4,8 +4,9 @@
 namespace samkernels {
 
 const OpTable& CudaOps() {
-  static const OpTable table = {"cuda",        cuda::kChunkSize, cuda::Norms, cuda::Perturb,
-                                cuda::Restore, cuda::Recombine,  cuda::Sgd,   cuda::Compare};
+  static const OpTable table = {"cuda",        cuda::kChunkSize, cuda::Norms,
+                                cuda::Perturb, cuda::Restore,    cuda::Recombine,
+                                cuda::Sgd,     cuda::SgdHess,    cuda::Compare};
   return table;
 }
 

@@ -123,9 +123,37 @@ class Backend(Protocol):
         options: SgdOptions,
     ) -> None: ...
 
+    def sgd_hess_(
+        self,
+        params: TensorList,
+        grads: TensorList,
+        hessian_products: TensorList,
+        momentum_buffers: TensorList | None,
+        rho: float | Tensor,  # as SgdOptions.lr
+        options: SgdOptions,
+    ) -> None:
+        """`positions_of` is not None for any of the tensors."""
+
     def compare(
         self, first_grads: TensorList, second_grads: TensorList, weights: TensorList
     ) -> Comparison: ...
+
+
+def positions_of(tensor: Tensor) -> tuple[int, int] | None:
+    """Of a 4-D tensor the number of its spatial positions, in dimensions 2 and 3, and the stride
+    from one to the next; (1, 1) of any other. None if there is no such stride, or if either number
+    is above int32."""
+    if tensor.dim() != 4 or tensor.numel() == 0:
+        return 1, 1
+    height, width = tensor.shape[2:]
+    down, right = tensor.stride()[2:]
+    count = height * width
+    if count == 1:
+        return 1, 1
+    if height > 1 and width > 1 and down != width * right:
+        return None
+    stride = down if width == 1 else right
+    return (count, stride) if max(count, stride) < 2**31 else None
 
 
 def prepare(tensors: TensorList) -> TensorList:

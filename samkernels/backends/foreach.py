@@ -98,6 +98,23 @@ def sgd_(
     torch._foreach_copy_(params, _unless_skipped(recombination, updated, w))
 
 
+def sgd_hess_(
+    params: TensorList,
+    grads: TensorList,
+    hessian_products: TensorList,
+    momentum_buffers: TensorList | None,
+    rho: float | Tensor,
+    options: SgdOptions,
+) -> None:
+    d = [
+        x.mean((2, 3), keepdim=True).expand_as(x) if x.dim() == 4 else x
+        for x in torch._foreach_abs(_wide(hessian_products))
+    ]
+    factors = torch._foreach_add(torch._foreach_mul(d, rho), 1)
+    scaled = torch._foreach_mul(_wide(grads), factors)
+    sgd_(params, params, momentum_buffers, Recombination(scaled), options)
+
+
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
     g1, g2, w = ([x.double() for x in xs] for xs in (first_grads, second_grads, weights))
     product = torch._foreach_mul(g1, g2)

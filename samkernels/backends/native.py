@@ -15,7 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import (
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+    positions_of,
+)
 
 try:
     from samkernels import _C
@@ -155,7 +162,6 @@ def sgd_(
     recombination: Recombination,
     options: SgdOptions,
 ) -> None:
-    lr, lr_address = _scalar(options.lr)
     with _target(params[0].device) as target:
         _C.sgd(
             target,
@@ -163,17 +169,29 @@ def sgd_(
             _core(params),
             _core(old_params),
             None if momentum_buffers is None else _core(momentum_buffers),
-            _C.SgdOptions(
-                lr=lr,
-                lr_address=lr_address,
-                momentum=options.momentum,
-                one_minus_dampening=1 - options.dampening,
-                weight_decay=options.weight_decay,
-                gradient_sign=-1.0 if options.maximize else 1.0,
-                nesterov=options.nesterov,
-                has_momentum=momentum_buffers is not None,
-                init_momentum=options.init_momentum,
-            ),
+            _core_sgd_options(options, momentum_buffers is not None),
+        )
+    _mark_written(params, momentum_buffers or ())
+
+
+def sgd_hess_(
+    params: TensorList,
+    grads: TensorList,
+    hessian_products: TensorList,
+    momentum_buffers: TensorList | None,
+    rho: float | Tensor,
+    options: SgdOptions,
+) -> None:
+    with _target(params[0].device) as target:
+        _C.sgd_hess(
+            target,
+            _core(params),
+            _core(grads),
+            _core(hessian_products),
+            None if momentum_buffers is None else _core(momentum_buffers),
+            [positions_of(p) for p in params],
+            *_scalar(rho),
+            _core_sgd_options(options, momentum_buffers is not None),
         )
     _mark_written(params, momentum_buffers or ())
 
@@ -239,6 +257,21 @@ def _core_recombination(recombination: Recombination) -> _C.Recombination:
             0 if x is None else x.data_ptr()
             for x in (recombination.ascent_norm, recombination.grad_scale, recombination.found_inf)
         ),
+    )
+
+
+def _core_sgd_options(options: SgdOptions, has_momentum: bool) -> _C.SgdOptions:
+    lr, lr_address = _scalar(options.lr)
+    return _C.SgdOptions(
+        lr=lr,
+        lr_address=lr_address,
+        momentum=options.momentum,
+        one_minus_dampening=1 - options.dampening,
+        weight_decay=options.weight_decay,
+        gradient_sign=-1.0 if options.maximize else 1.0,
+        nesterov=options.nesterov,
+        has_momentum=has_momentum,
+        init_momentum=options.init_momentum,
     )
 
 

@@ -100,6 +100,21 @@ def sgd_(
         w.copy_(_unless_skipped(recombination, updated, _wide(old)))
 
 
+def sgd_hess_(
+    params: TensorList,
+    grads: TensorList,
+    hessian_products: TensorList,
+    momentum_buffers: TensorList | None,
+    rho: float | Tensor,
+    options: SgdOptions,
+) -> None:
+    scaled = [
+        _wide(g) * (1 + rho * _curvature(_wide(product)))
+        for g, product in zip(grads, hessian_products, strict=True)
+    ]
+    sgd_(params, params, momentum_buffers, Recombination(scaled), options)
+
+
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
     sums = torch.zeros(6, dtype=torch.float64, device=first_grads[0].device)
     for first, second, weight in zip(first_grads, second_grads, weights, strict=True):
@@ -120,6 +135,19 @@ def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorLi
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
+
+
+def _curvature(product: Tensor) -> Tensor:
+    """D = |Hv|, of 4-D tensors its mean over the last two dimensions, added up in their order."""
+    absolute = product.abs()
+    if product.dim() != 4:
+        return absolute
+    total = torch.zeros_like(absolute[:, :, :1, :1])
+    for i in range(product.shape[2]):
+        for j in range(product.shape[3]):
+            total = total + absolute[:, :, i : i + 1, j : j + 1]
+    # A tensor of counts: PyTorch divides by a number with a reciprocal, an ulp off.
+    return total / torch.full_like(total, product.shape[2] * product.shape[3])
 
 
 def _recombined(recombination: Recombination, i: int) -> Tensor:

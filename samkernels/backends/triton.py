@@ -19,7 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import (
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+    positions_of,
+)
 from samkernels.backends.contract import are_alike as are_alike
 from samkernels.backends.contract import prepare as prepare
 
@@ -211,32 +218,47 @@ def sgd_(
     recombination: Recombination,
     options: SgdOptions,
 ) -> None:
-    kernels = _kernels()
     lists = {"params": params, "old_params": old_params, "magnitude": recombination.magnitude}
     if recombination.sign is not None:
         lists["sign"] = recombination.sign
-    if momentum_buffers is None:
-        momentum = kernels.NO_MOMENTUM
-    else:
+    if momentum_buffers is not None:
         lists["momentum_buffers"] = momentum_buffers
-        momentum = kernels.INIT_MOMENTUM if options.init_momentum else kernels.RUNNING_MOMENTUM
     launch = _launch_of(params[0])
     with _on(params[0].device):
         _launch(
-            kernels.sgd,
+            _kernels().sgd,
             _table(lists, launch.block),
             launch,
             *_scalars(recombination),
-            _number(options.lr),
-            float(options.momentum),
-            float(1 - options.dampening),
-            float(options.weight_decay),
-            -1.0 if options.maximize else 1.0,
+            *_sgd_scalars(options),
             **_rule(recombination),
-            MOMENTUM=momentum.value,
-            NESTEROV=options.nesterov,
-            DECAYS=options.weight_decay != 0,
-            LR_ON_DEVICE=isinstance(options.lr, Tensor),
+            **_sgd_flags(momentum_buffers, options),
+        )
+    _mark_written(params, momentum_buffers or ())
+
+
+def sgd_hess_(
+    params: TensorList,
+    grads: TensorList,
+    hessian_products: TensorList,
+    momentum_buffers: TensorList | None,
+    rho: float | Tensor,
+    options: SgdOptions,
+) -> None:
+    lists = {"params": params, "grads": grads, "hessian_products": hessian_products}
+    if momentum_buffers is not None:
+        lists["momentum_buffers"] = momentum_buffers
+    counts, strides = zip(*(positions_of(p) or (0, 0) for p in params), strict=True)
+    launch = _launch_of(params[0])
+    with _on(params[0].device):
+        _launch(
+            _kernels().sgd_hess,
+            _table(lists, launch.block, counts, strides),
+            launch,
+            _number(rho),
+            *_sgd_scalars(options),
+            RHO_ON_DEVICE=isinstance(rho, Tensor),
+            **_sgd_flags(momentum_buffers, options),
         )
     _mark_written(params, momentum_buffers or ())
 
@@ -275,6 +297,32 @@ def _scalars(recombination: Recombination) -> tuple[Any, ...]:
         recombination.grad_scale,
         recombination.found_inf,
     )
+
+
+def _sgd_scalars(options: SgdOptions) -> tuple[Any, ...]:
+    """Scalars that every kernel takes that ends in SGD's update."""
+    return (
+        _number(options.lr),
+        float(options.momentum),
+        float(1 - options.dampening),
+        float(options.weight_decay),
+        -1.0 if options.maximize else 1.0,
+    )
+
+
+def _sgd_flags(momentum_buffers: TensorList | None, options: SgdOptions) -> dict[str, Any]:
+    """Their flags."""
+    kernels = _kernels()
+    if momentum_buffers is None:
+        momentum = kernels.NO_MOMENTUM
+    else:
+        momentum = kernels.INIT_MOMENTUM if options.init_momentum else kernels.RUNNING_MOMENTUM
+    return {
+        "MOMENTUM": momentum.value,
+        "NESTEROV": options.nesterov,
+        "DECAYS": options.weight_decay != 0,
+        "LR_ON_DEVICE": isinstance(options.lr, Tensor),
+    }
 
 
 def _number(value: float | Tensor) -> float | Tensor:
@@ -346,19 +394,20 @@ class Table(NamedTuple):
     """What a kernel needs to find its tensors (triton_kernels.py)."""
 
     plan: Tensor  # int64 [chunks, 5]
-    addresses: Tensor  # int64 [tensors, lists]
+    addresses: Tensor  # int64 [tensors, lists and numbers]
     chunks: int
     dtype: Any  # Triton's
 
 
-def _table(lists: dict[str, TensorList], chunk: int) -> Table:
+def _table(lists: dict[str, TensorList], chunk: int, *numbers: tuple[int, ...]) -> Table:
+    """numbers: one for each tensor, behind its addresses."""
     columns = [list(map(Tensor.data_ptr, tensors)) for tensors in lists.values()]
     first = next(iter(lists.values()))
     numel = tuple(map(Tensor.numel, first))
     for name, column in zip(lists, columns, strict=True):
         if 0 in column:
             _check_memory(name, column, numel)
-    addresses = tuple(chain.from_iterable(zip(*columns, strict=True)))
+    addresses = tuple(chain.from_iterable(zip(*columns, *numbers, strict=True)))
     device = first[0].device
     plan: Callable[..., Tensor] = _plan
     place: Callable[..., Tensor] = _place

@@ -7,7 +7,8 @@ every list:
     plan        int64 [chunks, 5]: the chunk's tensor, its first element and number of elements,
                 and of that tensor the first chunk and the number of chunks; a tensor without
                 elements has one chunk
-    addresses   int64 [tensors, LISTS]: where each tensor begins
+    addresses   int64 [tensors, LISTS]: where each tensor begins; some kernels have numbers of each
+                tensor in further columns
 
 Loads and stores are of 16 bytes where a block of a chunk is whole and all its addresses allow it,
 and masked elsewhere. Arithmetic is in float32, in the order of the reference, and rounded once,
@@ -358,6 +359,33 @@ def _sgd_block(
     T: tl.constexpr,
 ):
     u = _recombined(magnitude_at, sign_at, offsets, mask, coefficient, SIGNED, SCALED, WHOLE, T)
+    _sgd_update(
+        w_at, old_at, u, buffer_at, offsets, mask, skipped, lr, momentum, one_minus_dampening,
+        weight_decay, gradient_sign, MOMENTUM, NESTEROV, DECAYS, WHOLE, T,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sgd_update(
+    w_at,
+    old_at,
+    u,
+    buffer_at,
+    offsets,
+    mask,
+    skipped,
+    lr,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    gradient_sign,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DECAYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    """torch.optim.SGD's step from old with u in the gradient's place."""
     old = _load(old_at, offsets, mask, WHOLE, T)
     w = old.to(tl.float32)
     u = gradient_sign * u
@@ -461,6 +489,130 @@ def sgd(
             w_at, old_at, magnitude_at, sign_at, buffer_at, offsets, mask, coefficient, skipped,
             rate, momentum, one_minus_dampening, weight_decay, gradient_sign, SIGNED,
             HAS_COEFFICIENT, MOMENTUM, NESTEROV, DECAYS, False, T,
+        )  # fmt: skip
+
+
+@triton.jit
+def _curvature(
+    product_at,
+    start_at,
+    begin,
+    count,
+    stride,
+    offsets,
+    mask,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    """D = |Hv|, or its mean over `count` positions that lie `stride` apart, added up in their order
+    by every element for itself, from the cache. start_at: where the tensor begins."""
+    if count == 1:
+        d = tl.abs(_load(product_at, offsets, mask, WHOLE, T).to(tl.float32))
+    else:
+        element = begin + offsets
+        first = element - element // stride % count * stride
+        pointers = start_at.to(tl.pointer_type(T)) + first
+        d = tl.full(offsets.shape, 0.0, tl.float32)
+        for position in range(0, count):
+            d += tl.abs(tl.load(pointers + position * stride, mask, other=0.0).to(tl.float32))
+        d = tl.div_rn(d, tl.full(offsets.shape, 0.0, tl.float32) + count.to(tl.float32))
+    return d
+
+
+@triton.jit
+def _sgd_hess_block(
+    w_at,
+    g_at,
+    product_at,
+    start_at,
+    buffer_at,
+    begin,
+    count,
+    stride,
+    offsets,
+    mask,
+    rho,
+    lr,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    gradient_sign,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DECAYS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    d = _curvature(product_at, start_at, begin, count, stride, offsets, mask, WHOLE, T)
+    u = _load(g_at, offsets, mask, WHOLE, T).to(tl.float32) * (1.0 + rho * d)
+    skipped = tl.full([], False, tl.int1)
+    _sgd_update(
+        w_at, w_at, u, buffer_at, offsets, mask, skipped, lr, momentum, one_minus_dampening,
+        weight_decay, gradient_sign, MOMENTUM, NESTEROV, DECAYS, WHOLE, T,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "plan",
+        "addresses",
+        "rho",
+        "lr",
+        "momentum",
+        "one_minus_dampening",
+        "weight_decay",
+        "gradient_sign",
+    ]
+)
+def sgd_hess(
+    plan,
+    addresses,
+    rho,
+    lr,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    gradient_sign,
+    RHO_ON_DEVICE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    DECAYS: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """torch.optim.SGD's step with u = g * (1 + rho * D), D = |Hv| or its mean over the positions.
+
+    Lists: params, grads, Hessian-vector products, then the buffers if there are any. Numbers: how
+    many positions a tensor has, and the stride from one to the next.
+
+    Source: D: Yao et al., arXiv:2006.00719.
+    """
+    LISTS: tl.constexpr = 3 + (MOMENTUM != NO_MOMENTUM)
+    COLUMNS: tl.constexpr = LISTS + 2
+    tensor, begin, size = _chunk(plan)
+    w_at = _address(addresses, tensor, begin, 0, COLUMNS, T)
+    g_at = _address(addresses, tensor, begin, 1, COLUMNS, T)
+    product_at = _address(addresses, tensor, begin, 2, COLUMNS, T)
+    start_at = _address(addresses, tensor, 0, 2, COLUMNS, T)
+    buffer_at = _address(addresses, tensor, begin, LISTS - 1, COLUMNS, T)
+    count = tl.load(addresses + tensor * COLUMNS + LISTS)
+    stride = tl.load(addresses + tensor * COLUMNS + LISTS + 1)
+    radius = _scalar(rho, RHO_ON_DEVICE)
+    rate = _scalar(lr, LR_ON_DEVICE)
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < size
+    if (size == BLOCK) & _is_aligned(w_at | g_at | product_at | buffer_at):
+        _sgd_hess_block(
+            w_at, g_at, product_at, start_at, buffer_at, begin, count, stride, offsets, mask,
+            radius, rate, momentum, one_minus_dampening, weight_decay, gradient_sign, MOMENTUM,
+            NESTEROV, DECAYS, True, T,
+        )  # fmt: skip
+    else:
+        _sgd_hess_block(
+            w_at, g_at, product_at, start_at, buffer_at, begin, count, stride, offsets, mask,
+            radius, rate, momentum, one_minus_dampening, weight_decay, gradient_sign, MOMENTUM,
+            NESTEROV, DECAYS, False, T,
         )  # fmt: skip
 
 

@@ -1,0 +1,427 @@
+"""SGDHess: Hessian-vector products, what is kept of them, and the hand-over to samkernels.ops."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from samkernels import backends, ops
+from samkernels.optim._lists import Place, Slots, fits, laid_out_like
+
+SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+# The same in all parameter groups: there is one v for all of them.
+SHARED = ("k", "seed", "step")
+
+
+@dataclass
+class Part:
+    """Parameters of one group in one place that all have momentum buffers, or all have none yet."""
+
+    place: Place
+    options: dict[str, Any]
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    products: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)  # empty without momentum
+
+
+class SGDHess(Optimizer):
+    """SGD that scales each gradient by an estimate of the curvature there, with a fused kernel.
+
+    D = |H v|, for 4-D weights (convolutions) its mean over the two spatial dimensions
+    u = g * (1 + rho * D), which takes the gradient's place in torch.optim.SGD's step
+
+    H is the Hessian of the loss over all parameters of the optimizer, v a Rademacher vector (each
+    element -1 or 1), new in every k-th step; D serves until then, without moving average. D is the
+    absolute value of one sample v * Hv of Hutchinson's estimator, whose mean is diag(H). The mean
+    of the absolute value is not |diag(H)|: element i is of the size of row i, E[D_i^2] = ||H_i||^2.
+
+    Usage:
+        optimizer = SGDHess(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, rho=0.05)
+        for x, y in batches:
+            optimizer.backward(loss_fn(model(x), y))  # in the place of loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    loss.backward(create_graph=True) in the place of optimizer.backward(loss) gives the same step;
+    PyTorch then warns of the reference cycles that step() breaks, and where `needs_graph` is False
+    the graph is made in vain. Either may be called several times before step(): gradients and
+    Hessian-vector products add up. step(closure) calls the closure, which does one of the two.
+
+    maximize=True maximizes the loss: u = -g * (1 + rho * D). A gradient or Hv that is not finite
+    goes into the weights, as a gradient does in torch.optim.SGD. A parameter that had no gradient
+    when v was renewed has D = 0 until the next time, and one without gradient is left alone.
+
+    v is drawn for each parameter by itself from (seed, number of steps, position of the parameter):
+    it takes nothing from PyTorch's generators, and a run that goes on from a state_dict gives the
+    same bits as one without a break.
+
+    Memory: Hv from backward() to step(), and with k > 1 always; the momentum.
+
+    Args:
+        params: parameters or parameter groups; a group may set its own lr, rho and whatever
+            torch.optim.SGD knows, but not k and seed.
+        lr, momentum, weight_decay, dampening, nesterov, maximize: as in torch.optim.SGD.
+        rho: weight of D, >= 0. Like lr, it may be a tensor of one element: on the parameters'
+            device it is read there.
+        k: steps from one v to the next, >= 1.
+        seed: of v, 0 to 2^63 - 1; None draws one from PyTorch's default generator.
+        backend: "auto" takes, per device and dtype, the fastest that can serve (see `backends`);
+            "native", "triton", "foreach" or "reference" insists on one.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range; the message names
+            it.
+        RuntimeError: the backend that was named cannot serve a parameter.
+
+    Source: the report that this package implements (see README); D: Yao et al., arXiv:2006.00719
+        (AdaHessian).
+    """
+
+    # So that torch.amp.GradScaler.step() tells of itself: see step.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        rho: float | Tensor = 0.05,
+        k: int = 1,
+        seed: int | None = None,
+        *,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        backends.check_name(backend)
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, ()))
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "rho": rho,
+            "k": k,
+            "seed": seed,
+            "step": 0,
+        }
+        _check_options(defaults, "")
+        self._backend = backend
+        self._slots = Slots(backend)
+        self._products: dict[Tensor, Tensor] = {}
+        self._is_constructed = False
+        super().__init__(params, defaults)
+        ops.check_disjoint("params", self._all_params())  # once, not for each group
+        self._is_constructed = True
+
+    # -- the step ----------------------------------------------------------------------------------
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether v is renewed in the next step: loss.backward() needs create_graph=True then."""
+        group = self.param_groups[0]
+        return group["step"] % group["k"] == 0
+
+    def backward(self, loss: Tensor) -> None:
+        """loss.backward() for the parameters of this optimizer; where v is due, Hv as well.
+
+        Adds to `.grad`. Makes a graph of the gradients only where v is due, and leaves none.
+
+        Args:
+            loss: shape ().
+
+        Raises:
+            RuntimeError: autograd cannot differentiate the loss (twice, where v is due). It does
+                not tell of functions marked once_differentiable: their derivative counts as
+                constant.
+        """
+        params = [p for p in self._all_params() if p.requires_grad]
+        is_due = self.needs_graph
+        found = torch.autograd.grad(loss, params, create_graph=is_due, allow_unused=True)
+        grads = {p: g for p, g in zip(params, found, strict=True) if g is not None}
+        self._check_gradients(grads)
+        products = self._hessian_products(grads) if is_due else {}
+        for p, g in grads.items():
+            if p.grad is None:
+                self._products.pop(p, None)  # of a gradient that was thrown away
+                # A copy: autograd may give one gradient to several parameters.
+                p.grad = laid_out_like(p, g.detach())
+            else:
+                p.grad = p.grad + g.detach()
+            if is_due:
+                self._add_product(p, products[p])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update. Leaves detached gradients in `.grad`.
+
+        Args:
+            closure: computes the loss, calls backward(loss) of this optimizer, returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: v is due, and neither was backward(loss) called nor has any gradient a
+                graph; or a torch.amp.GradScaler scaled the loss.
+            TypeError, ValueError: an option of a group or a gradient is wrong. Raised before
+                anything is written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_grad_scaler()
+        for index, group in enumerate(self.param_groups):
+            _check_options(group, f" of parameter group {index}")
+        grads = {p: p.grad for p in self._all_params() if p.grad is not None}
+        self._check_gradients(grads)
+        if not grads:
+            return loss
+
+        is_due = self.needs_graph
+        has_graph = any(g.requires_grad for g in grads.values())
+        if is_due and not has_graph and not self._products:
+            raise RuntimeError(
+                "step() needs Hv, and no gradient has a graph: call optimizer.backward(loss) in "
+                "the place of loss.backward(), or loss.backward(create_graph=True)"
+            )
+        try:
+            if is_due and has_graph:
+                for p, product in self._hessian_products(grads).items():
+                    self._add_product(p, product)
+            self._update(grads, is_due)
+        finally:
+            # The graph of a gradient holds its parameter, and with it the gradient.
+            for p, g in grads.items():
+                if g.requires_grad:
+                    p.grad = g.detach()
+        for group in self.param_groups:
+            group["step"] += 1
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim; forgets what backward() found, too."""
+        self._products.clear()
+        super().zero_grad(set_to_none)
+
+    @property
+    def hessian_products(self) -> dict[Tensor, Tensor]:
+        """Hv by parameter, between backward(loss) and step(). May be written to."""
+        return self._products
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Which backend serves whom, such as {"cuda:0 float32": "native"}."""
+        served = {}
+        for p in self._all_params():
+            dtype = str(p.dtype).removeprefix("torch.")
+            served[f"{p.device} {dtype}"] = self._slots.place_of(p).backend
+        return served
+
+    # -- groups and checkpoints --------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim; the group may set its own lr, rho and so on, but not k and seed.
+
+        Raises:
+            TypeError, ValueError: an option or a parameter is of the wrong kind; the message names
+                it.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is {type(param_group).__name__}: give a dict")
+        index = len(self.param_groups)
+        shared = self.param_groups[0] if self.param_groups else self.defaults
+        for name in SHARED:
+            if param_group.setdefault(name, shared[name]) != shared[name]:
+                raise ValueError(
+                    f"{name}={param_group[name]!r} of parameter group {index}: all groups have "
+                    f"{name}={shared[name]}; leave it out"
+                )
+        _check_options({**self.defaults, **param_group}, f" of parameter group {index}")
+        super().add_param_group(param_group)
+        try:
+            for i, p in enumerate(param_group["params"]):
+                ops.check_tensor(f"params[{i}] of parameter group {index}", p)
+                self._slots.place_of(p)
+            if self._is_constructed:
+                ops.check_disjoint("params", self._all_params())
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class, or of torch.optim.SGD: rho, k, seed and step stay then.
+
+        Raises:
+            ValueError: the state_dict is no optimizer's, or does not fit the parameters.
+        """
+        try:
+            groups = [dict(group) for group in state_dict["param_groups"]]
+            saved = [index for group in groups for index in group["params"]]
+            state = dict(state_dict["state"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                "state_dict is no optimizer's: give what state_dict() returned, with 'state' and "
+                "'param_groups'"
+            ) from None
+        for i, (group, own) in enumerate(zip(groups, self.param_groups, strict=False)):
+            for name, value in own.items():
+                group.setdefault(name, value)
+            _check_options(group, f" of parameter group {i} in state_dict")
+            for name in SHARED:
+                if group[name] != groups[0][name]:
+                    raise ValueError(f"state_dict: parameter groups 0 and {i} differ in {name}")
+        for i, (index, p) in enumerate(zip(saved, self._all_params(), strict=False)):
+            for name in ("momentum_buffer", "hessian_product"):
+                value = dict(state.get(index, {})).get(name)
+                if value is not None and getattr(value, "shape", None) != p.shape:
+                    raise ValueError(
+                        f"state_dict: the {name} of parameter {i} does not have its shape, "
+                        f"{tuple(p.shape)}: load the checkpoint of the same model"
+                    )
+        super().load_state_dict({**state_dict, "param_groups": groups})
+        self._products.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_is_constructed", True)
+        self.__dict__.setdefault("_slots", Slots(self._backend))
+        self.__dict__.setdefault("_products", {})
+
+    # -- private -----------------------------------------------------------------------------------
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _check_gradients(self, grads: dict[Tensor, Tensor]) -> None:
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p in grads and grads[p].layout is not torch.strided:
+                    ops.check_tensor(f"params[{i}].grad of parameter group {index}", grads[p])
+
+    def _refuse_grad_scaler(self) -> None:
+        given = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
+        if any(value is not None for value in given):
+            # GradScaler.step() deletes them when step() has returned.
+            raise RuntimeError(
+                "SGDHess does not work with torch.amp.GradScaler: Hv would stay scaled. Train in "
+                "float32, or in bfloat16, which needs no scaling"
+            )
+
+    def _hessian_products(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Hv by parameter, from gradients that have a graph; those that have none are constant."""
+        directions = self._directions()
+        differentiable = {p: g for p, g in grads.items() if g.requires_grad}
+        products: Iterable[Tensor | None] = [None] * len(grads)
+        if differentiable:
+            products = torch.autograd.grad(
+                list(differentiable.values()),
+                list(grads),
+                [directions(p) for p in differentiable],
+                allow_unused=True,
+            )
+        return {
+            p: torch.zeros_like(p) if product is None else product.detach()
+            for p, product in zip(grads, products, strict=True)
+        }
+
+    def _directions(self) -> Callable[[Tensor], Tensor]:
+        """v of this step, parameter by parameter."""
+        group = self.param_groups[0]
+        positions = {p: i for i, p in enumerate(self._all_params())}
+        return lambda p: rademacher(p, group["seed"], group["step"], positions[p])
+
+    def _add_product(self, p: Tensor, product: Tensor) -> None:
+        known = self._products.get(p)
+        self._products[p] = product if known is None else known + product
+
+    def _update(self, grads: dict[Tensor, Tensor], is_due: bool) -> None:
+        # All groups before the first one is updated: what is wrong is found here.
+        parts = [part for group in self.param_groups for part in self._parts(group, grads, is_due)]
+        for part in parts:
+            ops.sgd_hess_(
+                part.params,
+                part.grads,
+                part.products,
+                part.buffers or None,
+                **part.options,
+                backend=part.place.backend,
+                validate=False,
+            )
+            for p, buffer in zip(part.params, part.buffers, strict=False):
+                self.state[p]["momentum_buffer"] = buffer
+        if not is_due:
+            return
+        for p in self._all_params():
+            if p in self.state:
+                self.state[p].pop("hessian_product", None)
+        if self.param_groups[0]["k"] > 1:
+            for p in grads.keys() & self._products.keys():
+                self.state[p]["hessian_product"] = self._products[p]
+        self._products.clear()
+
+    def _parts(
+        self, group: dict[str, Any], grads: dict[Tensor, Tensor], is_due: bool
+    ) -> list[Part]:
+        """The lists that go to one call each."""
+        parts: dict[tuple[Place, bool], Part] = {}
+        for p in group["params"]:
+            if p not in grads:
+                continue
+            state = self.state[p] if p in self.state else {}
+            product = self._products.get(p) if is_due else state.get("hessian_product")
+            buffer = state.get("momentum_buffer")
+            key = (self._slots.place_of(p), buffer is None)
+            if key not in parts:
+                options = {name: group[name] for name in SGD_OPTIONS}
+                for name in ("lr", "rho"):
+                    options[name] = ops.hyperparameter(name, group[name], p)
+                parts[key] = Part(key[0], {**options, "init_momentum": buffer is None})
+            part = parts[key]
+            part.params.append(p)
+            part.grads.append(_fitting(grads[p].detach(), p))
+            part.products.append(torch.zeros_like(p) if product is None else _fitting(product, p))
+            if group["momentum"] != 0:
+                empty = torch.empty_like(p, requires_grad=False)
+                part.buffers.append(empty if buffer is None else _fitting(buffer, p))
+        return list(parts.values())
+
+
+def rademacher(like: Tensor, *key: int) -> Tensor:
+    """-1 or 1 for each element, from the key alone: the same in every memory format."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little"))
+    bits = torch.randint(2, like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    return bits.mul_(2).sub_(1)
+
+
+def _fitting(tensor: Tensor, p: Tensor) -> Tensor:
+    """The tensor, or a copy of it that is laid out like p."""
+    return tensor if fits(tensor, p) and not tensor.is_neg() else laid_out_like(p, tensor)
+
+
+def _check_options(options: dict[str, Any], where: str) -> None:
+    ops.check_sgd_options(**{name: options[name] for name in SGD_OPTIONS})
+    ops.check_hyperparameter(f"rho{where}", options["rho"])
+    for name, low in (("k", 1), ("seed", 0), ("step", 0)):
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}{where} is {type(value).__name__}: give a whole number")
+        if not low <= value < 2**63:
+            raise ValueError(f"{name}={value}{where}: give a whole number from {low} to 2^63 - 1")
