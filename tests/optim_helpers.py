@@ -139,3 +139,31 @@ def count_calls(function: Callable[..., Any]) -> tuple[Callable[..., Any], list[
         return function(*args, **kwargs)
 
     return counted, calls
+
+
+def plain_sam_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compute: Callable[[], Any],
+    rho: float,
+    recombine: Callable[[Tensor, Tensor], Tensor] = lambda g1, g2: g2,
+) -> None:
+    """A step of SAM as its paper writes it, with nothing of samkernels: `compute` makes a forward
+    and a backward pass, and the optimizer is the base optimizer. A group may have its own rho."""
+    rhos = {p: group.get("rho", rho) for group in optimizer.param_groups for p in group["params"]}
+    model.zero_grad()
+    compute()
+    grads = {p: p.grad for p in rhos if p.grad is not None}
+    norm = torch.stack([grad.norm() for grad in grads.values()]).norm() + 1e-12
+    old = {p: p.detach().clone() for p in grads}
+    with torch.no_grad():
+        for p, grad in grads.items():
+            p.add_(grad / norm, alpha=rhos[p])
+    model.zero_grad()
+    compute()
+    with torch.no_grad():
+        for p, grad in grads.items():
+            p.copy_(old[p])
+            p.grad = recombine(grad, p.grad)
+    optimizer.step()
+    model.zero_grad()

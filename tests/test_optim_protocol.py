@@ -200,17 +200,6 @@ def test_second_step_without_gradients(optimizer: SAM, second: str) -> None:
     take_step(optimizer, 1)  # nothing is broken
 
 
-def test_step_with_closure_after_first_step(optimizer: SAM) -> None:
-    params = parameters_of(optimizer)
-    before = snapshot(params)
-    set_gradients(params, 0)
-    optimizer.first_step()
-    with pytest.raises(RuntimeError, match=r"step\(closure\) makes both steps itself"):
-        optimizer.step(lambda: 1.0)
-    optimizer.restore()
-    assert unchanged(params, before)
-
-
 def test_restore_without_perturbation_does_nothing(optimizer: SAM) -> None:
     params = parameters_of(optimizer)
     before = snapshot(params)
@@ -324,6 +313,71 @@ def test_closure_is_called_once_with_gradients(zero_grad: bool) -> None:
     assert optimizer.step(closure) is None
     assert len(calls) == 1
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("who", ["closure", "body"])
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_closure_after_first_step_is_called_once(cls: type[SAM], who: str) -> None:
+    """At w + e(w). Lightning's wrapper passes a closure always, if need be one that does nothing:
+    then the gradients that are there are g2."""
+    models = [linear(), linear()]
+    optimizer, twin = (cls(m.parameters(), rho=0.1, lr=0.1, momentum=0.9) for m in models)
+    for _ in range(2):
+        loss_of(models[0]).backward()
+        optimizer.first_step()
+        if who == "body":
+            loss_of(models[0]).backward()
+        pass_2 = closure_of(optimizer, models[0]) if who == "closure" else lambda: None
+        closure, calls = count_calls(pass_2)
+        assert optimizer.step(closure) is None
+        assert len(calls) == 1 and not optimizer.is_perturbed
+        twin.step(closure_of(twin, models[1]))
+    assert unchanged(models[0].parameters(), snapshot(models[1].parameters()))
+    assert not unchanged(models[0].parameters(), snapshot(linear().parameters()))
+
+
+def test_closure_after_first_step_that_leaves_no_gradient(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match="second_step found no gradient"):
+        optimizer.step(lambda: 1.0)
+    assert unchanged(params, before) and not optimizer.is_perturbed
+
+
+class ReadingWrapper:
+    """As Lightning wraps optimizers in manual optimization: their class is a base of its own, what
+    is read comes from them, what is assigned stays with it, and each step has a closure."""
+
+    def __init__(self, optimizer: SAM) -> None:
+        self.wrapped = optimizer
+        self.__class__ = type("Wrapper", (ReadingWrapper, type(optimizer)), {})
+
+    def step(self, closure: Callable[[], Any] = lambda: None) -> Any:
+        return self.wrapped.step(closure)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.wrapped, name)
+
+
+@pytest.mark.parametrize("second", ["step", "second_step"])
+def test_steps_that_are_called_on_a_wrapper(optimizer: SAM, second: str) -> None:
+    model = linear()
+    twin = type(optimizer)(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
+    wrapper: Any = ReadingWrapper(optimizer)
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    for step in range(2):
+        take_step(twin, step)
+        set_gradients(params, 2 * step)
+        wrapper.first_step()
+        assert optimizer.is_perturbed and wrapper.is_perturbed
+        set_gradients(params, 2 * step + 1)
+        getattr(wrapper, second)()
+        assert not optimizer.is_perturbed and not wrapper.is_perturbed
+    assert unchanged(params, snapshot(model.parameters()))
+    assert not unchanged(params, before)
 
 
 def test_closure_runs_at_the_two_points_with_gradients_enabled() -> None:

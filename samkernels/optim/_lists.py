@@ -114,9 +114,10 @@ def norms_of(slots: list[Slot], measured: list[tuple[list[Slot], ops.Norms]]) ->
 
 
 class Slots:
-    """The slots of an optimizer's parameters, kept from step to step."""
+    """The slots of an optimizer's parameters, kept from step to step, and the perturbation."""
 
     def __init__(self, backend: str) -> None:
+        self.perturbation: Perturbation | None = None  # between the steps
         self._backend = backend
         self._places: dict[tuple[torch.device, torch.dtype, bool], Place] = {}
         self._slots: dict[Tensor, Slot] = {}

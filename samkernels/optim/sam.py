@@ -138,7 +138,6 @@ class SAM(Optimizer):
         self.track_statistics = track_statistics
         self.max_grad_norm = max_grad_norm
         self._statistics: ops.GradientStatistics | None = None
-        self._perturbation: Perturbation | None = None
         self._meets_scaler = False
         self._slots = Slots(backend)
         self._is_constructed = False
@@ -223,9 +222,9 @@ class SAM(Optimizer):
         """The second step; with a closure, the whole of SAM.
 
         Args:
-            closure: computes the loss, calls backward on it and returns it. If gradients are
-                present, they are g1, and it is called once, at w + e(w). If none are, it is called
-                twice, at w and at w + e(w).
+            closure: computes the loss, calls backward on it and returns it. After first_step() it
+                is called once, at w + e(w). Otherwise gradients that are present are g1, and it is
+                called once, at w + e(w); if none are, it is called twice, at w and at w + e(w).
 
         Returns:
             The loss at w if the closure was called there, else None. A step with a closure leaves
@@ -253,17 +252,14 @@ class SAM(Optimizer):
             self._second_step()
             return None
 
-        if self._perturbation is not None:
-            raise RuntimeError(
-                "step(closure) makes both steps itself, but first_step was called: call step() "
-                "without closure, or leave first_step out"
-            )
         loss = None
         try:
-            if all(p.grad is None for p in self._all_params()):
-                with torch.enable_grad():
-                    loss = closure()
-            with self.perturbed(), torch.enable_grad():
+            if self._perturbation is None:
+                if all(p.grad is None for p in self._all_params()):
+                    with torch.enable_grad():
+                        loss = closure()
+                self.first_step()
+            with torch.enable_grad():
                 closure()
             self._second_step()
         finally:
@@ -395,7 +391,6 @@ class SAM(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("_statistics", None)
-        self.__dict__.setdefault("_perturbation", None)
         self.__dict__.setdefault("_meets_scaler", False)
         self.__dict__.setdefault("_is_constructed", True)
         self.__dict__.setdefault("_slots", Slots(self._backend))
@@ -406,6 +401,16 @@ class SAM(Optimizer):
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
 
     # -- private -----------------------------------------------------------------------------------
+
+    # In an object and not in self, which is Lightning's wrapper where first_step is called on that:
+    # reading goes through to this optimizer, while assigning stays with the wrapper.
+    @property
+    def _perturbation(self) -> Perturbation | None:
+        return self._slots.perturbation
+
+    @_perturbation.setter
+    def _perturbation(self, perturbation: Perturbation | None) -> None:
+        self._slots.perturbation = perturbation
 
     def _require_unperturbed(self, what: str) -> None:
         if self._perturbation is not None:

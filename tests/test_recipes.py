@@ -1,0 +1,291 @@
+"""Every snippet of docs/recipes.md is executed, and does what the page says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tests.optim_helpers import one_thread, snapshot, unchanged
+from tests.recipes import (
+    BLOCKS,
+    SHARED,
+    assert_close,
+    by_hand,
+    execute,
+    fresh_accelerate,
+    loss_of,
+    run,
+    sam_of,
+    weights,
+)
+
+__all__ = ["fresh_accelerate", "one_thread"]
+
+
+# -- what is expected of each snippet --------------------------------------------------------------
+
+CHECKS: dict[str, Callable[[SimpleNamespace], None]] = {}
+
+
+def check(name: str) -> Callable[[Callable[[SimpleNamespace], None]], None]:
+    def register(function: Callable[[SimpleNamespace], None]) -> None:
+        assert name not in CHECKS
+        CHECKS[name] = function
+
+    return register
+
+
+@check("The loop")
+def _(result: SimpleNamespace) -> None:
+    assert_close(result, by_hand())
+
+
+@check("With a closure")
+def _(result: SimpleNamespace) -> None:
+    assert unchanged(weights(result), weights(run("The loop")))
+    assert result.loss.item() < 0.5
+    assert all(p.grad is None for p in result.model.parameters())
+
+
+@check("A pass that may fail")
+def _(result: SimpleNamespace) -> None:
+    assert_close(result, by_hand())
+    calls = []
+
+    def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
+        calls.append(len(calls))
+        if len(calls) == 20:  # the second pass of the step with index 9
+            raise torch.OutOfMemoryError
+        return nn.functional.cross_entropy(logits, target)
+
+    assert_close(run("A pass that may fail", loss_fn=loss_fn), by_hand(leave_out=9))
+    assert len(calls) == 2 * len(result.batches)
+
+
+@check("Batch normalisation")
+def _(result: SimpleNamespace) -> None:
+    assert result.model[1].num_batches_tracked == len(result.batches)
+    assert result.model[1].track_running_stats
+
+
+@check("Mixed precision in float16")
+def _(result: SimpleNamespace) -> None:
+    assert all(p.dtype is torch.float32 for p in result.model.parameters())
+    plain = weights(run("The loop"))
+    assert not unchanged(weights(result), plain), "float16 was not used"
+    assert result.scaler.get_scale() == 65536, "a step was skipped"
+    for p, q in zip(weights(result), plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.01)
+
+
+@check("Mixed precision in bfloat16")
+def _(result: SimpleNamespace) -> None:
+    assert all(p.dtype is torch.float32 for p in result.model.parameters())
+    plain = weights(run("The loop"))
+    assert not unchanged(weights(result), plain), "bfloat16 was not used"
+    for p, q in zip(weights(result), plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.08)
+
+
+@check("Gradient accumulation")
+def _(result: SimpleNamespace) -> None:
+    assert_close(result, by_hand(accumulate=4))
+
+
+@check("Gradient accumulation 2")
+def _(result: SimpleNamespace) -> None:
+    assert unchanged(weights(result), weights(run("Gradient accumulation")))
+
+
+def clipped_by_hand() -> list[Tensor]:
+    # Of both gradients: the direction of the first one is all that counts.
+    return by_hand(
+        after_backward=lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.5),
+    )
+
+
+@check("Clipping")
+def _(result: SimpleNamespace) -> None:
+    assert_close(result, clipped_by_hand())
+    difference = torch.cat(
+        [(p - q).flatten() for p, q in zip(weights(result), by_hand(), strict=True)]
+    )
+    assert difference.norm() > 0.1, "nothing was clipped"
+
+
+@check("Clipping 2")
+def _(result: SimpleNamespace) -> None:
+    assert_close(result, clipped_by_hand())
+
+
+@check("Schedulers")
+def _(result: SimpleNamespace) -> None:
+    schedulers = []
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> Any:
+        schedulers.append(
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=48)
+        )
+        return schedulers[0]
+
+    assert_close(result, by_hand(scheduler=scheduler))
+    (group,) = result.optimizer.base_optimizer.param_groups
+    (expected,) = schedulers[0].optimizer.param_groups
+    assert (group["lr"], group["momentum"]) == (expected["lr"], expected["momentum"])
+
+
+@check("Averaged weights")
+def _(result: SimpleNamespace) -> None:
+    averages: list[AveragedModel] = []
+
+    def average(model: nn.Module) -> None:
+        if not averages:
+            averages.append(AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)))
+        averages[0].update_parameters(model)
+
+    assert_close(result, by_hand(after_step=average))
+    expected = snapshot(averages[0].module.parameters())
+    assert_close(SimpleNamespace(model=result.averaged.module), expected)
+    assert result.averaged.n_averaged == len(result.batches)
+    assert not unchanged(result.averaged.module.parameters(), weights(result))
+
+
+@check("Groups, early and late")
+def _(result: SimpleNamespace) -> None:
+    def make(model: Any) -> torch.optim.Optimizer:
+        bias = {"params": [model[2].bias], "rho": 0.0, "weight_decay": 0.0}
+        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+        return torch.optim.SGD([{"params": [model[2].weight]}, bias], **options)
+
+    def add(step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        if step == 24:
+            optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.05})
+
+    assert_close(result, by_hand(make, before_step=add))
+    groups = result.optimizer.param_groups
+    assert [(group["rho"], group["lr"]) for group in groups] == [
+        (0.05, 0.1),
+        (0.0, 0.1),
+        (0.05, 0.05),
+    ]
+
+
+@check("Freezing and unfreezing")
+def _(result: SimpleNamespace) -> None:
+    def freeze(step: int, model: Any, _: torch.optim.Optimizer) -> None:
+        model[0].requires_grad_(step < 12 or step >= 24)
+
+    assert_close(result, by_hand(before_step=freeze))
+
+
+@check("Tied weights")
+def _(result: SimpleNamespace) -> None:
+    assert result.model[2].weight is result.model[0].weight
+    assert sum(len(group["params"]) for group in result.optimizer.param_groups) == 5
+    shared: dict[str, Any] = {}
+    execute(SHARED, shared)
+    # The random numbers go on where the shared lines leave them, as they do in the snippet.
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    model[2].weight = model[0].weight
+    assert_close(result, by_hand(model=model))
+
+
+@check("Checkpoints")
+def _(result: SimpleNamespace) -> None:
+    assert unchanged(weights(result), weights(run("The loop")))
+    assert result.checkpoint["optimizer"]["state"][0].keys() == {"momentum_buffer"}
+
+
+@check("From SGD to SAM")
+def _(result: SimpleNamespace) -> None:
+    def set_rho(step: int, _: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.param_groups[0]["rho"] = 0.05 if step >= 24 else 0.0
+
+    assert_close(result, by_hand(before_step=set_rho))
+    assert result.optimizer.param_groups[0]["rho"] == 0.05
+
+
+@check("Other base optimizers")
+def _(result: SimpleNamespace) -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+    assert_close(result, by_hand(make))
+
+
+@check("torch.compile")
+def _(result: SimpleNamespace) -> None:
+    from torch._dynamo.utils import counters
+
+    assert counters["stats"]["unique_graphs"] == 2, "one for each pass of the first step"
+    assert result.model[1].num_batches_tracked == len(result.batches)
+    assert result.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@check("Lightning, automatic optimization")
+def _(result: SimpleNamespace) -> None:
+    assert result.trainer.global_step == len(result.batches)
+    assert result.model.network[1].num_batches_tracked == len(result.batches)
+    assert sam_of(result).param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+    assert result.trainer.logged_metrics["loss"] < 0.5
+
+
+@check("Lightning, manual optimization")
+def _(result: SimpleNamespace) -> None:
+    assert result.trainer.global_step == len(result.batches)
+    assert result.model.network[1].num_batches_tracked == len(result.batches)
+
+
+@check("Accelerate")
+def _(result: SimpleNamespace) -> None:
+    assert_close(result, by_hand())
+
+
+@check("Accelerate 2")
+def _(result: SimpleNamespace) -> None:
+    assert_close(result, by_hand(accumulate=4))
+
+
+@check("Hugging Face Trainer")
+def _(result: SimpleNamespace) -> None:
+    assert result.trainer.state.global_step == len(result.batches)
+    assert result.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+# -- the tests -------------------------------------------------------------------------------------
+
+NEEDS = {"Lightning": "lightning", "Accelerate": "accelerate", "Hugging": "transformers"}
+
+
+def test_every_snippet_has_a_check_and_every_check_a_snippet() -> None:
+    """A snippet that is new, gone or renamed has to be looked at here as well."""
+    assert list(BLOCKS) == [SHARED, *CHECKS]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("name", CHECKS)
+# What the frameworks say of themselves, of this page's data, and of a machine without a GPU.
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(NEEDS.get(name.split()[0].strip(","), "torch"))
+    monkeypatch.chdir(tmp_path)  # for what a snippet saves
+    if name == "torch.compile":
+        compile_ = torch.compile
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        # Takes a second instead of a minute, and guards alike.
+        monkeypatch.setattr(torch, "compile", lambda m: compile_(m, backend="aot_eager"))
+    result = run(name)
+    assert loss_of(run(SHARED).model, result.batches) > 1.2
+    assert loss_of(result.model, result.batches) < 0.6
+    assert not sam_of(result).is_perturbed
+    CHECKS[name](result)
