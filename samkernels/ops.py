@@ -32,16 +32,20 @@ __all__ = [
     "Comparison",
     "GradientStatistics",
     "Norms",
+    "add_",
     "clipping_divisor",
     "compare",
     "gradient_statistics",
+    "means_of",
     "norms",
+    "pack",
     "perturb_",
     "recombine_",
     "restore_",
     "sgd_",
     "sgd_hess_",
     "spread_overflow_",
+    "sums_of",
     "total_norm",
     "weighted_norms",
 ]
@@ -121,6 +125,70 @@ def total_norm(parts: TensorList) -> Tensor:
     # Squares of float32 would overflow from 2e19 on.
     together = torch.stack([p.to(device, torch.float64, non_blocking=True) for p in parts])
     return torch.linalg.vector_norm(together).to(dtype)
+
+
+@torch.no_grad()
+def pack(
+    tensors: Sequence[Tensor | None], likes: TensorList, *, divisor: float = 1
+) -> tuple[list[Tensor], list[Tensor]]:
+    """tensors / divisor in few blocks of memory, so that few messages carry them; 0 for None.
+
+    Args:
+        tensors, likes: lists of n; the sizes of the blocks depend on `likes` alone.
+
+    Returns:
+        blocks: flat, one for each device and dtype of `likes`; views: n views into them, tensor i
+        with the shape, dtype, device and (if it is dense) layout of likes[i].
+
+    Raises:
+        TypeError, ValueError: a tensor is sparse or of a wrong dtype.
+    """
+    step = 16  # elements: every view begins where vector instructions like it
+    places: dict[tuple[torch.device, torch.dtype], int] = {}
+    offsets = []
+    for like in likes:
+        key = like.device, like.dtype
+        offsets.append(places.get(key, 0))
+        places[key] = offsets[-1] + -(-like.numel() // step) * step
+    blocks = {
+        (device, dtype): torch.zeros(size, dtype=dtype, device=device)
+        for (device, dtype), size in places.items()
+    }
+    views = []
+    for like, offset in zip(likes, offsets, strict=True):
+        strides = torch.empty_like(like, device="meta").stride()
+        views.append(blocks[like.device, like.dtype].as_strided(like.shape, strides, offset))
+    filled, sources = [], []
+    for i, (tensor, view) in enumerate(zip(tensors, views, strict=True)):
+        if tensor is not None:
+            check_tensor(f"tensors[{i}]", tensor)
+            filled.append(view)
+            sources.append(tensor)
+    if filled:
+        torch._foreach_copy_(filled, sources)
+    for block in blocks.values():
+        block.div_(divisor)
+    return list(blocks.values()), views
+
+
+def sums_of(tensors: TensorList) -> list[Tensor]:
+    """Copies in float32 (float64 for float64), for add_."""
+    return [t.to(torch.promote_types(t.dtype, torch.float32), copy=True).detach() for t in tensors]
+
+
+@torch.no_grad()
+def add_(sums: list[Tensor], tensors: TensorList) -> None:
+    """sums += tensors, of which the former are what sums_of returned."""
+    if sums:
+        torch._foreach_add_(sums, list(tensors))
+
+
+@torch.no_grad()
+def means_of(sums: list[Tensor], count: int, likes: TensorList) -> list[Tensor]:
+    """sums / count in the dtypes of `likes`. The sums are used up."""
+    if sums:
+        torch._foreach_div_(sums, count)
+    return [total.to(like.dtype) for total, like in zip(sums, likes, strict=True)]
 
 
 @torch.no_grad()

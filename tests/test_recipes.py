@@ -229,6 +229,16 @@ def _(result: SimpleNamespace) -> None:
     assert result.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
+@check("Several processes")
+def _(result: SimpleNamespace) -> None:
+    assert unchanged(weights(result), weights(run("The loop")))
+
+
+@check("m-sharpness on one device")
+def _(result: SimpleNamespace) -> None:
+    assert not unchanged(weights(result), weights(run("The loop")))
+
+
 @check("Lightning, automatic optimization")
 def _(result: SimpleNamespace) -> None:
     assert result.trainer.global_step == len(result.batches)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from samkernels import backends, ops
 from samkernels.backends import TensorList
+from samkernels.optim._ranks import Exchange
 
 
 @dataclass(eq=False)
@@ -94,6 +95,7 @@ class Perturbation:
     second_norms: list[tuple[list[Slot], ops.Norms]] = field(default_factory=list)
     divisor: Tensor | None = None  # of u: GradScaler's scale, and what clips
     hook: RemovableHandle | None = None  # see SAM._spread_overflow
+    exchange: Exchange | None = None  # where g1 and n of all ranks replace those of this one
 
     def remove_hook(self) -> None:
         if self.hook is not None:
@@ -106,6 +108,17 @@ class Perturbation:
             if journal:
                 self.slots.update(dict.fromkeys(bucket.slots))
         self.moving.clear()  # and with it the gradients, which nobody may need any more
+
+    def forget_first_norms(self) -> None:
+        """They were of another g1 than the update is made with."""
+        self.first_norm = None
+        self.first_norms.clear()
+
+    def old_of(self, bucket: Bucket) -> TensorList:
+        """w; of a parameter that was not perturbed, for want of g1, w is the parameter itself."""
+        if all(map(self.slots.__contains__, bucket.slots)):
+            return bucket.old
+        return [slot.old if slot in self.slots else slot.param for slot in bucket.slots]
 
 
 def norms_of(slots: list[Slot], measured: list[tuple[list[Slot], ops.Norms]]) -> ops.Norms | None:

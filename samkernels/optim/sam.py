@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels import backends, ops
@@ -24,6 +24,10 @@ from samkernels.optim._lists import (
     laid_out_like,
     norms_of,
 )
+from samkernels.optim._parts import PartSums
+from samkernels.optim._ranks import Ranks, start_exchange
+
+T = TypeVar("T")
 
 
 class SAM(Optimizer):
@@ -58,6 +62,13 @@ class SAM(Optimizer):
     up or down at random (ops.perturb_): right on average, and the same bits from the same inputs.
     w itself comes back exactly.
 
+    With DistributedDataParallel, `perturbation` says along which g1 a rank goes: "global", the mean
+    over all ranks; "local", its own (m-sharpness); "group", the mean over the ranks of
+    process_group. u is made of the means over all ranks, whatever the perturbation, so all ranks
+    have the same weights after each step, bit for bit; a g1 that is not finite makes all of them
+    skip. With "local" and "group" the first pass goes into `first_pass`. `parts` is m-sharpness on
+    one device.
+
     Memory: one copy of the parameters beside the base optimizer's state.
 
     Args:
@@ -75,6 +86,8 @@ class SAM(Optimizer):
             parameters of the gradient that u has its magnitude of: of g2, as
             torch.nn.utils.clip_grad_norm_ between the steps would do it; SAMDirection: of g1. One
             reduction more, and no pass to scale. None: as it is.
+        perturbation: "global", "local" or "group", see above; of no consequence in one process.
+        process_group: for "group": the group that this rank is in.
         base_options: lr, momentum, weight_decay and so on.
 
     Raises:
@@ -102,6 +115,8 @@ class SAM(Optimizer):
         backend: str = "auto",
         track_statistics: bool = False,
         max_grad_norm: float | None = None,
+        perturbation: str = "global",
+        process_group: Any = None,
         **base_options: Any,
     ) -> None:
         self._init(
@@ -112,6 +127,8 @@ class SAM(Optimizer):
             backend=backend,
             track_statistics=track_statistics,
             max_grad_norm=max_grad_norm,
+            perturbation=perturbation,
+            process_group=process_group,
         )
 
     def _init(
@@ -124,6 +141,8 @@ class SAM(Optimizer):
         backend: str,
         track_statistics: bool,
         max_grad_norm: float | None,
+        perturbation: str = "global",
+        process_group: Any = None,
     ) -> None:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             raise TypeError(
@@ -139,6 +158,7 @@ class SAM(Optimizer):
         self.max_grad_norm = max_grad_norm
         self._statistics: ops.GradientStatistics | None = None
         self._meets_scaler = False
+        self._ranks = Ranks(perturbation, process_group)
         self._slots = Slots(backend)
         self._is_constructed = False
         super().__init__(params, defaults)
@@ -152,6 +172,39 @@ class SAM(Optimizer):
 
     # -- the step ----------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def first_pass(self, model: nn.Module) -> Iterator[None]:
+        """For the forward and backward pass at w, of every rank: averages g1 over those ranks that
+        perturb alike.
+
+        With perturbation="global", or in one process, it does nothing: DistributedDataParallel
+        averages g1 over all ranks by itself. Otherwise its averaging is switched off in here; and
+        first_step sends, beside the second pass, what the update needs of g1: for SAM one number;
+        for SAMDirection, SAMMagnitude and statistics all of g1. "group" sends g1 within the group
+        before that, and waits for it.
+
+        Usage:
+            with optimizer.first_pass(model):
+                loss_fn(model(x), y).backward()    # the forward pass inside, too
+            optimizer.first_step()
+            loss_fn(model(x), y).backward()
+            optimizer.second_step(zero_grad=True)
+
+        Args:
+            model: the DistributedDataParallel module, compiled or inside of another one or not.
+                Of its options, join() is not served, and static_graph=True needs one backward
+                before training that averages. A parameter that a rank does not use
+                (find_unused_parameters) has g1 = 0 there. SyncBatchNorm makes every loss depend on
+                all ranks: m-sharpness is meant with batch norm of each share.
+
+        Raises:
+            TypeError: there is no DistributedDataParallel in model.
+            RuntimeError: the forward pass was made before, so that backward has averaged over all
+                ranks; or static_graph=True, at the very first pass.
+        """
+        with self._ranks.first_pass(model):
+            yield
+
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """Keep w and move to w + e(w). Takes `.grad` over: it is None afterwards.
@@ -161,7 +214,7 @@ class SAM(Optimizer):
                 case, since a second backward that adds to them would give g1 + g2.
 
         Raises:
-            RuntimeError: called twice, or no parameter has a gradient.
+            RuntimeError: called twice, no parameter has a gradient, or a first_pass is missing.
             ValueError: a gradient is sparse.
         """
         if self._perturbation is not None:
@@ -169,6 +222,7 @@ class SAM(Optimizer):
                 "first_step was called twice: call backward and second_step() (or step()) first, "
                 "or restore() to undo the perturbation"
             )
+        all_ranks = self._ranks.begin_first_step(self.param_groups)
         buckets = self._slots.buckets(self.param_groups)
         if not buckets:
             raise RuntimeError(
@@ -181,10 +235,14 @@ class SAM(Optimizer):
             self._perturbation = perturbation
             for bucket in buckets:
                 self._perturb(bucket, perturbation)
-                if keeps_first_grads:
+                if keeps_first_grads and all_ranks is None:
                     # Memory that somebody else has too may be used for g2: DDP's buckets.
                     kept = [g.clone() if _shares_memory(g) else g for g in bucket.grads]
                     perturbation.first_grads.update(zip(bucket.slots, kept, strict=True))
+            if all_ranks is not None:
+                sent = self._all_params() if keeps_first_grads else []
+                ascent_norm = perturbation.ascent_norm
+                perturbation.exchange = start_exchange(sent, ascent_norm, all_ranks)
             perturbation.settle()
             for bucket in buckets:
                 for p in bucket.params:
@@ -303,6 +361,49 @@ class SAM(Optimizer):
             self.restore()
             raise
 
+    def parts(self, batches: Iterable[T]) -> Iterator[T]:
+        """m-sharpness on one device: each of the m parts of a batch perturbs along its own g1.
+
+        The body makes both passes with its part; the weights are w again when the next one begins.
+        After the last, everything is as after the second backward with one batch, but that g1 and
+        g2 are the means over the parts: `.grad` has g2, which may be clipped, and step() makes the
+        update. Like the ranks of perturbation="local", parts count alike: if they differ in size,
+        weight their losses. A part whose g1 is not finite makes the step be skipped. If the body
+        raises or breaks off, the weights are restored and all parts dropped.
+
+        Usage:
+            for x, y in optimizer.parts(zip(xs.chunk(m), ys.chunk(m))):
+                loss_fn(model(x), y).backward()
+                optimizer.first_step()
+                loss_fn(model(x), y).backward()
+            optimizer.step()
+
+        Memory: a copy of g2 more, in float32 for half precision; where g1 is kept, one of it too.
+
+        Args:
+            batches: what the body gets, one item after the other; one item is the usual step.
+
+        Raises:
+            RuntimeError: the body called no first_step or no backward after it, or it called
+                step(), second_step() or restore(). The weights are restored.
+        """
+        sums = PartSums()
+        begun = False
+        try:
+            for batch in batches:
+                if begun:
+                    self._add_part(sums)
+                    self.restore()
+                    self.zero_grad()
+                begun = True
+                yield batch
+            if sums.count:  # else one part has all of g1 and g2
+                self._add_part(sums)
+                self._average(sums)
+        except BaseException:
+            self.restore()
+            raise
+
     # -- what can be asked -------------------------------------------------------------------------
 
     @property
@@ -383,7 +484,7 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_unperturbed("copying or pickling")
-        own = ("base_optimizer", "_backend", "track_statistics", "max_grad_norm")
+        own = ("base_optimizer", "_backend", "_ranks", "track_statistics", "max_grad_norm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -392,6 +493,7 @@ class SAM(Optimizer):
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_meets_scaler", False)
+        self.__dict__.setdefault("_ranks", Ranks("global", None))
         self.__dict__.setdefault("_is_constructed", True)
         self.__dict__.setdefault("_slots", Slots(self._backend))
         for group, previous in zip(self.param_groups, previous_groups, strict=False):
@@ -441,9 +543,7 @@ class SAM(Optimizer):
     def _measure(self, buckets: list[Bucket]) -> Perturbation:
         """The norms of g1 that the two steps need; nothing is perturbed yet."""
         perturbation = Perturbation()
-        needs_first_norms = any(bucket.granularity != "element" for bucket in buckets)
-        if self.max_grad_norm is not None and self._rule == "samdirection":
-            needs_first_norms = True
+        needs_first_norms = self._needs_first_norms(buckets)
         ascent_norms, first_norms = [], []
         for bucket in buckets:
             if bucket.group["adaptive"]:
@@ -458,6 +558,11 @@ class SAM(Optimizer):
         if first_norms:
             perturbation.first_norm = ops.total_norm(first_norms)
         return perturbation
+
+    def _needs_first_norms(self, buckets: list[Bucket]) -> bool:
+        if self.max_grad_norm is not None and self._rule == "samdirection":
+            return True
+        return any(bucket.granularity != "element" for bucket in buckets)
 
     def _perturb(self, bucket: Bucket, perturbation: Perturbation) -> None:
         journal: list[bool] = []
@@ -520,7 +625,8 @@ class SAM(Optimizer):
             raise
         self._perturbation = None
 
-    def _finish(self, perturbation: Perturbation) -> None:
+    def _second_gradients(self, perturbation: Perturbation) -> list[Bucket]:
+        """g2; and where ranks differ, what they have sent replaces g1 and its norms."""
         buckets = self._slots.buckets(self.param_groups, perturbation.slots)
         if not buckets:
             raise RuntimeError(
@@ -529,7 +635,40 @@ class SAM(Optimizer):
             )
         if perturbation.first_grads:
             _check_first_grads_survived(buckets, perturbation.first_grads)
+        exchange, perturbation.exchange = perturbation.exchange, None
+        if exchange is not None:
+            exchange.wait()
+            perturbation.ascent_norm = exchange.ascent_norm
+            # Of those with g2, which all ranks have or none.
+            slots = [slot for bucket in buckets for slot in bucket.slots]
+            perturbation.first_grads = {
+                slot: exchange.first_grads[slot.param]
+                for slot in slots
+                if slot.param in exchange.first_grads
+            }
+            perturbation.forget_first_norms()
+        return buckets
 
+    @torch.no_grad()
+    def _add_part(self, sums: PartSums) -> None:
+        if self._perturbation is None:
+            raise RuntimeError(
+                "parts(): each part needs backward(), first_step() and backward() in the body of "
+                "the loop, and step() comes once, after it. The weights were restored."
+            )
+        sums.add(self._perturbation, self._second_gradients(self._perturbation))
+
+    @torch.no_grad()
+    def _average(self, sums: PartSums) -> None:
+        assert self._perturbation is not None
+        for slot, mean in sums.means_into(self._perturbation).items():
+            if slot.param.grad is None:
+                slot.param.grad = mean
+            else:
+                _put_grad(slot.param, mean)
+
+    def _finish(self, perturbation: Perturbation) -> None:
+        buckets = self._second_gradients(perturbation)
         found_inf = self._of_scaler("found_inf")
         if found_inf is not None and self._of_scaler("grad_scale") is None:
             self._require_same_scale()
@@ -598,12 +737,22 @@ class SAM(Optimizer):
         self, updated: list[Bucket], both: list[Bucket], perturbation: Perturbation
     ) -> None:
         """Of g2: the norms that the update needs, and where there is g1 too, the statistics; g2 is
-        read once for them."""
+        read once for them. Of g1, if it is not the one of the first step: its norms."""
+        if both and perturbation.first_norm is None and self._needs_first_norms(both):
+            for bucket in both:
+                norms = ops.norms(
+                    [perturbation.first_grads[slot] for slot in bucket.slots], **bucket.options
+                )
+                perturbation.first_norms.append((bucket.slots, norms))
+            totals = [norms.total for _, norms in perturbation.first_norms]
+            perturbation.first_norm = ops.total_norm(totals)
+
         scale = self._of_scaler("grad_scale")
         comparisons = []
         for bucket in both if self.track_statistics else ():
             first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
-            comparison = ops.compare(first_grads, bucket.grads, bucket.old, **bucket.options)
+            weights = perturbation.old_of(bucket)
+            comparison = ops.compare(first_grads, bucket.grads, weights, **bucket.options)
             comparisons.append(comparison)
             perturbation.second_norms.append((bucket.slots, comparison.second_norms))
         if self.track_statistics:
@@ -614,11 +763,11 @@ class SAM(Optimizer):
         if updated and (clips_second or any(b.granularity == "global" for b in updated)):
             totals = []
             for bucket in updated:
-                norms = norms_of(bucket.slots, perturbation.second_norms)
-                if norms is None:
-                    norms = ops.norms(bucket.grads, **bucket.options)
-                    perturbation.second_norms.append((bucket.slots, norms))
-                totals.append(norms.total)
+                known = norms_of(bucket.slots, perturbation.second_norms)
+                if known is None:
+                    known = ops.norms(bucket.grads, **bucket.options)
+                    perturbation.second_norms.append((bucket.slots, known))
+                totals.append(known.total)
             perturbation.second_norm = ops.total_norm(totals)
         perturbation.divisor = scale
         norm = perturbation.first_norm if of_first else perturbation.second_norm
@@ -655,12 +804,7 @@ class SAM(Optimizer):
         for part, buffers, init_momentum in parts:
             ops.sgd_(
                 part.params,
-                # One that was not perturbed, for want of g1, is at w already.
-                part.old
-                if all(map(perturbation.slots.__contains__, part.slots))
-                else [
-                    slot.old if slot in perturbation.slots else slot.param for slot in part.slots
-                ],
+                perturbation.old_of(part),
                 part.grads,
                 buffers,
                 init_momentum=init_momentum,

@@ -45,6 +45,8 @@ class SAMDirection(SAM):
         backend: str = "auto",
         track_statistics: bool = False,
         max_grad_norm: float | None = None,
+        perturbation: str = "global",
+        process_group: Any = None,
         **base_options: Any,
     ) -> None:
         self._init(
@@ -55,4 +57,6 @@ class SAMDirection(SAM):
             backend=backend,
             track_statistics=track_statistics,
             max_grad_norm=max_grad_norm,
+            perturbation=perturbation,
+            process_group=process_group,
         )

@@ -1,0 +1,141 @@
+"""Data parallel training: which ranks perturb alike, and what they tell each other about g1."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from samkernels import ops
+
+PERTURBATIONS = ("global", "local", "group")
+
+
+@dataclass
+class Exchange:
+    """What the second step needs of the g1 of all ranks, on its way while the second pass runs."""
+
+    ascent_norm: Tensor  # sum of the ranks' norms: not finite if one is not
+    first_grads: dict[Tensor, Tensor]  # from parameters to the means of g1, if somebody reads g1
+    works: list[Any] = field(default_factory=list)
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.works.clear()
+
+
+class Ranks:
+    """How the ranks of DistributedDataParallel perturb; see SAM.first_pass."""
+
+    def __init__(self, perturbation: str, process_group: Any) -> None:
+        ops.check_choice("perturbation", perturbation, PERTURBATIONS)
+        if (process_group is not None) != (perturbation == "group"):
+            raise ValueError(
+                f'process_group={process_group} with perturbation="{perturbation}": give '
+                'perturbation="group" and the group of ranks that perturb alike, or neither'
+            )
+        if process_group is not None and dist.get_rank(process_group) < 0:
+            raise ValueError(
+                "process_group: this rank is not in it; give every rank the group that it is in "
+                "(torch.distributed.new_subgroups returns it first)"
+            )
+        self.perturbation = perturbation
+        self.process_group = process_group
+        self._all_ranks: Any = None  # the group that averages g2, from first_pass to first_step
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return Ranks(self.perturbation, self.process_group)  # nobody can copy a group
+
+    @property
+    def differ(self) -> bool:
+        """Whether ranks may be at different weights in the second pass."""
+        if self.perturbation == "global" or not (dist.is_available() and dist.is_initialized()):
+            return False
+        return dist.get_world_size() > 1
+
+    @contextlib.contextmanager
+    def first_pass(self, model: nn.Module) -> Iterator[None]:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}: give a torch.nn.Module")
+        if not self.differ:
+            yield
+            return
+        # Inside of what torch.compile made, or of a module of several, too.
+        parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        if not parallel:
+            raise TypeError(
+                f"model is {type(model).__name__} without a DistributedDataParallel inside: "
+                f'perturbation="{self.perturbation}" needs the module that averages the gradients'
+            )
+        with contextlib.ExitStack() as stack:
+            for module in parallel:
+                if module.static_graph and not module._static_graph_delay_allreduce_enqueued:
+                    raise RuntimeError(
+                        "DistributedDataParallel(static_graph=True) has to average the gradients "
+                        "of its very first backward: call loss.backward() and zero_grad() once "
+                        "before training, or leave static_graph out"
+                    )
+                stack.enter_context(module.no_sync())
+            yield
+            # In its forward the module decides, and says so, whether its backward averages.
+            if all(module.require_forward_param_sync for module in parallel):
+                raise RuntimeError(
+                    "the forward pass was made outside of first_pass(model), so backward has "
+                    "averaged the gradients: make forward and backward inside. No step was made."
+                )
+        self._all_ranks = parallel[0].process_group
+
+    def begin_first_step(self, param_groups: list[dict[str, Any]]) -> Any:
+        """Average `.grad` within the group, if that was asked for.
+
+        Returns:
+            the group of all ranks; None if no rank differs from the others.
+        """
+        if not self.differ:
+            return None
+        all_ranks, self._all_ranks = self._all_ranks, None
+        if all_ranks is None:
+            raise RuntimeError(
+                f'perturbation="{self.perturbation}": make the first forward and backward pass in '
+                "`with optimizer.first_pass(model):`, or they average the gradients over all "
+                "ranks; step(closure) then takes the gradients that it finds for g1"
+            )
+        if self.perturbation == "group":
+            params = [p for group in param_groups for p in group["params"]]
+            means, works = _start_mean(params, self.process_group)
+            for work in works:
+                work.wait()
+            for p, mean in means.items():
+                if p.grad is None or p.grad.dtype is mean.dtype:
+                    p.grad = mean
+                else:
+                    p.grad.copy_(mean)
+        return all_ranks
+
+
+def start_exchange(
+    params: Sequence[Tensor], ascent_norm: Tensor | None, all_ranks: Any
+) -> Exchange:
+    """Begin to average the `.grad` of params, which may be changed afterwards."""
+    assert ascent_norm is not None
+    total = ascent_norm.clone()
+    first_grads, works = _start_mean(params, all_ranks)
+    works.append(dist.all_reduce(total, group=all_ranks, async_op=True))
+    return Exchange(total, first_grads, works)
+
+
+def _start_mean(params: Sequence[Tensor], group: Any) -> tuple[dict[Tensor, Tensor], list[Any]]:
+    """The mean over the ranks of each parameter's gradient, 0 for one that is missing: every rank
+    has to send the same amount, and whether others have it too is not known."""
+    trained = [p for p in params if p.requires_grad]
+    grads = [p.grad for p in trained]
+    # Divided first, as DistributedDataParallel does: a sum of float16 might overflow.
+    blocks, means = ops.pack(grads, trained, divisor=dist.get_world_size(group))
+    works = [dist.all_reduce(block, group=group, async_op=True) for block in blocks]
+    return dict(zip(trained, means, strict=True)), works
