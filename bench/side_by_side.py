@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 import samkernels
 from bench import memory_floor
 from bench.candidates import OPTIMIZERS, Step, resnet18_shapes, sam_step
+from train.machine import commit, processor
 
 # A large copy: this many times the parameters, so that no cache holds it.
 COPY_FACTOR = 4
@@ -78,24 +78,14 @@ def summarize(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
 def environment() -> dict[str, Any]:
     """What a figure has to come with."""
     return {
-        "commit": _commit(),
-        "processor": _processor(),
+        "commit": commit(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "samkernels": samkernels.__version__,
     }
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    folder = Path(__file__).parent
-    try:
-        described = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    except OSError:  # no git here
-        return None
-    return described.stdout.strip() or None
 
 
 def _seconds(step: Callable[[], object]) -> float:
@@ -106,15 +96,6 @@ def _seconds(step: Callable[[], object]) -> float:
 
 def _median_ratio(values: list[float], units: list[float]) -> float:
     return statistics.median(v / u for v, u in zip(values, units, strict=True))
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def main() -> None:

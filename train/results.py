@@ -15,6 +15,7 @@ from rich.table import Table
 
 import samkernels
 from train.errors import CheckpointError
+from train.machine import commit, processor
 
 COLUMNS = (
     "optimizer",
@@ -64,14 +65,15 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "samkernels": samkernels.__version__,
+        "commit": commit() or "unknown",
     }
 
 
 def describe_device(device: torch.device) -> str:
-    """The GPU's name, or the CPU's architecture and the number of threads in use."""
+    """The GPU's name, or the CPU's and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
+    return f"{processor()}, threads: {torch.get_num_threads()}"
 
 
 def row(result: Mapping[str, Any]) -> list[str]:
