@@ -322,6 +322,11 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
 
 
+def _title(figure: Figure, title: str) -> None:
+    """At the left: the legend is at the right."""
+    figure.suptitle(title, x=0.02, ha="left", fontsize="medium")
+
+
 def _plain_numbers(axis: Axis) -> None:
     """20 and 30 on a logarithmic axis, not 2 x 10^1 and 3 x 10^1."""
     axis.set_major_formatter("{x:g}")
@@ -346,7 +351,7 @@ def _plot_histories(
         part.set(xlabel="epoch", ylabel=label)
         part.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, axes[-1])
-    figure.suptitle(title)
+    _title(figure, title)
     return figure
 
 
@@ -433,7 +438,7 @@ def plot_against_rho(
         axes.set_xticks(sorted(marks), [f"{rho:g}" for rho in sorted(marks)])
         axes.set_xticks([], minor=True)
     _legend(figure, axes)
-    figure.suptitle(title)
+    _title(figure, title)
     return figure
 
 
@@ -461,7 +466,7 @@ def plot_accuracy_against_sharpness(groups: Sequence[Group], title: str) -> Figu
     _plain_numbers(axes.xaxis)
     axes.margins(0.12)
     _legend(figure, axes)
-    figure.suptitle(title)
+    _title(figure, title)
     return figure
 
 
@@ -484,7 +489,7 @@ def plot_density(groups: Sequence[Group], title: str) -> Figure | None:
         xlabel="eigenvalue of the Hessian", ylabel="spectral density", ylim=(1e-9 * top, 2 * top)
     )
     _legend(figure, axes)
-    figure.suptitle(title)
+    _title(figure, title)
     return figure
 
 
