@@ -792,3 +792,9 @@ def test_a_state_dict_that_is_wrong(change: Callable[[Any], Any], message: str) 
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
     train(model, optimizer, range(1, 2))  # it is as it was
+
+
+def test_a_loss_that_is_no_tensor() -> None:
+    optimizer = SGDHess([torch.nn.Parameter(torch.ones(2))], lr=0.1, rho=0.1)
+    with pytest.raises(TypeError, match="loss is float: give a"):
+        optimizer.backward(1.0)  # type: ignore[arg-type]

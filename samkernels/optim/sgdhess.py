@@ -143,10 +143,13 @@ class SGDHess(Optimizer):
             loss: shape ().
 
         Raises:
+            TypeError: the loss is no tensor.
             RuntimeError: autograd cannot differentiate the loss (twice, where v is due). It does
                 not tell of functions marked once_differentiable: their derivative counts as
                 constant.
         """
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss is {type(loss).__name__}: give a torch.Tensor of shape ()")
         params = [p for p in self._all_params() if p.requires_grad]
         is_due = self.needs_graph
         found = torch.autograd.grad(loss, params, create_graph=is_due, allow_unused=True)
