@@ -62,6 +62,10 @@ class SGDHess(Optimizer):
     it takes nothing from PyTorch's generators, and a run that goes on from a state_dict gives the
     same bits as one without a break.
 
+    Not for torch.compile'd networks, which have no second derivatives; torch.amp.GradScaler, which
+    is refused; and DistributedDataParallel, which would not average Hv over the processes, nor what
+    backward(loss) finds.
+
     Memory: Hv from backward() to step(), and with k > 1 always; the momentum.
 
     Args:
