@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,18 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor, used: Iterable[int]) -> Tensor:
         return self.always(x) + sum(self.branches[i](x) for i in used)
+
+
+class LateWork:
+    """dist.all_reduce whose result is not there before wait()."""
+
+    def __init__(self, tensor: Tensor, **options: Any) -> None:
+        self.tensor, self.result = tensor, tensor.clone()
+        self.work = dist.distributed_c10d.all_reduce(self.result, **options)
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.tensor.copy_(self.result)
 
 
 class Rank:
@@ -153,6 +166,11 @@ class Rank:
             perturbation,
             first_scale=lambda step, rank: torch.inf if (step, rank) == (1, 1) else 1.0,
         )
+
+    def late(self, perturbation: str) -> Any:
+        """What the optimizer asks of other ranks arrives when it waits for it, and not before."""
+        with mock.patch.object(dist, "all_reduce", LateWork):
+            return self.train("SAMDirection-global", perturbation)
 
     def trap(self) -> Any:
         """Only the backward pass in no_sync: averages all the same."""
@@ -371,6 +389,7 @@ SPECIAL: dict[str, Callable[[Rank], Any]] = {
         f"overflow {v} {p}": lambda r, v=v, p=p: r.overflow(v, p)
         for v, p in itertools.product(("SAM", "SAMDirection-element"), ("local", "group"))
     },
+    **{f"late {p}": lambda r, p=p: r.late(p) for p in ("local", "group")},
     "trap": Rank.trap,
     **{
         f"unused {v} {p}": lambda r, v=v, p=p: r.unused(v, p)

@@ -273,6 +273,16 @@ def test_accumulation(two: Results) -> None:
         assert unchanged(of_rank["accumulation"], two[0]["accumulation"])
 
 
+@pytest.mark.parametrize("perturbation", ["local", "group"])
+def test_waits_for_what_others_send(perturbation: str, two: Results) -> None:
+    for of_rank in two:
+        late, plain = (
+            of_rank[f"late {perturbation}"],
+            of_rank[f"SAMDirection-global {perturbation}"],
+        )
+        assert unchanged(late["weights"][-1], plain["weights"][-1])
+
+
 def test_closure_after_a_first_pass(two: Results) -> None:
     for of_rank in two:
         assert unchanged(of_rank["closure"], of_rank["SAM local"]["weights"][-1])

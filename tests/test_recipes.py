@@ -231,12 +231,35 @@ def _(result: SimpleNamespace) -> None:
 
 @check("Several processes")
 def _(result: SimpleNamespace) -> None:
+    """In one process; tests/test_optim_ranks.py has the others."""
     assert unchanged(weights(result), weights(run("The loop")))
 
 
 @check("m-sharpness on one device")
 def _(result: SimpleNamespace) -> None:
-    assert not unchanged(weights(result), weights(run("The loop")))
+    shared = run(SHARED)
+    params = list(shared.model.parameters())
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    for xs, ys in shared.batches:
+        total = [torch.zeros_like(p) for p in params]
+        for x, y in zip(xs.split(4), ys.split(4), strict=True):
+            first = torch.autograd.grad(nn.functional.cross_entropy(shared.model(x), y), params)
+            old = snapshot(params)
+            norm = torch.cat([g.flatten() for g in first]).norm()
+            with torch.no_grad():
+                for p, g in zip(params, first, strict=True):
+                    p += 0.05 * g / norm
+            second = torch.autograd.grad(nn.functional.cross_entropy(shared.model(x), y), params)
+            with torch.no_grad():
+                for p, w, sum_, g in zip(params, old, total, second, strict=True):
+                    p.copy_(w)
+                    sum_ += g
+        for p, sum_ in zip(params, total, strict=True):
+            p.grad = sum_ / 4
+        optimizer.step()
+    assert_close(result, snapshot(params))
+    with pytest.raises(AssertionError):
+        assert_close(result, by_hand())
 
 
 @check("Lightning, automatic optimization")
