@@ -297,6 +297,36 @@ def test_a_compiled_model_is_not_compiled_again(
     assert unchanged(train(compiled=True), eager)
 
 
+def test_a_compiled_model_beside_a_grad_scaler(graphs: Callable[[], int]) -> None:
+    """Between the steps there is a hook on a parameter then, from the second step on."""
+
+    def train(compiled: bool) -> list[Tensor]:
+        model = ConvNet()
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        optimizer = SAM(model.parameters(), rho=RHO, lr=0.1, momentum=0.9)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+        def step(i: int) -> None:
+            x, y = images(i)
+            scaler.scale(cross_entropy(run(x), y)).backward()
+            optimizer.first_step()
+            with frozen_batchnorm_stats(model):
+                scaler.scale(cross_entropy(run(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+        step(0)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for i in range(1, 6):
+                step(i)
+        return snapshot(model.parameters())
+
+    eager = train(compiled=False)
+    torch.testing.assert_close(train(compiled=True), eager)
+    assert graphs() == 2
+
+
 def test_compiling_again_would_be_noticed(graphs: Callable[[], int]) -> None:
     model = nn.BatchNorm1d(4)
     run = torch.compile(model, backend="eager")
