@@ -22,7 +22,7 @@ Lists = list[list[Tensor]]
 
 def sgd(rule: str, **options: Any) -> Callable[..., None]:
     def run(
-        w: list[Tensor], old: list[Tensor], g1: list[Tensor], g2: list[Tensor], buf: Any
+        w: list[Tensor], old: list[Tensor], g1: list[Tensor], g2: list[Tensor], buf: Any, _: Any
     ) -> None:
         first_grads = None if rule == "sam" else g1
         ops.sgd_(w, old, g2, buf, lr=0.1, rule=rule, first_grads=first_grads, **options, **OPTIONS)
@@ -36,8 +36,19 @@ def sgd_hess(**options: Any) -> Callable[..., None]:
     )
 
 
+def adam(rule: str, **options: Any) -> Callable[..., None]:
+    def run(w: list[Tensor], old: list[Tensor], g1: Any, g2: Any, m: Any, v: Any) -> None:
+        first_grads = None if rule == "sam" else g1
+        torch._foreach_abs_(v)
+        steps = [torch.zeros(()) for _ in w]
+        options_ = {"rule": rule, "first_grads": first_grads, **options, **OPTIONS}
+        ops.adam_(w, old, g2, m, v, steps, lr=0.1, **options_)
+
+    return run
+
+
 def norms(adaptive: bool) -> Callable[..., Any]:
-    return lambda w, old, g1, g2, buf: ops.norms(g1, w if adaptive else None, **OPTIONS)
+    return lambda w, old, g1, *_: ops.norms(g1, w if adaptive else None, **OPTIONS)
 
 
 def perturb(w: list[Tensor], old: list[Tensor], g1: list[Tensor], *_: Any) -> None:
@@ -45,7 +56,7 @@ def perturb(w: list[Tensor], old: list[Tensor], g1: list[Tensor], *_: Any) -> No
 
 
 def recombine(rule: str) -> Callable[..., Any]:
-    return lambda w, old, g1, g2, buf: ops.recombine_(g2, g1, rule=rule, **OPTIONS)
+    return lambda w, old, g1, g2, *_: ops.recombine_(g2, g1, rule=rule, **OPTIONS)
 
 
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.1}
@@ -60,11 +71,16 @@ TRAFFIC: dict[str, tuple[Callable[..., Any], int, int]] = {
     "sgd, no momentum": (sgd("sam"), 2, 1),
     "sgd, samdirection": (sgd("samdirection", **MOMENTUM), 4, 2),
     "sgd, sammagnitude": (sgd("sammagnitude", **MOMENTUM), 4, 2),
+    "adam": (adam("sam", weight_decay=0.1), 4, 3),
+    "adam, decoupled": (adam("sam", weight_decay=0.1, decoupled_weight_decay=True), 4, 3),
+    "adam, samdirection": (adam("samdirection"), 5, 3),
+    "adam, sammagnitude": (adam("sammagnitude"), 5, 3),
+    "adam, skipped": (adam("sam", found_inf=torch.tensor(1.0)), 1, 1),
     "recombine, samdirection": (recombine("samdirection"), 2, 1),
     "sgd_hess": (sgd_hess(**MOMENTUM), 4, 2),
     "sgd_hess, first step": (sgd_hess(init_momentum=True, **MOMENTUM), 3, 2),
     "sgd_hess, no momentum": (sgd_hess(), 3, 1),
-    "compare": (lambda w, old, g1, g2, buf: ops.compare(g1, g2, w, **OPTIONS), 3, 0),
+    "compare": (lambda w, old, g1, g2, *_: ops.compare(g1, g2, w, **OPTIONS), 3, 0),
 }
 
 
@@ -73,7 +89,7 @@ TRAFFIC: dict[str, tuple[Callable[..., Any], int, int]] = {
 @pytest.mark.parametrize("name", TRAFFIC)
 def test_bytes_per_parameter(name: str, dtype: torch.dtype, slots: list[Slot]) -> None:
     run, reads, writes = TRAFFIC[name]
-    lists = [make_list(slots, dtype, seed=seed) for seed in range(5)]
+    lists = [make_list(slots, dtype, seed=seed) for seed in range(6)]
     take_traffic()
     run(*lists)
     numel = sum(t.numel() for t in lists[0])
