@@ -169,14 +169,39 @@ def test_bytes_per_parameter_and_step(
         expected += 4 if granularity in (None, "element") else 0  # the norm of g2
     if adaptive:
         expected += 4  # the norm reads w
-    for _ in range(2):  # the first step makes the momentum buffers
+    assert traffic_of_a_step(optimizer) == expected * sum(p.numel() for p in params)
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("cls", "granularity", "expected"),
+    [
+        (SAM, None, 4 + 16 + 28),
+        (SAMDirection, "element", 4 + 16 + 32),
+        (SAMMagnitude, "element", 4 + 16 + 32),
+        (SAMDirection, "tensor", 4 + 16 + 4 + 28),
+        (SAMMagnitude, "global", 4 + 16 + 4 + 28),
+    ],
+)
+def test_bytes_per_parameter_and_step_of_adam(
+    cls: type[SAM], granularity: str | None, expected: int, base: type[torch.optim.Optimizer]
+) -> None:
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 512, CHUNK_SIZE + 7)]
+    options = {} if granularity is None else {"granularity": granularity}
+    optimizer = cls(params, base, rho=0.1, lr=0.1, backend="emulated", **options)
+    assert traffic_of_a_step(optimizer) == expected * sum(p.numel() for p in params)
+
+
+def traffic_of_a_step(optimizer: SAM) -> int:
+    """Bytes, of the second step: the first one makes the base optimizer's state."""
+    for _ in range(2):
         take_traffic()
         for step in (optimizer.first_step, optimizer.second_step):
-            for p in params:
+            for p in optimizer.param_groups[0]["params"]:
                 p.grad = torch.randn_like(p)
             step()
         read, written = take_traffic()
-    assert read + written == expected * sum(p.numel() for p in params)
+    return read + written
 
 
 def take_traffic() -> tuple[int, int]:
