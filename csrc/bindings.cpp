@@ -222,6 +222,29 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
            py::arg("one_minus_dampening"), py::arg("weight_decay"), py::arg("gradient_sign"),
            py::arg("nesterov"), py::arg("has_momentum"), py::arg("init_momentum"));
 
+  py::class_<AdamOptions>(m, "AdamOptions", py::module_local())
+      .def(py::init([](float lr, std::uintptr_t lr_address, float beta1, float one_minus_beta1,
+                       float beta2, float one_minus_beta2, float eps, float weight_decay,
+                       float gradient_sign, bool decoupled, std::uintptr_t bias_correction1,
+                       std::uintptr_t bias_correction2_sqrt) {
+             return AdamOptions{
+                 ScalarOf(lr, lr_address),
+                 beta1,
+                 one_minus_beta1,
+                 beta2,
+                 one_minus_beta2,
+                 eps,
+                 weight_decay,
+                 gradient_sign,
+                 decoupled,
+                 Required<const float>("bias_correction1", bias_correction1),
+                 Required<const float>("bias_correction2_sqrt", bias_correction2_sqrt)};
+           }),
+           py::kw_only(), py::arg("lr"), py::arg("lr_address"), py::arg("beta1"),
+           py::arg("one_minus_beta1"), py::arg("beta2"), py::arg("one_minus_beta2"), py::arg("eps"),
+           py::arg("weight_decay"), py::arg("gradient_sign"), py::arg("decoupled"),
+           py::arg("bias_correction1"), py::arg("bias_correction2_sqrt"));
+
 #ifdef SAMKERNELS_EMULATED
   m.def("take_traffic", [] {
     const emulation::Traffic traffic = emulation::traffic;
@@ -328,6 +351,21 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
     py::gil_scoped_release release;
     target.ops->sgd_hess(args, target.execution);
   });
+  m.def("adam",
+        [](const Target& target, const PyRecombination& recombination, const TensorList& params,
+           const TensorList& old_params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+           const AdamOptions& options) {
+          const Shapes shapes("params", params, *target.ops);
+          const AdamArgs args = {shapes.tensors(),
+                                 recombination.For(shapes),
+                                 shapes.List("params", params),
+                                 shapes.List("old_params", old_params),
+                                 shapes.List("exp_avgs", exp_avgs),
+                                 shapes.List("exp_avg_sqs", exp_avg_sqs),
+                                 options};
+          py::gil_scoped_release release;
+          target.ops->adam(args, target.execution);
+        });
   m.def("compare",
         [](const Target& target, const TensorList& first_grads, const TensorList& second_grads,
            const TensorList& weights, std::uintptr_t workspace, std::uintptr_t sums,

@@ -93,7 +93,7 @@ struct Recombination {
   int norm_stride;           // 0: one norm for all tensors; 1: one per tensor
   float eps;
   const float* ascent_norm;  // [in] [1] or null. Not finite: the step is skipped (see
-                             // RecombineArgs, SgdArgs).
+                             // RecombineArgs, SgdArgs, AdamArgs).
   const float* grad_scale;   // [in] [1] or null
   const float* found_inf;    // [in] [1] or null. Not 0: the step is skipped.
 };
@@ -151,6 +151,36 @@ struct SgdHessArgs {
   SgdOptions options;
 };
 
+// torch.optim.Adam or AdamW on the restored weights, reading w from old_params, after t steps with
+// this one:
+//   u = gradient_sign * u;  u += weight_decay * w, or w *= 1 - lr * weight_decay if decoupled
+//   m = beta1 * m + (1 - beta1) * u;  v = beta2 * v + (1 - beta2) * u^2
+//   params = w - lr / bias_correction1 * m / (sqrt(v) / bias_correction2_sqrt + eps)
+// A skipped step restores params and leaves m and v.
+struct AdamOptions {
+  Scalar lr;
+  float beta1;
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float eps;
+  float weight_decay;
+  float gradient_sign;  // -1 to maximize, else 1
+  bool decoupled;
+  const float* bias_correction1;       // [in] [num_tensors] 1 - beta1^t
+  const float* bias_correction2_sqrt;  // [in] [num_tensors] sqrt(1 - beta2^t)
+};
+
+struct AdamArgs {
+  Tensors tensors;
+  Recombination recombination;
+  MutableList params;       // [out]
+  ReadOnlyList old_params;  // [in] w
+  MutableList exp_avg;      // [in, out] m
+  MutableList exp_avg_sq;   // [in, out] v
+  AdamOptions options;
+};
+
 // Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0] and w^2, in this
 // order; and the norms of g2, as NormsArgs has them.
 struct CompareArgs {
@@ -174,6 +204,7 @@ struct OpTable {
   void (*recombine)(const RecombineArgs&, const Execution&);
   void (*sgd)(const SgdArgs&, const Execution&);
   void (*sgd_hess)(const SgdHessArgs&, const Execution&);
+  void (*adam)(const AdamArgs&, const Execution&);
   void (*compare)(const CompareArgs&, const Execution&);
 };
 

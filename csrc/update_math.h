@@ -137,4 +137,38 @@ static inline SAMKERNELS_HOST_DEVICE float ScaledByCurvature(float g, float rho,
   return g * (1.0f + rho * d);
 }
 
+// What all elements of a tensor share.
+struct AdamScalars {
+  float step_size;
+  float shrink;  // of the weight, if the decay is decoupled
+  float bias_correction2_sqrt;
+};
+
+static inline SAMKERNELS_HOST_DEVICE AdamScalars AdamScalarsOf(const AdamOptions& o,
+                                                               int64_t tensor) {
+  const float lr = Read(o.lr);
+  return {lr / o.bias_correction1[tensor], 1.0f - lr * o.weight_decay,
+          o.bias_correction2_sqrt[tensor]};
+}
+
+// Which of the two arithmetics: without weight decay either.
+static inline SAMKERNELS_HOST_DEVICE bool DecaysGradient(const AdamOptions& o) {
+  return !o.decoupled && o.weight_decay != 0.0f;
+}
+
+// The new weight; m and v are updated.
+static inline SAMKERNELS_HOST_DEVICE float AdamUpdated(const AdamOptions& o, const AdamScalars& s,
+                                                       bool decays_gradient, float w, float u,
+                                                       float& m, float& v) {
+  u = o.gradient_sign * u;
+  if (decays_gradient) {
+    u = u + o.weight_decay * w;
+  } else {
+    w = s.shrink * w;  // 1 without weight decay
+  }
+  m = o.beta1 * m + o.one_minus_beta1 * u;
+  v = o.beta2 * v + o.one_minus_beta2 * u * u;
+  return w - s.step_size * m / (sqrtf(v) / s.bias_correction2_sqrt + o.eps);
+}
+
 }  // namespace samkernels

@@ -42,6 +42,24 @@ class SgdOptions:
         init_momentum: bool,
     ) -> None: ...
 
+class AdamOptions:
+    def __init__(
+        self,
+        *,
+        lr: float,
+        lr_address: int,
+        beta1: float,
+        one_minus_beta1: float,
+        beta2: float,
+        one_minus_beta2: float,
+        eps: float,
+        weight_decay: float,
+        gradient_sign: float,
+        decoupled: bool,
+        bias_correction1: int,
+        bias_correction2_sqrt: int,
+    ) -> None: ...
+
 def build_info() -> dict[str, str]: ...
 def why_no_cuda() -> str | None: ...
 def cpu(num_threads: int) -> Target: ...
@@ -88,6 +106,15 @@ def sgd_hess(
     rho: float,
     rho_address: int,
     options: SgdOptions,
+) -> None: ...
+def adam(
+    target: Target,
+    recombination: Recombination,
+    params: TensorList,
+    old_params: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    options: AdamOptions,
 ) -> None: ...
 def compare(
     target: Target,

@@ -22,7 +22,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from samkernels import backends
-from samkernels.backends import Backend, Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends import (
+    AdamOptions,
+    Backend,
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+)
 from samkernels.backends.contract import positions_of
 
 __all__ = [
@@ -32,6 +40,7 @@ __all__ = [
     "Comparison",
     "GradientStatistics",
     "Norms",
+    "adam_",
     "add_",
     "clipping_divisor",
     "compare",
@@ -523,6 +532,108 @@ def sgd_hess_(
 
 
 @torch.no_grad()
+def adam_(
+    params: TensorList,
+    old_params: TensorList,
+    grads: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    steps: TensorList,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+    rule: str = "sam",
+    granularity: str = "element",
+    first_grads: TensorList | None = None,
+    first_norm: Tensor | None = None,
+    second_norm: Tensor | None = None,
+    ascent_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    norm_eps: float = 1e-12,
+    backend: str = "auto",
+    validate: bool = True,
+) -> None:
+    """Restore, recombine and update in one pass: torch.optim.Adam from w with u for its gradient,
+    or torch.optim.AdamW with decoupled_weight_decay.
+
+    u as in `recombine_`;  u = -u if maximize
+    u += weight_decay * w, or w *= 1 - lr * weight_decay if decoupled_weight_decay
+    t += 1;  m = beta1 * m + (1 - beta1) * u;  v = beta2 * v + (1 - beta2) * u^2
+    params = w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+    Args:
+        params: overwritten; old_params: w, may be params itself; grads: g2. Lists of n tensors.
+        exp_avgs, exp_avg_sqs: m and v, updated; zeros before the first step.
+        steps: t, updated; tensors of shape () on the device of the parameters, where they are
+            read: they may differ, and the host does not wait for them.
+        lr: >= 0. A tensor of one element on the device of the parameters is read there, and its
+            value is not checked.
+        eps: added to the root of v.
+        rule, granularity, first_grads, first_norm, second_norm, grad_scale: see `recombine_`;
+            norm_eps: its eps.
+        ascent_norm, found_inf: shape (). If the norm that the perturbation was made with is not
+            finite, or found_inf is not 0, the step is skipped on the device: params = old_params,
+            and m, v and t stay.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `recombine_`.
+
+    Source: torch.optim.Adam, torch.optim.AdamW; amsgrad is not there.
+    """
+    check_adam_options(
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+    )
+    lists = {"params": params, "old_params": old_params, "grads": grads}
+    if first_grads is not None:
+        lists["first_grads"] = first_grads
+    lists |= {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    chosen = _backend_for(backend, lists, ("params", "exp_avgs", "exp_avg_sqs"), validate)
+    if validate:
+        _check_steps(steps, params)
+    recombination = _recombination(
+        chosen,
+        grads,
+        first_grads,
+        rule=rule,
+        granularity=granularity,
+        first_norm=first_norm,
+        second_norm=second_norm,
+        ascent_norm=ascent_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        eps=norm_eps,
+        validate=validate,
+    )
+    # float64: in float32, 1 - 0.999 would be off by 1e-5.
+    count = torch.stack(list(steps)).double() + 1
+    dtype = torch.float64 if params[0].dtype is torch.float64 else torch.float32
+    options = AdamOptions(
+        lr=hyperparameter("lr", lr, params[0]),
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled_weight_decay,
+        maximize=maximize,
+        bias_correction1=(1 - betas[0] ** count).to(dtype),
+        bias_correction2_sqrt=(1 - betas[1] ** count).sqrt().to(dtype),
+    )
+    chosen.adam_(params, old_params, exp_avgs, exp_avg_sqs, recombination, options)
+    takes_place = recombination.takes_place()
+    torch._foreach_add_(steps, 1 if takes_place is None else takes_place.to(steps[0].dtype))
+
+
+@torch.no_grad()
 def compare(
     first_grads: TensorList,
     second_grads: TensorList,
@@ -608,6 +719,31 @@ def check_sgd_options(
             raise TypeError(f"{name} is {type(flag).__name__}: give True or False")
     if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError("nesterov=True: momentum must be above 0 and dampening 0")
+
+
+def check_adam_options(
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled_weight_decay: bool,
+    maximize: bool,
+) -> None:
+    """Raise TypeError or ValueError unless these are hyperparameters of Adam."""
+    check_hyperparameter("lr", lr)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas is {betas!r}: give a pair of numbers")
+    for i, beta in enumerate(betas):
+        _check_non_negative(f"betas[{i}]", beta)
+        if beta >= 1:
+            raise ValueError(f"betas[{i}]={beta}: give a number below 1")
+    for name, value in (("eps", eps), ("weight_decay", weight_decay)):
+        _check_non_negative(name, value)
+    flags = {"decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {type(flag).__name__}: give True or False")
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -771,6 +907,31 @@ def _check_norm(name: str, norm: Tensor, tensors: TensorList, shape: tuple[int, 
         )
     if not norm.is_contiguous():
         raise ValueError(f"{name} is not contiguous: give {name}.contiguous()")
+
+
+def _check_steps(steps: TensorList, params: TensorList) -> None:
+    if not isinstance(steps, (list, tuple)):
+        raise TypeError(f"steps is {type(steps).__name__}: give a list of tensors")
+    if len(steps) != len(params):
+        raise ValueError(
+            f"steps has {len(steps)} tensors and params has {len(params)}: give lists of equal "
+            "length"
+        )
+    for i, step in enumerate(steps):
+        check_step(f"steps[{i}]", step, params[i])
+    check_disjoint("steps", steps)
+
+
+def check_step(name: str, step: object, param: Tensor) -> None:
+    """Raise TypeError or ValueError unless this is a step count that lies beside a parameter."""
+    if not isinstance(step, Tensor):
+        raise TypeError(f"{name} is {type(step).__name__}: give a torch.Tensor")
+    fits = step.shape == () and step.dtype in (torch.float32, torch.float64)
+    if not fits or step.device != param.device:
+        raise ValueError(
+            f"{name} has shape {tuple(step.shape)}, {step.dtype} on {step.device}: give shape (), "
+            f"torch.float32 on {param.device}"
+        )
 
 
 def _check_lists(lists: Mapping[str, TensorList], written: Sequence[str]) -> None:

@@ -35,6 +35,10 @@ SGD_OPTIONS: list[dict[str, Any]] = [
     {"momentum": 0.9, "dampening": 0.3, "init_momentum": True},
     {"momentum": 0.9, "nesterov": True},
 ]
+ADAM_OPTIONS: list[dict[str, Any]] = [
+    {"weight_decay": 0.1, "maximize": True},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True},
+]
 
 
 class Runner:
@@ -60,7 +64,7 @@ class Runner:
         return getattr(ops, op)(*lists, backend=self.backend, **options)
 
     def every_op(self, slots: Sequence[Slot], dtype: torch.dtype) -> None:
-        w, old, g1, g2, buf = (self.alone(slots, dtype, seed) for seed in range(5))
+        w, old, g1, g2, buf, v = (self.alone(slots, dtype, seed) for seed in range(6))
         for weights in (None, w):
             self.call("norms", g1, weights)
         for adaptive in (False, True):
@@ -72,6 +76,10 @@ class Runner:
             how: dict[str, Any] = {"rule": rule, "granularity": granularity, "ascent_norm": norm}
             for options in SGD_OPTIONS:
                 self.call("sgd_", w, old, g2, buf, lr=0.1, first_grads=g1, **options, **how)
+            for options in (*ADAM_OPTIONS, {"found_inf": norm}):  # the last one is skipped
+                steps = [torch.zeros(()).to(self.device) for _ in w]
+                options = {"lr": 0.1, "first_grads": g1, **options}
+                self.call("adam_", w, old, g2, buf, v, steps, **options, **how)
             self.call("recombine_", g2, g1, **how)
         for options in SGD_OPTIONS:
             self.call("sgd_hess_", w, g1, g2, buf, lr=0.1, rho=0.1, **options)

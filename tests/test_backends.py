@@ -203,6 +203,22 @@ class Core:
     def recombination(self, lists: list[Any]) -> Any:
         return _C.Recombination(lists[3], lists[4], 0, 0, False, 0.0, 0, 0, 0)
 
+    def adam_options(self, **wrong: int) -> Any:
+        corrections = self.norms.data_ptr()
+        return _C.AdamOptions(
+            lr=0.1,
+            lr_address=0,
+            beta1=0.9,
+            one_minus_beta1=0.1,
+            beta2=0.9,
+            one_minus_beta2=0.1,
+            eps=1e-8,
+            weight_decay=0.0,
+            gradient_sign=1.0,
+            decoupled=False,
+            **{"bias_correction1": corrections, "bias_correction2_sqrt": corrections, **wrong},
+        )
+
     def call(self, op: str, *, second_numel: int = 3, **wrong: Any) -> None:
         """With lists called "0", "1", ...; `wrong` replaces some of them."""
         lists = [wrong.get(str(i), self.list_of(i, second_numel)) for i in range(len(self.tensors))]
@@ -217,6 +233,10 @@ class Core:
             _C.recombine(self.target, self.recombination(lists), lists[0])
         elif op == "sgd":
             _C.sgd(self.target, self.recombination(lists), *lists[:3], SGD_WITH_MOMENTUM)
+        elif op == "adam":
+            _C.adam(
+                self.target, self.recombination(lists), *lists[:3], lists[5], self.adam_options()
+            )
         elif op == "compare":
             _C.compare(self.target, *lists[:3], workspace, self.sums.data_ptr(), norm, norm + 8)
         else:
@@ -245,6 +265,14 @@ CORE_LISTS = {
         "2": "momentum_buffers",
         "3": "magnitude",
         "4": "sign",
+    },
+    "adam": {
+        "0": "params",
+        "1": "old_params",
+        "2": "exp_avgs",
+        "3": "magnitude",
+        "4": "sign",
+        "5": "exp_avg_sqs",
     },
     "compare": {"0": "first_grads", "1": "second_grads", "2": "weights"},
 }
@@ -367,6 +395,12 @@ def test_the_core_refuses_momentum_without_buffers() -> None:
     core = Core()
     with pytest.raises(ValueError, match="momentum_buffers is missing"):
         core.call("sgd", **{"2": None})
+
+
+@pytest.mark.parametrize("name", ["bias_correction1", "bias_correction2_sqrt"])
+def test_the_core_refuses_null_addresses_of_bias_corrections(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} has no memory"):
+        Core().adam_options(**{name: 0})
 
 
 LOAD_THE_CORE_WITHOUT_TORCH = f"""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from samkernels import ops
+from samkernels.backends import reference
 from tests.helpers import bits
 
 SHAPES = ((4, 3), (5,), (2, 3, 2))
@@ -25,11 +26,13 @@ class Call:
     lists: tuple[str, ...]
     written: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    step_counts: bool = False
 
     def arguments(self, **options: Any) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(0)
         lists = {name: [torch.randn(s, generator=generator) for s in SHAPES] for name in self.lists}
-        return {**lists, **self.options, **options}
+        steps = {"steps": [torch.zeros(()) for _ in SHAPES]} if self.step_counts else {}
+        return {**lists, **steps, **self.options, **options}
 
 
 CALLS = {
@@ -58,6 +61,13 @@ CALLS = {
         ("params", "grads", "hessian_products", "momentum_buffers"),
         written=("params", "momentum_buffers"),
         options={"lr": 0.1, "rho": 0.05, "momentum": 0.9},
+    ),
+    "adam_": Call(
+        ops.adam_,
+        ("params", "old_params", "grads", "exp_avgs", "exp_avg_sqs", "first_grads"),
+        written=("params", "exp_avgs", "exp_avg_sqs"),
+        options={"lr": 0.1, "rule": "samdirection"},
+        step_counts=True,
     ),
     "compare": Call(ops.compare, ("first_grads", "second_grads", "weights")),
 }
@@ -292,6 +302,8 @@ def test_tensors_that_overlap_between_lists(
         ("perturb_", "params", "old_params"),
         ("sgd_", "params", "momentum_buffers"),
         ("sgd_hess_", "params", "momentum_buffers"),
+        ("adam_", "params", "exp_avgs"),
+        ("adam_", "exp_avgs", "exp_avg_sqs"),
     ],
 )
 def test_the_same_tensor_in_two_lists_that_are_written(
@@ -312,6 +324,8 @@ def test_the_same_tensor_in_two_lists_that_are_written(
         ("sgd_", "params", "first_grads"),
         ("sgd_hess_", "params", "grads"),
         ("sgd_hess_", "momentum_buffers", "hessian_products"),
+        ("adam_", "params", "old_params"),
+        ("adam_", "exp_avgs", "grads"),
     ],
 )
 def test_shifted_by_one_element_at_the_same_index(name: str, argument: str, other: str) -> None:
@@ -341,8 +355,17 @@ NUMBERS = [
     ("sgd_hess_", "rho"),
     ("sgd_hess_", "momentum"),
     ("sgd_hess_", "weight_decay"),
+    ("adam_", "lr"),
+    ("adam_", "eps"),
+    ("adam_", "weight_decay"),
 ]
-MAY_BE_TENSORS = [("perturb_", "rho"), ("sgd_", "lr"), ("sgd_hess_", "lr"), ("sgd_hess_", "rho")]
+MAY_BE_TENSORS = [
+    ("perturb_", "rho"),
+    ("sgd_", "lr"),
+    ("sgd_hess_", "lr"),
+    ("sgd_hess_", "rho"),
+    ("adam_", "lr"),
+]
 
 
 @pytest.mark.parametrize(("name", "option"), NUMBERS)
@@ -401,10 +424,69 @@ def test_momentum_without_buffers(name: str) -> None:
     refuses(name, arguments, ValueError, "momentum=0.9", "momentum_buffers")
 
 
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), None, "0.9"], ids=str)
+def test_betas_that_are_no_pair(betas: Any) -> None:
+    refuses("adam_", CALLS["adam_"].arguments(betas=betas), TypeError, f"betas is {betas!r}")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("beta", "error", "mention"),
+    [
+        (1.0, ValueError, "=1.0: give a number below 1"),
+        (-0.1, ValueError, "=-0.1: give a finite number >= 0"),
+        (math.nan, ValueError, "=nan: give a finite number"),
+        (torch.tensor(0.9), TypeError, "is Tensor: give a number"),
+        (True, TypeError, "is bool"),
+    ],
+    ids=str,
+)
+def test_betas_out_of_range(which: int, beta: Any, error: type[Exception], mention: str) -> None:
+    betas = (beta, 0.9) if which == 0 else (0.9, beta)
+    arguments = CALLS["adam_"].arguments(betas=betas)
+    refuses("adam_", arguments, error, f"betas[{which}]", mention)
+
+
+@pytest.mark.parametrize("option", ["decoupled_weight_decay", "maximize"])
+def test_flags_of_adam_that_are_no_bool(option: str) -> None:
+    refuses("adam_", CALLS["adam_"].arguments(**{option: 1}), TypeError, f"{option} is int")
+
+
+# Step counts
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "mention"),
+    [
+        (torch.zeros(3), TypeError, "steps is Tensor: give a list"),
+        (None, TypeError, "steps is NoneType"),
+        ([torch.zeros(())] * 2, ValueError, "steps has 2 tensors and params has 3"),
+        ([1.0, 1.0, 1.0], TypeError, "steps[0] is float: give a torch.Tensor"),
+        ([torch.zeros(1) for _ in range(3)], ValueError, "steps[0] has shape (1,)"),
+        ([torch.zeros((), dtype=torch.int64) for _ in range(3)], ValueError, "torch.int64"),
+        ([torch.zeros((), device="meta") for _ in range(3)], ValueError, "on meta"),
+        ([torch.zeros(())] * 3, ValueError, "steps[0] and steps[1] (shape ()) overlap in memory"),
+    ],
+    ids=["tensor", "none", "length", "number", "shape", "dtype", "device", "shared"],
+)
+def test_step_counts(steps: Any, error: type[Exception], mention: str) -> None:
+    refuses("adam_", CALLS["adam_"].arguments(steps=steps), error, mention)
+
+
+def test_an_error_of_the_backend_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no launch")
+
+    monkeypatch.setattr(reference, "adam_", fail)
+    arguments = CALLS["adam_"].arguments(backend="reference")
+    refuses("adam_", arguments, RuntimeError, "no launch")
+    assert [t.item() for t in arguments["steps"]] == [0, 0, 0]
+
+
 # Choices
 
 
-@pytest.mark.parametrize("name", ["recombine_", "sgd_"])
+@pytest.mark.parametrize("name", ["recombine_", "sgd_", "adam_"])
 @pytest.mark.parametrize("option", ["rule", "granularity"])
 @pytest.mark.parametrize("value", ["SAM", "", None, 0])
 def test_unknown_rules_and_granularities(name: str, option: str, value: Any) -> None:
@@ -420,7 +502,7 @@ def test_unknown_backends(name: str, value: Any) -> None:
     refuses(name, arguments, ValueError, f"backend={value!r}", "'native'", "'reference'")
 
 
-@pytest.mark.parametrize("name", ["recombine_", "sgd_"])
+@pytest.mark.parametrize("name", ["recombine_", "sgd_", "adam_"])
 @pytest.mark.parametrize("granularity", ops.GRANULARITIES)
 @pytest.mark.parametrize("rule", ["samdirection", "sammagnitude"])
 def test_missing_first_grads(name: str, granularity: str, rule: str) -> None:
@@ -434,9 +516,10 @@ NORMS = [
     ("perturb_", "norm", {}, ()),
     ("recombine_", "ascent_norm", {}, ()),
     ("sgd_", "ascent_norm", {}, ()),
+    ("adam_", "found_inf", {}, ()),
     *(
         (name, option, {"granularity": granularity}, shape)
-        for name in ("recombine_", "sgd_")
+        for name in ("recombine_", "sgd_", "adam_")
         for option in ("first_norm", "second_norm")
         for granularity, shape in (("global", ()), ("tensor", (3,)))
     ),
@@ -495,7 +578,7 @@ def test_a_norm_that_is_no_tensor(
     refuses(name, arguments, TypeError, f"{option} is float")
 
 
-@pytest.mark.parametrize("name", ["recombine_", "sgd_"])
+@pytest.mark.parametrize("name", ["recombine_", "sgd_", "adam_"])
 def test_a_norm_with_gaps(name: str) -> None:
     options = {"granularity": "tensor", "first_norm": torch.ones(6)[::2]}
     refuses(name, CALLS[name].arguments(**options), ValueError, "first_norm is not contiguous")

@@ -30,6 +30,13 @@ on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 KERNELS = [name for name in BACKENDS if name != "foreach"]
 every_variant = pytest.mark.parametrize(("cls", "variant"), VARIANTS)
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+every_base = pytest.mark.parametrize(
+    ("base", "options"),
+    [
+        pytest.param(torch.optim.SGD, SGD, id="SGD"),
+        pytest.param(torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}, id="AdamW"),
+    ],
+)
 # Long enough for every multiprocessor, with odd ends, and too many tensors for one table.
 SHAPES = [(3_000_001,), (1 << 20,), (512, 513), (), (0,), *[(i % 7,) for i in range(1500)]]
 
@@ -157,17 +164,21 @@ def test_tensors_of_another_device_than_the_current_one(backend: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "lr_on_device"), [*((name, False) for name in BACKENDS), ("native", True)]
 )
+@every_base
 @every_variant
 def test_no_step_makes_the_host_wait(
     cls: type[SAM],
     variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
     backend: str,
     lr_on_device: bool,
     no_synchronisation: Callable[[], None],
 ) -> None:
-    lr = torch.tensor(0.1, device="cuda") if lr_on_device else 0.1
+    if lr_on_device:
+        options = {**options, "lr": torch.tensor(0.1, device="cuda")}
     optimizer = cls(
-        parameters(), backend=backend, track_statistics=True, **{**SGD, "lr": lr}, **variant
+        parameters(), base, backend=backend, track_statistics=True, **options, **variant
     )
     first, second = draw(1), draw(2)
     take_step(optimizer, first, second)  # what is made once may wait
@@ -211,7 +222,13 @@ class Training:
     """A model without matrix products, whose libraries choose algorithms; its optimizer."""
 
     def __init__(
-        self, cls: type[SAM], variant: dict[str, Any], rho_on_device: bool, backend: str
+        self,
+        cls: type[SAM],
+        variant: dict[str, Any],
+        base: type[torch.optim.Optimizer],
+        options: dict[str, Any],
+        rho_on_device: bool,
+        backend: str,
     ) -> None:
         generator = torch.Generator("cuda").manual_seed(0)
         like: dict[str, Any] = {"generator": generator, "device": "cuda"}
@@ -220,9 +237,8 @@ class Training:
             nn.Parameter(torch.randn(shape, **like)) for shape in [(300, 41), (41,), (300, 1), ()]
         ]
         self.lr = torch.tensor(0.1, device="cuda")
-        self.optimizer = cls(
-            self.params, lr=self.lr, momentum=0.9, weight_decay=1e-3, backend=backend, **variant
-        )
+        options = {**options, "lr": self.lr}
+        self.optimizer = cls(self.params, base, backend=backend, **options, **variant)
         group = self.optimizer.param_groups[0]
         self.rho = torch.tensor(0.05, device="cuda")
         if rho_on_device:
@@ -242,11 +258,19 @@ class Training:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("rho_on_device", [False, True])
+@every_base
 @every_variant
 def test_a_captured_step_replays_bit_for_bit(
-    cls: type[SAM], variant: dict[str, Any], rho_on_device: bool, backend: str
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    rho_on_device: bool,
+    backend: str,
 ) -> None:
-    eager, captured = (Training(cls, variant, rho_on_device, backend) for _ in range(2))
+    eager, captured = (
+        Training(cls, variant, base, options, rho_on_device, backend) for _ in range(2)
+    )
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -277,8 +301,11 @@ def test_a_captured_step_replays_bit_for_bit(
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_a_gradient_that_is_not_finite_skips_a_replay(backend: str) -> None:
-    training = Training(SAMDirection, {}, rho_on_device=True, backend=backend)
+@every_base
+def test_a_gradient_that_is_not_finite_skips_a_replay(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], backend: str
+) -> None:
+    training = Training(SAMDirection, {}, base, options, rho_on_device=True, backend=backend)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -289,10 +316,41 @@ def test_a_gradient_that_is_not_finite_skips_a_replay(backend: str) -> None:
     with torch.cuda.graph(graph):
         training.step()
     graph.replay()
-    before, finite = snapshot(training.params), training.x.clone()
+    state = [x for p in training.params for x in training.optimizer.state[p].values()]
+    before, finite = snapshot([*training.params, *state]), training.x.clone()
     training.x[17, 3] = float("nan")
     graph.replay()
-    assert unchanged(training.params, before)
+    assert unchanged([*training.params, *state], before)
     training.x.copy_(finite)
     graph.replay()
     assert not unchanged(training.params, before)
+
+
+@on_every_backend
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"fused": True}], ids=str)
+def test_an_adamw_checkpoint_with_its_counts_on_the_host_or_the_device(
+    options: dict[str, Any], backend: str
+) -> None:
+    """The count moves to the parameters, and torch.optim goes on from there."""
+    weights = []
+    for goes_through_sam in (False, True):
+        params = parameters()
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(params, lr=0.01, **options)
+        for seed in range(9):
+            if goes_through_sam and seed in (3, 6):
+                checkpoint = optimizer.state_dict()
+                if seed == 3:
+                    optimizer = SAM(params, torch.optim.AdamW, 0.0, lr=9.0, backend=backend)
+                else:
+                    optimizer = torch.optim.AdamW(params, lr=9.0)
+                optimizer.load_state_dict(checkpoint)
+            if isinstance(optimizer, SAM):
+                take_step(optimizer, draw(99), draw(seed))
+                assert all(optimizer.state[p]["step"].device == p.device for p in params)
+            else:
+                give(params, draw(seed))
+                optimizer.step()
+            assert all(optimizer.state[p]["step"].item() == seed + 1 for p in params)
+        weights.append(params)
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)

@@ -176,6 +176,8 @@ def lists_of(name: str) -> tuple[int, int]:
     if op == "Sgd":
         momentum = int(flags[1])  # Momentum: none, init, running
         return 2 + (flags[0] == "true") + (momentum == 2), 1 + (momentum > 0)
+    if op == "Adam":
+        return 4 + (flags[0] == "true"), 3
     assert op == "Compare", f"{name}: say here how many lists {op} reads and writes"
     return 2, 0
 

@@ -6,6 +6,7 @@ import pytest
 from torch import Tensor
 
 from samkernels import ops
+from tests import test_ops_adam
 from tests.helpers import CHUNK_SIZE, SETTINGS, Setting, Slot, assert_same_bits, copies
 from tests.test_ops import (
     PERTURBATIONS,
@@ -75,3 +76,12 @@ def test_sgd_of_random_lists(slots: list[Slot], setting: Setting, data: st.DataO
     rule, granularity = data.draw(st.sampled_from(RULES))
     options = data.draw(st.sampled_from(list(SGD_OPTIONS.values())))
     check_sgd(ops.sgd_, slots, setting, rule=rule, granularity=granularity, **options)
+
+
+@reproducible
+@random_lists
+def test_adam_of_random_lists(slots: list[Slot], setting: Setting, data: st.DataObject) -> None:
+    rule, granularity = data.draw(st.sampled_from(RULES))
+    options = data.draw(st.sampled_from(list(test_ops_adam.OPTIONS.values())))
+    how = {"rule": rule, "granularity": granularity, **options}
+    test_ops_adam.check_adam(ops.adam_, slots, setting, **how)

@@ -35,7 +35,10 @@ __all__ = ["one_thread"]
 BASES = [
     pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="SGD"),
     pytest.param(torch.optim.Adam, {"lr": 0.1}, id="Adam"),
+    pytest.param(torch.optim.RMSprop, {"lr": 0.1}, id="RMSprop"),
 ]
+# Those with a fused update, and one that makes its own step.
+CLASSES = [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam]
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1] * 4)
 
@@ -597,9 +600,10 @@ def test_a_scheduler_leaves_the_update_fused() -> None:
     group = optimizer.param_groups[0]
     assert isinstance(group["initial_lr"], Tensor)
     group["initial_lr"] = torch.tensor(0.1, device="meta")
-    assert optimizer._is_fused(group)
+    fused = optimizer._fused_base
+    assert fused is not None and fused.serves(group)
     group["weight_decay"] = torch.tensor(0.1, device="meta")
-    assert not optimizer._is_fused(group)
+    assert not fused.serves(group)
 
 
 def test_lr_and_rho_as_tensors() -> None:
@@ -658,7 +662,7 @@ def spoil_gradient(model: nn.Module) -> None:
 
 
 @SCALED
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("base", CLASSES)
 def test_a_grad_scaler_changes_nothing_but_roundings(
     base: type[torch.optim.Optimizer], cls: type[SAM], options: dict[str, Any]
 ) -> None:
@@ -688,7 +692,7 @@ def test_a_grad_scaler_changes_nothing_but_roundings(
 
 @SCALED
 @pytest.mark.parametrize("spoil", ["first", "second"])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("base", CLASSES)
 def test_an_overflow_skips_the_step_and_lowers_the_scale(
     base: type[torch.optim.Optimizer], spoil: str, cls: type[SAM], options: dict[str, Any]
 ) -> None:
@@ -795,14 +799,22 @@ def test_hooks_fire_once_per_step(
         optimizer.zero_grad()
 
 
-def test_base_optimizer_hooks_fire_once_per_step() -> None:
-    model = linear()
-    optimizer = SAM(model.parameters(), torch.optim.Adam, lr=0.1)
+@pytest.mark.parametrize("which", ["pre", "post"])
+@pytest.mark.parametrize("base", CLASSES)
+def test_base_optimizer_hooks_fire_once_per_step(
+    base: type[torch.optim.Optimizer], which: str
+) -> None:
+    """Whoever hooks into its step gets to see it, and the same weights up to rounding."""
+    models = linear(), linear()
+    optimizer, plain = (SAM(model.parameters(), base, lr=0.1) for model in models)
     hook, calls = count_calls(lambda *_: None)
-    optimizer.base_optimizer.register_step_post_hook(hook)
+    getattr(optimizer.base_optimizer, f"register_step_{which}_hook")(hook)
     for step in range(3):
-        optimizer.step(closure_of(optimizer, model))
+        for o, model in zip((optimizer, plain), models, strict=True):
+            o.step(closure_of(o, model))
         assert len(calls) == step + 1
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 # -- groups ----------------------------------------------------------------------------------------

@@ -320,6 +320,111 @@ def test_sgd_follows_torch_optim_sgd(options: dict[str, Any], dtype: torch.dtype
                 assert_close(buffers[i], buffer, step + 1)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_adam_by_hand(decoupled: bool) -> None:
+    w, m, v = vector(1, -2), vector(0.5, -1), vector(0.6, 2)
+    steps = [torch.tensor(1.0)]
+    perturbed_w = vector(100, 100)  # must not count
+    ops.adam_(
+        [perturbed_w],
+        [w],
+        [vector(2, 3)],
+        [m],
+        [v],
+        steps,
+        lr=0.1,
+        betas=(0.5, 0.75),
+        eps=0.25,
+        weight_decay=0.5,
+        decoupled_weight_decay=decoupled,
+        backend="reference",
+    )
+    # u = g = (2, 3), or g + 0.5 w = (2.5, 2);  m = (m + u) / 2;  v = (3 v + u^2) / 4
+    # w is (0.95, -1.9), or stays;  w -= 0.1 / (1 - 0.25) * m / (sqrt(v / (1 - 0.5625)) + 0.25)
+    start = vector(0.95, -1.9) if decoupled else vector(1, -2)
+    new_m = vector(1.25, 1) if decoupled else vector(1.5, 0.5)
+    new_v = vector(1.45, 3.75) if decoupled else vector(2.0125, 2.5)
+    assert_close(m, new_m)
+    assert_close(v, new_v)
+    assert_close(perturbed_w, start - 0.1 / 0.75 * new_m / ((new_v / 0.4375).sqrt() + 0.25))
+    assert torch.equal(w, vector(1, -2))
+    assert steps[0].item() == 2
+
+
+def test_the_first_step_of_adam_by_hand() -> None:
+    """lr * sign(g), up to eps; eps counts where the gradient is as small."""
+    w, g = vector(1, 1, 1, 1), vector(3, -1e-3, 1e-8, 0)
+    state = [torch.zeros_like(w)], [torch.zeros_like(w)], [torch.tensor(0.0)]
+    ops.adam_([w], [w], [g], *state, lr=0.5, eps=1e-8, backend="reference")
+    assert_close(w, vector(1 - 0.5 / (1 + 1e-8 / 3), 1 + 0.5 / (1 + 1e-5), 0.75, 1))
+
+
+ADAM_OPTIONS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+    (torch.optim.Adam, {}),
+    (torch.optim.Adam, {"weight_decay": 0.1}),
+    (torch.optim.Adam, {"weight_decay": 0.1, "maximize": True, "betas": (0.8, 0.95)}),
+    (torch.optim.AdamW, {"weight_decay": 0.0}),
+    (torch.optim.AdamW, {"weight_decay": 0.1, "eps": 1e-3}),
+    (torch.optim.AdamW, {"weight_decay": 0.1, "maximize": True, "betas": (0.0, 0.0)}),
+    (torch.optim.AdamW, {"weight_decay": 0.1, "betas": (0.4, 0.9999)}),
+]
+
+
+@pytest.mark.parametrize(
+    ("base", "options"), ADAM_OPTIONS, ids=lambda x: "-".join(x) if isinstance(x, dict) else None
+)
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_adam_follows_torch_optim_adam(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Single tensor, step by step. PyTorch takes m as m + (1 - beta1) * (u - m), the step size and
+    the root of the correction in double: a few other roundings of the same numbers."""
+    steps = 10
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(s, generator=generator, dtype=dtype) for s in ((4, 3), (), (7,))]
+    theirs = [torch.nn.Parameter(t.clone()) for t in start]
+    optimizer = base(theirs, lr=0.1, foreach=False, **options)
+    params, old_params = copies(start), copies(start)
+    m, v = ([torch.zeros_like(t) for t in start] for _ in range(2))
+    counts = [torch.tensor(0.0) for _ in start]
+    decoupled = base is torch.optim.AdamW
+    for step in range(steps):
+        grads = [torch.randn(t.shape, generator=generator, dtype=dtype) for t in start]
+        for parameter, grad in zip(theirs, grads, strict=True):
+            parameter.grad = grad.clone()
+        optimizer.step()
+        lists = (params, old_params, grads, m, v, counts)
+        options_ = {**options, "decoupled_weight_decay": decoupled}
+        ops.adam_(*lists, lr=0.1, backend="reference", **options_)
+        old_params = copies(params)
+        for i, parameter in enumerate(theirs):
+            state = optimizer.state[parameter]
+            assert_close(params[i], parameter.detach(), step + 1)
+            assert_close(m[i], state["exp_avg"], step + 1)
+            assert_close(v[i], state["exp_avg_sq"], step + 1)
+            assert counts[i].item() == state["step"].item() == step + 1
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_a_step_of_adam_with_a_non_finite_norm_is_skipped(norm: float) -> None:
+    old, m, v = vector(-0.0, math.nan, 3), vector(-0.0, 1, 2), vector(0, 1, 2)
+    params, count = vector(7, 8, 9), torch.tensor(4.0)
+    before = copies([old, m, v, count])
+    ops.adam_(
+        [params],
+        [old],
+        [vector(math.nan, 1, math.inf)],
+        [m],
+        [v],
+        [count],
+        lr=0.1,
+        weight_decay=0.1,
+        ascent_norm=torch.tensor(norm, dtype=torch.float64),
+        backend="reference",
+    )
+    assert_same_bits([params, m, v, count], before)
+
+
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
 @pytest.mark.parametrize("init_momentum", [False, True])
 def test_a_step_with_a_non_finite_norm_is_skipped(norm: float, init_momentum: bool) -> None:

@@ -22,7 +22,7 @@ Lists = list[list[Tensor]]
 
 def sgd(rule: str, **options: Any) -> Callable[..., None]:
     def run(
-        w: list[Tensor], old: list[Tensor], g1: list[Tensor], g2: list[Tensor], buf: Any
+        w: list[Tensor], old: list[Tensor], g1: list[Tensor], g2: list[Tensor], buf: Any, _: Any
     ) -> None:
         first_grads = None if rule == "sam" else g1
         ops.sgd_(w, old, g2, buf, lr=0.1, rule=rule, first_grads=first_grads, **options, **OPTIONS)
@@ -36,8 +36,19 @@ def sgd_hess(**options: Any) -> Callable[..., None]:
     )
 
 
+def adam(rule: str, **options: Any) -> Callable[..., None]:
+    def run(w: list[Tensor], old: list[Tensor], g1: Any, g2: Any, m: Any, v: Any) -> None:
+        first_grads = None if rule == "sam" else g1
+        torch._foreach_abs_(v)
+        steps = [torch.zeros(()) for _ in w]
+        options_ = {"rule": rule, "first_grads": first_grads, **options, **OPTIONS}
+        ops.adam_(w, old, g2, m, v, steps, lr=0.1, **options_)
+
+    return run
+
+
 def norms(adaptive: bool) -> Callable[..., Any]:
-    return lambda w, old, g1, g2, buf: ops.norms(g1, w if adaptive else None, **OPTIONS)
+    return lambda w, old, g1, *_: ops.norms(g1, w if adaptive else None, **OPTIONS)
 
 
 def perturb(w: list[Tensor], old: list[Tensor], g1: list[Tensor], *_: Any) -> None:
@@ -45,7 +56,7 @@ def perturb(w: list[Tensor], old: list[Tensor], g1: list[Tensor], *_: Any) -> No
 
 
 def recombine(rule: str) -> Callable[..., Any]:
-    return lambda w, old, g1, g2, buf: ops.recombine_(g2, g1, rule=rule, **OPTIONS)
+    return lambda w, old, g1, g2, *_: ops.recombine_(g2, g1, rule=rule, **OPTIONS)
 
 
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.1}
@@ -60,11 +71,16 @@ TRAFFIC: dict[str, tuple[Callable[..., Any], int, int]] = {
     "sgd, no momentum": (sgd("sam"), 2, 1),
     "sgd, samdirection": (sgd("samdirection", **MOMENTUM), 4, 2),
     "sgd, sammagnitude": (sgd("sammagnitude", **MOMENTUM), 4, 2),
+    "adam": (adam("sam", weight_decay=0.1), 4, 3),
+    "adam, decoupled": (adam("sam", weight_decay=0.1, decoupled_weight_decay=True), 4, 3),
+    "adam, samdirection": (adam("samdirection"), 5, 3),
+    "adam, sammagnitude": (adam("sammagnitude"), 5, 3),
+    "adam, skipped": (adam("sam", found_inf=torch.tensor(1.0)), 1, 1),
     "recombine, samdirection": (recombine("samdirection"), 2, 1),
     "sgd_hess": (sgd_hess(**MOMENTUM), 4, 2),
     "sgd_hess, first step": (sgd_hess(init_momentum=True, **MOMENTUM), 3, 2),
     "sgd_hess, no momentum": (sgd_hess(), 3, 1),
-    "compare": (lambda w, old, g1, g2, buf: ops.compare(g1, g2, w, **OPTIONS), 3, 0),
+    "compare": (lambda w, old, g1, g2, *_: ops.compare(g1, g2, w, **OPTIONS), 3, 0),
 }
 
 
@@ -73,7 +89,7 @@ TRAFFIC: dict[str, tuple[Callable[..., Any], int, int]] = {
 @pytest.mark.parametrize("name", TRAFFIC)
 def test_bytes_per_parameter(name: str, dtype: torch.dtype, slots: list[Slot]) -> None:
     run, reads, writes = TRAFFIC[name]
-    lists = [make_list(slots, dtype, seed=seed) for seed in range(5)]
+    lists = [make_list(slots, dtype, seed=seed) for seed in range(6)]
     take_traffic()
     run(*lists)
     numel = sum(t.numel() for t in lists[0])
@@ -153,14 +169,39 @@ def test_bytes_per_parameter_and_step(
         expected += 4 if granularity in (None, "element") else 0  # the norm of g2
     if adaptive:
         expected += 4  # the norm reads w
-    for _ in range(2):  # the first step makes the momentum buffers
+    assert traffic_of_a_step(optimizer) == expected * sum(p.numel() for p in params)
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("cls", "granularity", "expected"),
+    [
+        (SAM, None, 4 + 16 + 28),
+        (SAMDirection, "element", 4 + 16 + 32),
+        (SAMMagnitude, "element", 4 + 16 + 32),
+        (SAMDirection, "tensor", 4 + 16 + 4 + 28),
+        (SAMMagnitude, "global", 4 + 16 + 4 + 28),
+    ],
+)
+def test_bytes_per_parameter_and_step_of_adam(
+    cls: type[SAM], granularity: str | None, expected: int, base: type[torch.optim.Optimizer]
+) -> None:
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 512, CHUNK_SIZE + 7)]
+    options = {} if granularity is None else {"granularity": granularity}
+    optimizer = cls(params, base, rho=0.1, lr=0.1, backend="emulated", **options)
+    assert traffic_of_a_step(optimizer) == expected * sum(p.numel() for p in params)
+
+
+def traffic_of_a_step(optimizer: SAM) -> int:
+    """Bytes, of the second step: the first one makes the base optimizer's state."""
+    for _ in range(2):
         take_traffic()
         for step in (optimizer.first_step, optimizer.second_step):
-            for p in params:
+            for p in optimizer.param_groups[0]["params"]:
                 p.grad = torch.randn_like(p)
             step()
         read, written = take_traffic()
-    assert read + written == expected * sum(p.numel() for p in params)
+    return read + written
 
 
 def take_traffic() -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from samkernels import backends, ops
-from samkernels.backends import Recombination, SgdOptions, foreach, native, triton
+from samkernels.backends import AdamOptions, Recombination, SgdOptions, foreach, native, triton
 from tests import compiled
 from tests.helpers import Slot, assert_same_bits, copies, make_list
 from tests.test_backends import run_python
@@ -44,6 +44,21 @@ def sgd_options(**options: Any) -> SgdOptions:
     return SgdOptions(**{**defaults, **options})
 
 
+def adam_options(corrections: Tensor, **options: Any) -> AdamOptions:
+    defaults: dict[str, Any] = {
+        "lr": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "decoupled": True,
+        "maximize": False,
+        "bias_correction1": corrections,
+        "bias_correction2_sqrt": corrections,
+    }
+    return AdamOptions(**{**defaults, **options})
+
+
 # What the kernels are compiled to
 
 
@@ -51,7 +66,9 @@ class Lists:
     """Calls of every kernel: (call, lists that it reads, lists that it writes)."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.w, self.g1, self.g2, self.old, self.buffer = (tensors(dtype) for _ in range(5))
+        self.w, self.g1, self.g2, self.old, self.buffer, self.squares = (
+            tensors(dtype) for _ in range(6)
+        )
         self.norm, self.norms = torch.ones(()), torch.ones(2)
         # With all that makes the arithmetic longer.
         checks = {"ascent_norm": self.norm, "grad_scale": self.norm, "found_inf": self.norm}
@@ -75,6 +92,8 @@ class Lists:
             self.calls[f"sgd, {name}"] = (self.sgd(rule, None), reads + 1, 1)
             self.calls[f"sgd, {name}, init"] = (self.sgd(rule, True), reads + 1, 2)
             self.calls[f"sgd, {name}, running"] = (self.sgd(rule, False), reads + 2, 2)
+            self.calls[f"adam, {name}"] = (self.adam(rule, True), reads + 3, 3)
+            self.calls[f"adam, {name}, decay"] = (self.adam(rule, False), reads + 3, 3)
 
         for name, init in (("", None), (", init", True), (", running", False)):
             writes = 1 if init is None else 2
@@ -99,6 +118,11 @@ class Lists:
     def recombine(self, rule: Recombination) -> Callable[[], None]:
         return lambda: triton.recombine_(self.g2, rule)
 
+    def adam(self, rule: Recombination, decoupled: bool) -> Callable[[], None]:
+        options = adam_options(self.norms, decoupled=decoupled, lr=self.norm if decoupled else 0.1)
+        lists = (self.w, self.old, self.buffer, self.squares)
+        return lambda: triton.adam_(*lists, rule, options)
+
     def sgd(self, rule: Recombination, init: bool | None) -> Callable[[], None]:
         buffer = None if init is None else self.buffer
         options = sgd_options(nesterov=init is not None, init_momentum=init is True)
@@ -120,7 +144,7 @@ COMPILED = [
     *(
         (dtype, name)
         for dtype in (torch.bfloat16, torch.float16)
-        for name in (*HALF, "sgd, signed, running", "sgd_hess, running")
+        for name in (*HALF, "sgd, signed, running", "sgd_hess, running", "adam, signed, decay")
     ),
 ]
 
@@ -156,11 +180,12 @@ def test_kernels_are_compiled_to_vectors_without_spills(
 
 
 @every_architecture
+@pytest.mark.parametrize("name", ["sgd, signed, running", "adam, signed, decay"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_no_block_size_spills(
-    dtype: torch.dtype, arch: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, name: str, arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call, reads, _ = Lists(dtype).calls["sgd, signed, running"]
+    call, reads, _ = Lists(dtype).calls[name]
     for launch in {*triton.LAUNCHES.values(), *triton.CANDIDATES}:
         monkeypatch.setattr(triton, "DEFAULT_LAUNCH", launch)
         triton._untuned.cache_clear()
@@ -179,7 +204,7 @@ def test_no_block_size_spills(
 def test_nothing_is_compiled_again_for_other_numbers() -> None:
     def step(sizes: tuple[int, ...], rho: float, lr: float, **options: Any) -> None:
         # Views of all alignments, norms included.
-        w, g1, g2, old, buffer = ([torch.ones(n + i)[i:] for n in sizes] for i in (0, 1, 2, 3, 4))
+        w, g1, g2, old, buffer, squares = ([torch.ones(n + i)[i:] for n in sizes] for i in range(6))
         norm = torch.ones(8)[len(sizes) % 3]
         per_tensor = torch.ones(len(sizes) + 1)[1:]
         triton.weighted_norms(g1, w)
@@ -204,6 +229,9 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
         for ws in (w, kernels):
             lists = [[x.clone() for x in ws] for _ in range(2)]
             triton.sgd_hess_(ws, *lists, None, rho, sgd_options(lr=lr, **options))
+        decays = {"weight_decay": rho + 1, "eps": lr, "beta1": rho / 7, "beta2": lr}
+        adam = adam_options(per_tensor, lr=lr, maximize=options.get("maximize", False), **decays)
+        triton.adam_(w, old, buffer, squares, rule, adam)
 
     with compiled.gpu(90) as gpu:
         step((3, 5000), 0.05, 0.1)
@@ -255,13 +283,14 @@ ALIGNED = [Slot((8192,))]
 MISALIGNED = [Slot((8192,), offset=1)]
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(6))
 def test_the_alignment_of_every_list_counts(which: int) -> None:
     results = []
     for odd in (ALIGNED, MISALIGNED):
-        w, g1, g2, old, buffer = (
-            make_list(odd if i == which else ALIGNED, torch.float32, seed=i) for i in range(5)
+        w, g1, g2, old, buffer, squares = (
+            make_list(odd if i == which else ALIGNED, torch.float32, seed=i) for i in range(6)
         )
+        torch._foreach_abs_(squares)
         options = {"backend": "interpreted"}
         norms = [*ops.norms(g1, w, **options), ops.compare(g1, g2, w, **options).sums]
         ops.perturb_(w, g1, old, rho=0.1, **options)
@@ -270,9 +299,11 @@ def test_the_alignment_of_every_list_counts(which: int) -> None:
             rule = {"rule": name, "granularity": granularity}
             ops.recombine_(g2, g1, **rule, **options)
             ops.sgd_(w, old, g2, buffer, lr=0.1, momentum=0.9, first_grads=g1, **rule, **options)
+            state = buffer, squares, [torch.zeros(())]
+            ops.adam_(w, old, g2, *state, lr=0.1, eps=0.1, first_grads=g1, **rule, **options)
         updated = copies(w)
         ops.restore_(w, old, **options)
-        results.append([*norms, *perturbed, *updated, *w, *g2, *buffer])
+        results.append([*norms, *perturbed, *updated, *w, *g2, *buffer, *squares])
     assert_same_bits(*results)
 
 

@@ -13,6 +13,7 @@ void Restore(const RestoreArgs& args, const Execution& execution);
 void Recombine(const RecombineArgs& args, const Execution& execution);
 void Sgd(const SgdArgs& args, const Execution& execution);
 void SgdHess(const SgdHessArgs& args, const Execution& execution);
+void Adam(const AdamArgs& args, const Execution& execution);
 void Compare(const CompareArgs& args, const Execution& execution);
 }  // namespace SAMKERNELS_CPU_VARIANT
 

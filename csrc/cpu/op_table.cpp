@@ -15,6 +15,7 @@ const OpTable kOps = {SAMKERNELS_STRING(SAMKERNELS_CPU_VARIANT),
                       Recombine,
                       Sgd,
                       SgdHess,
+                      Adam,
                       Compare};
 
 }  // namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT

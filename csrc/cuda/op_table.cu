@@ -6,7 +6,8 @@ namespace samkernels {
 const OpTable& CudaOps() {
   static const OpTable table = {"cuda",        cuda::kChunkSize, cuda::Norms,
                                 cuda::Perturb, cuda::Restore,    cuda::Recombine,
-                                cuda::Sgd,     cuda::SgdHess,    cuda::Compare};
+                                cuda::Sgd,     cuda::SgdHess,    cuda::Adam,
+                                cuda::Compare};
   return table;
 }
 

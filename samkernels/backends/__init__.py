@@ -9,6 +9,7 @@ import torch
 
 from samkernels.backends import foreach, native, reference, triton
 from samkernels.backends.contract import (
+    AdamOptions,
     Backend,
     Comparison,
     Norms,
@@ -19,6 +20,7 @@ from samkernels.backends.contract import (
 
 __all__ = [
     "BACKENDS",
+    "AdamOptions",
     "Backend",
     "Comparison",
     "Norms",

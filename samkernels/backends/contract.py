@@ -75,6 +75,22 @@ class SgdOptions:
     init_momentum: bool
 
 
+@dataclass(frozen=True)
+class AdamOptions:
+    """The hyperparameters of torch.optim.Adam and AdamW, and where the step counts come in."""
+
+    lr: float | Tensor  # as in SgdOptions
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool  # weight decay as in AdamW
+    maximize: bool
+    # For t steps, this one included; shape (n,) on the lists' device, float32 (float64).
+    bias_correction1: Tensor  # 1 - beta1^t
+    bias_correction2_sqrt: Tensor  # sqrt(1 - beta2^t)
+
+
 class Backend(Protocol):
     """The functions of a backend module; samkernels.ops documents what each one computes."""
 
@@ -133,6 +149,16 @@ class Backend(Protocol):
         options: SgdOptions,
     ) -> None:
         """`positions_of` is not None for any of the tensors."""
+
+    def adam_(
+        self,
+        params: TensorList,
+        old_params: TensorList,
+        exp_avgs: TensorList,
+        exp_avg_sqs: TensorList,
+        recombination: Recombination,
+        options: AdamOptions,
+    ) -> None: ...
 
     def compare(
         self, first_grads: TensorList, second_grads: TensorList, weights: TensorList

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import (
+    AdamOptions,
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+)
 from samkernels.backends.contract import are_alike as are_alike
 from samkernels.backends.contract import prepare as prepare
 from samkernels.backends.rounding import rounded_at_random
@@ -113,6 +120,40 @@ def sgd_hess_(
     factors = torch._foreach_add(torch._foreach_mul(d, rho), 1)
     scaled = torch._foreach_mul(_wide(grads), factors)
     sgd_(params, params, momentum_buffers, Recombination(scaled), options)
+
+
+def adam_(
+    params: TensorList,
+    old_params: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    recombination: Recombination,
+    options: AdamOptions,
+) -> None:
+    u = _recombined(recombination)
+    old = _wide(old_params)
+    w = old
+    if options.maximize:
+        u = torch._foreach_neg(u)
+    corrections = options.bias_correction1
+    lr = torch.ones_like(corrections) * options.lr
+    if options.decoupled:
+        w = torch._foreach_mul(w, (1 - lr * options.weight_decay)[0])
+    elif options.weight_decay != 0:
+        u = torch._foreach_add(u, torch._foreach_mul(w, options.weight_decay))
+    m, v = _wide(exp_avgs), _wide(exp_avg_sqs)
+    new_m = torch._foreach_mul(m, options.beta1)
+    torch._foreach_add_(new_m, torch._foreach_mul(u, 1 - options.beta1))
+    new_v = torch._foreach_mul(v, options.beta2)
+    torch._foreach_add_(new_v, torch._foreach_mul(torch._foreach_mul(u, 1 - options.beta2), u))
+    denominators = torch._foreach_sqrt(new_v)
+    torch._foreach_div_(denominators, list(options.bias_correction2_sqrt.unbind()))
+    torch._foreach_add_(denominators, options.eps)
+    steps = torch._foreach_mul(new_m, list((lr / corrections).unbind()))
+    updated = torch._foreach_sub(w, torch._foreach_div(steps, denominators))
+    torch._foreach_copy_(exp_avgs, _unless_skipped(recombination, new_m, m))
+    torch._foreach_copy_(exp_avg_sqs, _unless_skipped(recombination, new_v, v))
+    torch._foreach_copy_(params, _unless_skipped(recombination, updated, old))
 
 
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from samkernels.backends.contract import (
+    AdamOptions,
     Comparison,
     Norms,
     Recombination,
@@ -194,6 +195,41 @@ def sgd_hess_(
             _core_sgd_options(options, momentum_buffers is not None),
         )
     _mark_written(params, momentum_buffers or ())
+
+
+def adam_(
+    params: TensorList,
+    old_params: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    recombination: Recombination,
+    options: AdamOptions,
+) -> None:
+    lr, lr_address = _scalar(options.lr)
+    with _target(params[0].device) as target:
+        _C.adam(
+            target,
+            _core_recombination(recombination),
+            _core(params),
+            _core(old_params),
+            _core(exp_avgs),
+            _core(exp_avg_sqs),
+            _C.AdamOptions(
+                lr=lr,
+                lr_address=lr_address,
+                beta1=options.beta1,
+                one_minus_beta1=1 - options.beta1,
+                beta2=options.beta2,
+                one_minus_beta2=1 - options.beta2,
+                eps=options.eps,
+                weight_decay=options.weight_decay,
+                gradient_sign=-1.0 if options.maximize else 1.0,
+                decoupled=options.decoupled,
+                bias_correction1=options.bias_correction1.data_ptr(),
+                bias_correction2_sqrt=options.bias_correction2_sqrt.data_ptr(),
+            ),
+        )
+    _mark_written(params, exp_avgs, exp_avg_sqs)
 
 
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:

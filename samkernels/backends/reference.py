@@ -10,7 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samkernels.backends.contract import Comparison, Norms, Recombination, SgdOptions, TensorList
+from samkernels.backends.contract import (
+    AdamOptions,
+    Comparison,
+    Norms,
+    Recombination,
+    SgdOptions,
+    TensorList,
+)
 from samkernels.backends.contract import are_alike as are_alike
 from samkernels.backends.contract import prepare as prepare
 from samkernels.backends.rounding import rounded_at_random
@@ -115,6 +122,36 @@ def sgd_hess_(
     sgd_(params, params, momentum_buffers, Recombination(scaled), options)
 
 
+def adam_(
+    params: TensorList,
+    old_params: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    recombination: Recombination,
+    options: AdamOptions,
+) -> None:
+    for i, (w, old) in enumerate(zip(params, old_params, strict=True)):
+        u = _recombined(recombination, i)
+        weight = _wide(old)
+        if options.maximize:
+            u = -u
+        # Tensors, as rho in perturb_.
+        correction = options.bias_correction1[i]
+        lr = torch.ones_like(correction) * options.lr
+        if options.decoupled:
+            weight = (1 - lr * options.weight_decay) * weight
+        elif options.weight_decay != 0:
+            u = u + options.weight_decay * weight
+        m, v = _wide(exp_avgs[i]), _wide(exp_avg_sqs[i])
+        new_m = options.beta1 * m + (1 - options.beta1) * u
+        new_v = options.beta2 * v + (1 - options.beta2) * u * u
+        denominator = _root(new_v) / options.bias_correction2_sqrt[i] + options.eps
+        updated = weight - lr / correction * new_m / denominator
+        exp_avgs[i].copy_(_unless_skipped(recombination, new_m, m))
+        exp_avg_sqs[i].copy_(_unless_skipped(recombination, new_v, v))
+        w.copy_(_unless_skipped(recombination, updated, _wide(old)))
+
+
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
     sums = torch.zeros(6, dtype=torch.float64, device=first_grads[0].device)
     for first, second, weight in zip(first_grads, second_grads, weights, strict=True):
@@ -148,6 +185,11 @@ def _curvature(product: Tensor) -> Tensor:
             total = total + absolute[:, :, i : i + 1, j : j + 1]
     # A tensor of counts: PyTorch divides by a number with a reciprocal, an ulp off.
     return total / torch.full_like(total, product.shape[2] * product.shape[3])
+
+
+def _root(x: Tensor) -> Tensor:
+    """Rounded correctly: PyTorch's square root of float32 may be an ulp off on the CPU."""
+    return x.double().sqrt().to(x.dtype)
 
 
 def _recombined(recombination: Recombination, i: int) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from samkernels.backends.contract import (
+    AdamOptions,
     Comparison,
     Norms,
     Recombination,
@@ -56,6 +57,9 @@ LAUNCHES = {
 }
 DEFAULT_LAUNCH = Launch(2048, 4)
 CANDIDATES = (Launch(1024, 4), Launch(2048, 4), Launch(4096, 4), Launch(4096, 8), Launch(8192, 8))
+
+# More elements per thread than this, of the five lists that adam_ reads, do not fit in registers.
+ADAM_PER_THREAD = 16
 
 # Sums have chunks, and blocks of them, of one size everywhere: it sets the order of additions.
 SUM_CHUNK = 16384
@@ -263,6 +267,44 @@ def sgd_hess_(
     _mark_written(params, momentum_buffers or ())
 
 
+def adam_(
+    params: TensorList,
+    old_params: TensorList,
+    exp_avgs: TensorList,
+    exp_avg_sqs: TensorList,
+    recombination: Recombination,
+    options: AdamOptions,
+) -> None:
+    lists = {"params": params, "old_params": old_params, "magnitude": recombination.magnitude}
+    lists |= {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if recombination.sign is not None:
+        lists["sign"] = recombination.sign
+    launch = _launch_of(params[0])
+    launch = launch._replace(block=min(launch.block, ADAM_PER_THREAD * 32 * launch.warps))
+    with _on(params[0].device):
+        _launch(
+            _kernels().adam,
+            _table(lists, launch.block),
+            launch,
+            *_scalars(recombination),
+            _number(options.lr),
+            float(options.beta1),
+            float(1 - options.beta1),
+            float(options.beta2),
+            float(1 - options.beta2),
+            float(options.eps),
+            float(options.weight_decay),
+            -1.0 if options.maximize else 1.0,
+            options.bias_correction1,
+            options.bias_correction2_sqrt,
+            **_rule(recombination),
+            DECAYS=options.weight_decay != 0,
+            DECOUPLED=options.decoupled,
+            LR_ON_DEVICE=isinstance(options.lr, Tensor),
+        )
+    _mark_written(params, exp_avgs, exp_avg_sqs)
+
+
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
     device = first_grads[0].device
     sums = torch.empty(COMPARE_SUMS, dtype=torch.float64, device=device)
@@ -288,7 +330,7 @@ def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorLi
 
 
 def _scalars(recombination: Recombination) -> tuple[Any, ...]:
-    """Scalars that recombine and sgd share."""
+    """Scalars that recombine and the updates share."""
     return (
         recombination.numerator,
         recombination.denominator,
@@ -331,7 +373,7 @@ def _number(value: float | Tensor) -> float | Tensor:
 
 
 def _rule(recombination: Recombination) -> dict[str, Any]:
-    """Flags that recombine and sgd share."""
+    """Flags that recombine and the updates share."""
     numerator = recombination.numerator
     return {
         "SIGNED": recombination.sign is not None,

@@ -616,6 +616,157 @@ def sgd_hess(
         )  # fmt: skip
 
 
+@triton.jit
+def _adam_block(
+    w_at,
+    old_at,
+    magnitude_at,
+    exp_avg_at,
+    exp_avg_sq_at,
+    sign_at,
+    offsets,
+    mask,
+    coefficient,
+    skipped,
+    step_size,
+    shrink,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    weight_decay,
+    gradient_sign,
+    bias_correction2_sqrt,
+    SIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    DECAYS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    T: tl.constexpr,
+):
+    u = _recombined(magnitude_at, sign_at, offsets, mask, coefficient, SIGNED, SCALED, WHOLE, T)
+    old = _load(old_at, offsets, mask, WHOLE, T)
+    old_m = _load(exp_avg_at, offsets, mask, WHOLE, T)
+    old_v = _load(exp_avg_sq_at, offsets, mask, WHOLE, T)
+    w = old.to(tl.float32)
+    u = gradient_sign * u
+    if DECAYS:
+        if DECOUPLED:
+            w = shrink * w
+        else:
+            u = u + weight_decay * w
+    m = beta1 * old_m.to(tl.float32) + one_minus_beta1 * u
+    v = beta2 * old_v.to(tl.float32) + one_minus_beta2 * u * u
+    denominator = tl.div_rn(tl.sqrt_rn(v), bias_correction2_sqrt) + eps
+    updated = w - tl.div_rn(step_size * m, denominator)
+    _store(exp_avg_at, offsets, mask, tl.where(skipped, old_m, m.to(T)), WHOLE, T)
+    _store(exp_avg_sq_at, offsets, mask, tl.where(skipped, old_v, v.to(T)), WHOLE, T)
+    _store(w_at, offsets, mask, tl.where(skipped, old, updated.to(T)), WHOLE, T)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "plan",
+        "addresses",
+        "numerator",
+        "denominator",
+        "norm_eps",
+        "ascent_norm",
+        "grad_scale",
+        "found_inf",
+        "lr",
+        "beta1",
+        "one_minus_beta1",
+        "beta2",
+        "one_minus_beta2",
+        "eps",
+        "weight_decay",
+        "gradient_sign",
+        "bias_correction1",
+        "bias_correction2_sqrt",
+    ]
+)
+def adam(
+    plan,
+    addresses,
+    numerator,
+    denominator,
+    norm_eps,
+    ascent_norm,
+    grad_scale,
+    found_inf,
+    lr,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    weight_decay,
+    gradient_sign,
+    bias_correction1,
+    bias_correction2_sqrt,
+    SIGNED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    UNSCALED: tl.constexpr,
+    GUARDED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    DECAYS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Restore, recombine and update: torch.optim.Adam's step from w = old_param with u, or AdamW's
+    if DECOUPLED.
+
+    u = gradient_sign * u;  u += weight_decay * w, or w *= 1 - lr * weight_decay if DECOUPLED
+    m = beta1 * m + (1 - beta1) * u;  v = beta2 * v + (1 - beta2) * u^2
+    w -= lr / bias_correction1 * m / (sqrt(v) / bias_correction2_sqrt + eps)
+
+    If ascent_norm is not finite, or found_inf not 0, w = old_param, and m and v stay.
+    Lists: params, old_params, magnitude, exp_avgs (m), exp_avg_sqs (v), then sign if SIGNED.
+    bias_correction1, bias_correction2_sqrt: float32 [tensors].
+
+    Source: torch.optim.Adam, torch.optim.AdamW; u: see recombine.
+    """
+    LISTS: tl.constexpr = 5 + SIGNED
+    tensor, begin, count = _chunk(plan)
+    w_at = _address(addresses, tensor, begin, 0, LISTS, T)
+    old_at = _address(addresses, tensor, begin, 1, LISTS, T)
+    magnitude_at = _address(addresses, tensor, begin, 2, LISTS, T)
+    exp_avg_at = _address(addresses, tensor, begin, 3, LISTS, T)
+    exp_avg_sq_at = _address(addresses, tensor, begin, 4, LISTS, T)
+    sign_at = _address(addresses, tensor, begin, LISTS - 1, LISTS, T)  # else exp_avg_sq's again
+    coefficient = _coefficient(
+        numerator, denominator, norm_eps, grad_scale, tensor, SCALED, PER_TENSOR, UNSCALED
+    )
+    skipped = _is_skipped(ascent_norm, found_inf, GUARDED, CHECKED)
+    HAS_COEFFICIENT: tl.constexpr = SCALED or UNSCALED
+    rate = _scalar(lr, LR_ON_DEVICE)
+    step_size = tl.div_rn(rate, tl.load(bias_correction1 + tensor))
+    shrink = 1.0 - rate * weight_decay
+    correction2_sqrt = tl.load(bias_correction2_sqrt + tensor)
+    offsets = tl.arange(0, BLOCK)
+    mask = offsets < count
+    aligned = _is_aligned(w_at | old_at | magnitude_at | exp_avg_at | exp_avg_sq_at | sign_at)
+    if (count == BLOCK) & aligned:
+        _adam_block(
+            w_at, old_at, magnitude_at, exp_avg_at, exp_avg_sq_at, sign_at, offsets, mask,
+            coefficient, skipped, step_size, shrink, beta1, one_minus_beta1, beta2,
+            one_minus_beta2, eps, weight_decay, gradient_sign, correction2_sqrt, SIGNED,
+            HAS_COEFFICIENT, DECAYS, DECOUPLED, True, T,
+        )  # fmt: skip
+    else:
+        _adam_block(
+            w_at, old_at, magnitude_at, exp_avg_at, exp_avg_sq_at, sign_at, offsets, mask,
+            coefficient, skipped, step_size, shrink, beta1, one_minus_beta1, beta2,
+            one_minus_beta2, eps, weight_decay, gradient_sign, correction2_sqrt, SIGNED,
+            HAS_COEFFICIENT, DECAYS, DECOUPLED, False, T,
+        )  # fmt: skip
+
+
 # Sums: every program writes the sums of its chunk; the one that finishes last adds them up, in the
 # order of the chunks. Only integers are counted atomically, so the same inputs give the same bits.
 

@@ -13,17 +13,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels import backends, ops
-from samkernels.backends import TensorList
-from samkernels.optim._lists import (
-    Bucket,
-    Perturbation,
-    Place,
-    Slot,
-    Slots,
-    fits,
-    laid_out_like,
-    norms_of,
-)
+from samkernels.optim._bases import FUSED_BASES, FusedBase
+from samkernels.optim._lists import Bucket, Perturbation, Place, Slot, Slots, norms_of
 from samkernels.optim._parts import PartSums
 from samkernels.optim._ranks import Ranks, start_exchange
 
@@ -39,12 +30,14 @@ class SAM(Optimizer):
     Second step:  w comes back bit for bit, and the base optimizer steps from it with u = g2, the
                   gradient at w + e(w), in the gradient's place.
 
-    With torch.optim.SGD as base, restore, recombination and update are one kernel; any other
-    optimizer class finds u in `.grad` and makes its own step.
+    With torch.optim.SGD, Adam and AdamW as base, restore, recombination and update are one kernel.
+    Any other optimizer class finds u in `.grad` and makes its own step; so do subclasses of these
+    three, Adam with amsgrad, and what somebody has hooked into.
 
     An n that is zero perturbs nothing. An n that is not finite perturbs nothing either, and the
-    step is skipped without the host noticing: SGD leaves weights and momentum as they were, other
-    base optimizers step with u = 0. With maximize=True the perturbation goes against g1, so that
+    step is skipped without the host noticing: the three leave weights, momentum, moments and step
+    counts as they were (which is why Adam's counts lie beside the parameters), other base
+    optimizers step with u = 0. With maximize=True the perturbation goes against g1, so that
     maximizing f is minimizing -f.
 
     Usage:
@@ -522,20 +515,28 @@ class SAM(Optimizer):
             )
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
+        fused = FUSED_BASES.get(type(self.base_optimizer))
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for i, (index, p) in enumerate(zip(saved, self._all_params(), strict=False)):
             state = state_dict["state"].get(index, {})
             if not isinstance(state, dict):
                 raise ValueError(f"state_dict: the state of parameter {i} is no dict")
-            buffer = state.get("momentum_buffer")
-            if buffer is None:
-                continue
-            if not isinstance(buffer, Tensor) or buffer.shape != p.shape:
-                shape = tuple(buffer.shape) if isinstance(buffer, Tensor) else None
-                raise ValueError(
-                    f"state_dict: the momentum_buffer of parameter {i} has shape {shape} and the "
-                    f"parameter has {tuple(p.shape)}: load the checkpoint of the same model"
-                )
+            for name in () if fused is None or not state else fused.needed:
+                if state.get(name) is None:
+                    raise ValueError(
+                        f"state_dict: the state of parameter {i} has no {name}: load a checkpoint "
+                        f"of {type(self.base_optimizer).__name__}"
+                    )
+            for name in ("momentum_buffer",) if fused is None else fused.tensors:
+                tensor = state.get(name)
+                if tensor is None:
+                    continue
+                if not isinstance(tensor, Tensor) or tensor.shape != p.shape:
+                    shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+                    raise ValueError(
+                        f"state_dict: the {name} of parameter {i} has shape {shape} and the "
+                        f"parameter has {tuple(p.shape)}: load the checkpoint of the same model"
+                    )
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -679,18 +680,18 @@ class SAM(Optimizer):
         updated = buckets if self._rule == "sam" else both
         self._measure_second(updated, both, perturbation)
 
+        for bucket in updated:
+            ops.check_choice("granularity", bucket.granularity, ops.GRANULARITIES)
         done = {slot for bucket in updated for slot in bucket.slots}
-        if all(self._is_fused(bucket.group) for bucket in updated):
+        fused = self._fused_base
+        if fused is not None and all(fused.serves(bucket.group) for bucket in updated):
             # Of all groups, so that a wrong one is found before the first is updated.
-            hyperparameters = [_sgd_options(bucket) for bucket in updated]
-            parts = [
-                self._momentum_parts(bucket, options["momentum"])
-                for bucket, options in zip(updated, hyperparameters, strict=True)
-            ]
+            updates = [call for bucket in updated for call in fused.updates(bucket, self.state)]
             if not done.issuperset(perturbation.slots):
                 self._restore({slot: None for slot in perturbation.slots if slot not in done})
-            for of_bucket, options in zip(parts, hyperparameters, strict=True):
-                self._update_with_sgd(of_bucket, options, perturbation)
+            for update in updates:
+                recombination = self._recombination(update.bucket, perturbation)
+                update.run(perturbation.old_of(update.bucket), recombination, self.state)
         else:
             for bucket in updated:
                 ops.check_disjoint(".grad of the parameters", bucket.grads)  # u goes in there
@@ -725,13 +726,12 @@ class SAM(Optimizer):
                 "unscales both. The weights were restored."
             )
 
-    def _is_fused(self, group: dict[str, Any]) -> bool:
-        if type(self.base_optimizer) is not torch.optim.SGD or group["differentiable"]:
-            return False
-        # lr and rho may lie on the device. What else lies there is left to torch.optim.SGD: reading
-        # it here would make the host wait.
-        values = [group[name] for name in ("momentum", "dampening", "weight_decay")]
-        return not any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values)
+    @property
+    def _fused_base(self) -> FusedBase | None:
+        base = self.base_optimizer
+        if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+            return None  # whoever hooks into its step wants to see it made
+        return FUSED_BASES.get(type(base))
 
     def _measure_second(
         self, updated: list[Bucket], both: list[Bucket], perturbation: Perturbation
@@ -794,65 +794,6 @@ class SAM(Optimizer):
                 options["second_norm"] = second and second.per_tensor
         return options
 
-    def _update_with_sgd(
-        self,
-        parts: list[tuple[Bucket, TensorList | None, bool]],
-        hyperparameters: dict[str, Any],
-        perturbation: Perturbation,
-    ) -> None:
-        """parts: see _momentum_parts."""
-        for part, buffers, init_momentum in parts:
-            ops.sgd_(
-                part.params,
-                perturbation.old_of(part),
-                part.grads,
-                buffers,
-                init_momentum=init_momentum,
-                **hyperparameters,
-                **self._recombination(part, perturbation),
-                **part.options,
-            )
-            if init_momentum:
-                for p, buffer in zip(part.params, buffers or (), strict=True):
-                    self.state[p]["momentum_buffer"] = buffer
-
-    def _momentum_parts(
-        self, bucket: Bucket, momentum: float
-    ) -> list[tuple[Bucket, TensorList | None, bool]]:
-        """The bucket, split by whether it has momentum yet: part, buffers, init_momentum."""
-        if momentum == 0:
-            return [(bucket, None, False)]
-        buffers = [self.state[p].get("momentum_buffer") for p in bucket.params]
-        for p, buffer in zip(bucket.params, buffers, strict=True):
-            if buffer is not None and not isinstance(buffer, Tensor):
-                raise TypeError(
-                    f"the momentum_buffer of a parameter of shape {tuple(p.shape)} is "
-                    f"{type(buffer).__name__}: give a tensor, or remove it from optimizer.state"
-                )
-        running = [buffer for buffer in buffers if buffer is not None]
-        if len(running) == len(buffers):
-            return [(bucket, self._laid_out(bucket, running), False)]
-        new = {slot for slot, b in zip(bucket.slots, buffers, strict=True) if b is None}
-        new_part = bucket.select(new.__contains__)
-        empty = [torch.empty_like(p, requires_grad=False) for p in new_part.params]
-        if not running:
-            return [(new_part, empty, True)]
-        running_part = bucket.select(lambda slot: slot not in new)
-        return [
-            (running_part, self._laid_out(running_part, running), False),
-            (new_part, empty, True),
-        ]
-
-    def _laid_out(self, bucket: Bucket, buffers: list[Tensor]) -> TensorList:
-        """The momentum buffers; those in another layout, as of a checkpoint, are replaced."""
-        prepared = bucket.place.prepare(buffers)
-        if bucket.place.are_alike(bucket.old, prepared):
-            return prepared
-        for i, p in enumerate(bucket.params):
-            if not fits(buffers[i], p):
-                buffers[i] = self.state[p]["momentum_buffer"] = laid_out_like(p, buffers[i])
-        return buffers
-
     def _step_base(self, updated: set[Tensor]) -> None:
         hidden = {p: p.grad for p in self._all_params() if p not in updated and p.grad is not None}
         for p in hidden:
@@ -881,19 +822,6 @@ def _add_overflow(norm: Tensor, p: Tensor) -> None:
 
 def _shares_memory(grad: Tensor) -> bool:
     return grad._is_view() or grad.untyped_storage().nbytes() != grad.nbytes
-
-
-def _sgd_options(bucket: Bucket) -> dict[str, Any]:
-    """All that may be wrong with a group is found here, before any group is updated."""
-    group = bucket.group
-    ops.check_choice("granularity", bucket.granularity, ops.GRANULARITIES)
-    options = {name: group[name] for name in ("lr", "nesterov", "maximize")}
-    for name in ("momentum", "dampening", "weight_decay"):
-        value = group[name]
-        options[name] = value.item() if isinstance(value, Tensor) else value
-    ops.check_sgd_options(**options)
-    options["lr"] = ops.hyperparameter("lr", options["lr"], bucket.params[0])
-    return options
 
 
 def _select(buckets: list[Bucket], keep: Callable[[Slot], bool]) -> list[Bucket]:
