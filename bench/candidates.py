@@ -1,58 +1,150 @@
-"""What is benchmarked: one SAM step, gradients given, on the parameter list of a real network."""
+"""Who is benchmarked: the optimizers of the SAM family on every backend, and the peers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import samkernels
-from bench.peers import EagerSAM, ForeachSAM
-from train.models.resnet import resnet18
+from bench.clock import Work
+from bench.peers import CompiledSAM, EagerSAM, ForeachSAM, pytorch_optimizer_sam
+from samkernels import backends
 
 RHO = 0.05
 SGD_OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+ADAMW_OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2}
+EAGER = "peer: eager, per tensor"
+FOREACH = "peer: torch._foreach, fused SGD"
+COMPILED = "peer: torch.compile of the foreach step"
+PYTORCH_OPTIMIZER = "peer: pytorch_optimizer.SAM"
+# It unrolls the list: a thousand tensors take more than ten minutes.
+COMPILED_TENSORS = 200
 
-Step = Callable[[], None]
+Make = Callable[[list[Tensor]], Any]
 
 
-def _ours(backend: str) -> Callable[[list[Tensor]], Any]:
-    return lambda params: samkernels.SAM(params, rho=RHO, backend=backend, **SGD_OPTIONS)
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer of the family.
+
+    Attributes:
+        elements: read and written per parameter and step, with fused kernels.
+    """
+
+    cls: type[samkernels.SAM]
+    elements: int
+    base: type[torch.optim.Optimizer] = torch.optim.SGD
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_options(self) -> dict[str, Any]:
+        return SGD_OPTIONS if self.base is torch.optim.SGD else ADAMW_OPTIONS
+
+    def on(self, backend: str) -> Make:
+        """The optimizer on a backend of this package."""
+        options = {"rho": RHO, "backend": backend, **self.options, **self.base_options}
+        return lambda params: self.cls(params, self.base, **options)
 
 
-OPTIMIZERS: dict[str, Callable[[list[Tensor]], Any]] = {
-    "native": _ours("native"),
-    "foreach": _ours("foreach"),
-    "reference": _ours("reference"),
-    "peer: eager, per tensor": lambda params: EagerSAM(params, RHO, **SGD_OPTIONS),
-    "peer: torch._foreach, fused SGD": lambda params: ForeachSAM(params, RHO, **SGD_OPTIONS),
+def _granular(cls: type[samkernels.SAM], granularity: str) -> Variant:
+    # Element: the update reads g1 as well. The others: one more reading of g2, for its norm.
+    return Variant(cls, 11, options={"granularity": granularity})
+
+
+# norms read g1; perturb reads g1 and w, writes w and old; the update reads old, g2 and the momentum
+# buffer, writes w and the buffer: 1 + 4 + 5. tests/test_traffic.py counts them.
+VARIANTS: dict[str, Variant] = {
+    "SAM": Variant(samkernels.SAM, 10),
+    "ASAM": Variant(samkernels.SAM, 11, options={"adaptive": True}),
+    **{
+        f"{cls.__name__}, {granularity}": _granular(cls, granularity)
+        for cls in (samkernels.SAMDirection, samkernels.SAMMagnitude)
+        for granularity in ("element", "tensor", "global")
+    },
+    "SAM, AdamW": Variant(samkernels.SAM, 12, torch.optim.AdamW),
 }
 
 
-def resnet18_shapes() -> list[torch.Size]:
-    """The shapes of ResNet-18's parameters with 100 classes: 62 tensors, 11.2 M elements."""
-    return [p.shape for p in resnet18(in_channels=3, num_classes=100).parameters()]
+def ours(device: torch.device) -> list[str]:
+    """The backends that serve the device; the fastest first. No interpreter."""
+    names = ["native", *["triton"][: device.type == "cuda"], "foreach", "reference"]
+    return [name for name in names if not backends.why_unavailable(name, device)]
 
 
-def sam_step(name: str, shapes: list[torch.Size], seed: int = 0) -> tuple[Step, list[Tensor]]:
-    """A function that makes one SAM step with fixed gradients, and the parameters that it moves."""
-    generator = torch.Generator().manual_seed(seed)
+def candidates(variant: str, device: torch.device, tensors: int = 0) -> dict[str, Make]:
+    """Those that there are of a variant on a device, by name; this package's first.
 
-    def draw(scale: float) -> list[Tensor]:
-        return [torch.randn(shape, generator=generator) * scale for shape in shapes]
+    Args:
+        tensors: of the list; torch.compile takes very long for many.
+    """
+    of = VARIANTS[variant]
+    found = {name: of.on(name) for name in ours(device)}
+    adaptive = variant == "ASAM"
+    if variant in ("SAM", "ASAM", "SAM, AdamW"):
+        found[EAGER] = lambda params: EagerSAM(params, RHO, adaptive, of.base, **of.base_options)
+        found[PYTORCH_OPTIMIZER] = lambda params: pytorch_optimizer_sam(
+            params, of.base, RHO, adaptive, **of.base_options
+        )
+    if variant in ("SAM", "SAM, AdamW"):
+        found[FOREACH] = lambda params: ForeachSAM(params, RHO, of.base, **of.base_options)
+    if variant == "SAM" and tensors <= COMPILED_TENSORS:
+        found[COMPILED] = lambda params: CompiledSAM(params, RHO, **of.base_options)
+    return found
 
-    params: list[Tensor] = [torch.nn.Parameter(w) for w in draw(0.05)]
-    first_grads, second_grads = draw(0.01), draw(0.01)
-    optimizer = OPTIMIZERS[name](params)
 
-    def step() -> None:
-        for p, grad in zip(params, first_grads, strict=True):
-            p.grad = grad
-        optimizer.first_step()
-        for p, grad in zip(params, second_grads, strict=True):
-            p.grad = grad
-        optimizer.second_step()
+def draw(
+    shapes: Sequence[torch.Size],
+    scale: float,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Normal numbers of that scale."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return [
+        torch.randn(shape, generator=generator, device=device).mul_(scale).to(dtype)
+        for shape in shapes
+    ]
 
-    return step, params
+
+@dataclass(frozen=True)
+class Problem:
+    """Weights, and the gradients of the two passes, shared by all candidates."""
+
+    weights: list[Tensor]
+    first_grads: list[Tensor]
+    second_grads: list[Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(w.nbytes for w in self.weights)
+
+    def parameters(self) -> list[Tensor]:
+        return [torch.nn.Parameter(w.clone()) for w in self.weights]
+
+    def step_of(self, optimizer: Any, params: list[Tensor]) -> Work:
+        """What a training loop does in a step beside its two backward passes."""
+
+        def step() -> None:
+            for p, grad in zip(params, self.first_grads, strict=True):
+                p.grad = grad
+            optimizer.first_step()
+            for p, grad in zip(params, self.second_grads, strict=True):
+                p.grad = grad
+            optimizer.second_step()
+
+        return step
+
+
+def problem(
+    shapes: Sequence[torch.Size],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Problem:
+    device = torch.device(device)
+    weights = draw(shapes, 0.05, 0, device, dtype)
+    return Problem(weights, *(draw(shapes, 0.01, seed, device, dtype) for seed in (1, 2)))

@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 
 from bench import gpu_cases
+from bench.candidates import COMPILED, EAGER, FOREACH, problem
+from bench.clock import Work, quartiles
 from bench.side_by_side import environment
 from samkernels.backends import native
 
@@ -395,9 +397,8 @@ def profile_with_torch(stage: Stage, name: str, dtype: str) -> list[Row]:
     from torch.profiler import ProfilerActivity
 
     machine = gpu_cases.Machine(stage.dry_run)
-    params, gradients = parameters(machine, machine.lists()[name], getattr(torch, dtype))
-    bytes_of_pass = sum(p.numel() * p.element_size() for p in params)
-    works = gpu_cases.phases(machine, params, gradients, machine.backend)
+    given = problem(machine.lists()[name], machine.device, getattr(torch, dtype))
+    works = gpu_cases.phases(given, machine.backend)
     activity = ProfilerActivity.CPU if stage.dry_run else ProfilerActivity.CUDA
     rows = []
     for phase, work in works.items():
@@ -412,7 +413,7 @@ def profile_with_torch(stage: Stage, name: str, dtype: str) -> list[Row]:
             for event in profiler.key_averages()
             if "samkernels" in event.key
         )
-        megabytes = gpu_cases.FLOOR[phase] * bytes_of_pass / MEGA
+        megabytes = gpu_cases.FLOOR[phase] * given.nbytes / MEGA
         rows.append(
             {
                 "phase": phase,
@@ -427,8 +428,9 @@ def profile_with_torch(stage: Stage, name: str, dtype: str) -> list[Row]:
 def one_step(stage: Stage, name: str, dtype: str) -> None:
     """What ncu watches: one SAM step, after two that warm up."""
     machine = gpu_cases.Machine(stage.dry_run)
-    params, gradients = parameters(machine, machine.lists()[name], getattr(torch, dtype))
-    step = gpu_cases.sam_step(gpu_cases.candidates(machine)["native"](params), params, gradients)
+    given = problem(machine.lists()[name], machine.device, getattr(torch, dtype))
+    params = given.parameters()
+    step = given.step_of(machine.candidates()["native"](params), params)
     step()
     step()
     machine.synchronize()
@@ -446,28 +448,16 @@ ROUNDS = 20
 COMPILE_SECONDS = 75
 
 
-def parameters(
-    machine: gpu_cases.Machine, shapes: list[torch.Size], dtype: torch.dtype
-) -> tuple[list[Tensor], gpu_cases.Gradients]:
-    draw = gpu_cases.draw
-    params: list[Tensor] = [
-        torch.nn.Parameter(w) for w in draw(machine, shapes, dtype, scale=0.05, seed=0)
-    ]
-    gradients = [draw(machine, shapes, dtype, scale=0.01, seed=seed) for seed in (1, 2)]
-    return params, gpu_cases.Gradients(*gradients)
-
-
 def bench(stage: Stage) -> None:
     """One SAM step, all candidates in turn, round after round; and the phases of native's."""
     ensure_built(stage)
     machine = gpu_cases.Machine(stage.dry_run)
-    copy, copied = gpu_cases.copy_of(machine)
     goals: list[Row] = []
     for name, shapes in machine.lists().items():
         for dtype in DTYPES:
-            rows = bench_steps(stage, machine, name, shapes, dtype, copy, copied)
+            rows = bench_steps(stage, machine, name, shapes, dtype)
             stage.table(f"SAM step: {name}, {dtype}", rows)
-            phases = bench_phases(stage, machine, shapes, dtype, copy, copied)
+            phases = bench_phases(stage, machine, shapes, dtype)
             stage.table(f"phases: {name}, {dtype}", phases)
             if dtype == "float32":
                 goals += goals_of(name, rows)
@@ -480,21 +470,19 @@ def bench_steps(
     name: str,
     shapes: list[torch.Size],
     dtype: str,
-    copy: gpu_cases.Work,
-    copied: int,
 ) -> list[Row]:
     """A row per candidate."""
-    start, gradients = parameters(machine, shapes, getattr(torch, dtype))
-    floor = sum(gpu_cases.FLOOR.values()) * sum(p.numel() * p.element_size() for p in start)
-    steps: dict[str, gpu_cases.Work] = {}
+    given = problem(shapes, machine.device, getattr(torch, dtype))
+    floor = sum(gpu_cases.FLOOR.values()) * given.nbytes
+    steps: dict[str, Work] = {}
     host_ms: dict[str, float] = {}
     difference: dict[str, float] = {}
     expected: list[Tensor] = []
-    for candidate, make in gpu_cases.candidates(machine).items():
-        params: list[Tensor] = [torch.nn.Parameter(p.detach().clone()) for p in start]
-        step = gpu_cases.sam_step(make(params), params, gradients)
+    for candidate, make in machine.candidates().items():
+        params = given.parameters()
+        step = given.step_of(make(params), params)
         stage.say(f"{name}, {dtype}: {candidate} warms up")
-        if candidate == gpu_cases.COMPILED and stage.seconds_left() < 2 * COMPILE_SECONDS:
+        if candidate == COMPILED and stage.seconds_left() < 2 * COMPILE_SECONDS:
             stage.note(f"{name}, {dtype}: no time was left for {candidate}")
             continue
         try:
@@ -523,23 +511,24 @@ def bench_steps(
     times: dict[str, dict[str, list[float]]] = {
         candidate: {"device": [], "cold": [], "wall": [], "host": []} for candidate in steps
     }
-    copies: list[float] = []
+    speeds: list[float] = []
     for round_ in range(3 if stage.dry_run else ROUNDS):
-        copies.append(machine.device_ms(copy, 0.1, cold=False))
+        speeds.append(machine.copy_speed())
         for candidate, step in steps.items():
             of = times[candidate]
             of["device"].append(machine.device_ms(step, host_ms[candidate], cold=False))
             of["cold"].append(machine.device_ms(step, host_ms[candidate], cold=True))
             of["host"].append(machine.host_ms(step))
-            of["wall"].append(machine.wall_ms(step))
+            of["wall"].append(machine.wall_ms_per_call(step))
         if round_ % 5 == 0:
             stage.say(f"{name}, {dtype}: round {round_ + 1}")
-    speed = copied / statistics.median(copies)  # bytes per ms
-    stage.report.setdefault("raw", {})[f"{name}, {dtype}"] = {"copy": copies, **times}
+    speed = statistics.median(speeds)
+    raw = {"copied bytes per ms": speeds, **times}
+    stage.report.setdefault("raw", {})[f"{name}, {dtype}"] = raw
     native = statistics.median(times["native"]["device"])
     rows = []
     for candidate, of in times.items():
-        low, median, high = gpu_cases.quartiles(of["device"])
+        low, median, high = quartiles(of["device"])
         rows.append(
             {
                 "candidate": candidate,
@@ -579,35 +568,32 @@ def bench_phases(
     machine: gpu_cases.Machine,
     shapes: list[torch.Size],
     dtype: str,
-    copy: gpu_cases.Work,
-    copied: int,
 ) -> list[Row]:
     """A row per kernel of native's step, and of Triton's if it is there."""
-    params, gradients = parameters(machine, shapes, getattr(torch, dtype))
-    bytes_of_pass = sum(p.numel() * p.element_size() for p in params)
+    given = problem(shapes, machine.device, getattr(torch, dtype))
     works = {
         (backend, phase): work
-        for backend in gpu_cases.kernel_backends(machine)
-        for phase, work in gpu_cases.phases(machine, params, gradients, backend).items()
+        for backend in machine.kernel_backends()
+        for phase, work in gpu_cases.phases(given, backend).items()
     }
     for work in works.values():
         work()  # Triton compiles at the first call
     times: dict[tuple[str, str], dict[str, list[float]]] = {
         key: {"warm": [], "cold": [], "host": []} for key in works
     }
-    copies = []
+    speeds = []
     for _ in range(3 if stage.dry_run else ROUNDS):
-        copies.append(machine.device_ms(copy, 0.1, cold=False))
+        speeds.append(machine.copy_speed())
         for key, work in works.items():
             of = times[key]
             of["host"].append(machine.host_ms(work))
             of["warm"].append(machine.device_ms(work, of["host"][-1], cold=False))
             of["cold"].append(machine.device_ms(work, of["host"][-1], cold=True))
-    speed = copied / statistics.median(copies)
+    speed = statistics.median(speeds)
     rows = []
     for (backend, phase), of in times.items():
         native = times[machine.backend, phase]
-        moved = gpu_cases.FLOOR[phase] * bytes_of_pass
+        moved = gpu_cases.FLOOR[phase] * given.nbytes
         warm, cold = statistics.median(of["warm"]), statistics.median(of["cold"])
         rows.append(
             {
@@ -628,7 +614,7 @@ def bench_phases(
 # What to reach in fp32: the share of the copy's speed, how many times faster than a peer, and the
 # host's time per step. A small list is host-bound.
 SHARE_OF_COPY = {"ResNet-18": 0.75, "WRN-28-10": 0.9, "ViT-L": 0.9}
-FASTER_THAN = {gpu_cases.EAGER: 10.0, gpu_cases.FOREACH: 2.0, gpu_cases.COMPILED: 1.3}
+FASTER_THAN = {EAGER: 10.0, FOREACH: 2.0, COMPILED: 1.3}
 HOST_US = {"ResNet-18": 100.0}
 # Triton's step may take this many times native's on a large list, and no longer than foreach's.
 TRITON_BEHIND = 1.1
@@ -651,7 +637,7 @@ def goals_of(name: str, rows: Sequence[Row]) -> list[Row]:
     if name in HOST_US:
         add("host microseconds per step", HOST_US[name], native["host us"], at_least=False)
     for peer, goal in FASTER_THAN.items():
-        if peer in by_name and (peer != gpu_cases.EAGER or name == "ResNet-18"):
+        if peer in by_name and (peer != EAGER or name == "ResNet-18"):
             ratio = by_name[peer]["wall ms"] / native["wall ms"]
             add(f"times faster than {peer}", goal, ratio)
     if "triton" in by_name:
@@ -659,9 +645,9 @@ def goals_of(name: str, rows: Sequence[Row]) -> list[Row]:
         if name != "ResNet-18":
             behind = triton["device ms"] / native["device ms"]
             add("triton's time over native's", TRITON_BEHIND, behind, at_least=False)
-        if gpu_cases.FOREACH in by_name:
-            ratio = by_name[gpu_cases.FOREACH]["wall ms"] / triton["wall ms"]
-            add(f"triton times faster than {gpu_cases.FOREACH}", 1.0, ratio)
+        if FOREACH in by_name:
+            ratio = by_name[FOREACH]["wall ms"] / triton["wall ms"]
+            add(f"triton times faster than {FOREACH}", 1.0, ratio)
     return goals
 
 
@@ -740,10 +726,10 @@ def time_core(stage: Stage) -> None:
     machine = gpu_cases.Machine(stage.dry_run)
     times = {}
     for name, shapes in machine.lists().items():
-        params, gradients = parameters(machine, shapes, torch.float32)
-        works = gpu_cases.phases(machine, params, gradients, machine.backend)
-        optimizer = gpu_cases.candidates(machine)["native"](params)
-        works["step"] = gpu_cases.sam_step(optimizer, params, gradients)
+        given = problem(shapes, machine.device)
+        works = gpu_cases.phases(given, machine.backend)
+        params = given.parameters()
+        works["step"] = given.step_of(machine.candidates()["native"](params), params)
         for phase, work in works.items():
             host = [machine.host_ms(work) for _ in range(4)][-1]
             values = [

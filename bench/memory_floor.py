@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.candidates import Step
+from bench.clock import Work
 
 NAME = "floor: three bare loops"
 
@@ -26,7 +26,7 @@ def why_unavailable() -> str | None:
     return None
 
 
-def memory_floor_step(numel: int) -> tuple[Step, list[Tensor]]:
+def memory_floor_step(numel: int) -> tuple[Work, list[Tensor]]:
     """A function that makes the SAM step of sam_step on flat tensors, and these tensors: w, room
     for w, g1, g2 and the momentum buffer, fp32, `numel` elements, rounded down to a multiple of 16.
 

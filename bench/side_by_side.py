@@ -1,6 +1,6 @@
-"""One SAM step on ResNet-18's parameters: all candidates in turn, round after round.
+"""One SAM step on the CPU, gradients given: all candidates in turn, round after round.
 
-    python -m bench.side_by_side [--rounds 50] [--output FILE.json]
+    python -m bench.side_by_side [--list ResNet-18] [--rounds 50] [--output FILE.json]
 
 Prints for each the median and quartiles in milliseconds, the ratio to native (median of the ratios
 within a round), and the time in passes: units of reading or writing the parameters once at the
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -23,34 +24,36 @@ import torch
 
 import samkernels
 from bench import memory_floor
-from bench.candidates import OPTIMIZERS, Step, resnet18_shapes, sam_step
+from bench.candidates import candidates, problem
+from bench.clock import Clock, Work
+from bench.lists import LISTS, Shapes, numel_of
 from train.machine import commit, processor
 
-# A large copy: this many times the parameters, so that no cache holds it.
-COPY_FACTOR = 4
 WARMUP_ROUNDS = 3
 
 
-def measure(rounds: int) -> dict[str, list[float]]:
+def measure(shapes: Shapes, rounds: int) -> dict[str, list[float]]:
     """Seconds of each candidate and of the pass, one value per round."""
-    shapes = resnet18_shapes()
-    numel = sum(shape.numel() for shape in shapes)
-    steps: dict[str, Step] = {name: sam_step(name, shapes)[0] for name in OPTIMIZERS}
+    numel = numel_of(shapes)
+    given = problem(shapes)
+    steps: dict[str, Work] = {}
+    for name, make in candidates("SAM", torch.device("cpu"), len(shapes)).items():
+        params = given.parameters()
+        steps[name] = given.step_of(make(params), params)
     if reason := memory_floor.why_unavailable():
         print(f"without the memory floor: {reason}")
     else:
         steps[memory_floor.NAME] = memory_floor.memory_floor_step(numel)[0]
-    source = torch.randn(COPY_FACTOR * numel)
-    target = torch.empty_like(source)
+    clock = Clock(torch.device("cpu"))
     seconds: dict[str, list[float]] = {name: [] for name in [*steps, "pass"]}
     for i in range(WARMUP_ROUNDS + rounds):
         for name, step in steps.items():
             taken = _seconds(step)
             if i >= WARMUP_ROUNDS:
                 seconds[name].append(taken)
-        taken = _seconds(lambda: target.copy_(source))
+        speed = clock.copy_speed()
         if i >= WARMUP_ROUNDS:
-            seconds["pass"].append(taken / (2 * COPY_FACTOR))
+            seconds["pass"].append(1e-3 * given.nbytes / speed)
         print(f"\rround {i + 1} of {WARMUP_ROUNDS + rounds}", end="", flush=True)
     print()
     return seconds
@@ -80,12 +83,22 @@ def environment() -> dict[str, Any]:
     return {
         "commit": commit(),
         "processor": processor(),
+        "MHz as found": clock_found(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "samkernels": samkernels.__version__,
     }
+
+
+def clock_found() -> float | None:
+    """Of the first core, now; None where the system does not tell."""
+    try:
+        found = re.search(r"^cpu MHz\s*: (\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return float(found[1]) if found else None
 
 
 def _seconds(step: Callable[[], object]) -> float:
@@ -101,22 +114,29 @@ def _median_ratio(values: list[float], units: list[float]) -> float:
 def main() -> None:
     """Measure, print the table, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", choices=LISTS, default="ResNet-18", help="of parameters")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    seconds = measure(arguments.rounds)
+    shapes = LISTS[arguments.list]()
+    seconds = measure(shapes, arguments.rounds)
     rows = summarize(seconds)
-    print(f"{'':33}{'ms':>8}{'quartiles':>16}{'x native':>10}{'passes':>8}")
+    print(f"{'':40}{'ms':>8}{'quartiles':>16}{'x native':>10}{'passes':>8}")
     for row in rows:
         quartiles = "{:.1f} to {:.1f}".format(*row["quartiles_ms"])
         print(
-            f"{row['name']:33}{row['median_ms']:8.1f}{quartiles:>16}"
+            f"{row['name']:40}{row['median_ms']:8.1f}{quartiles:>16}"
             f"{row['times_native']:10.2f}{row['passes']:8.1f}"
         )
     if arguments.output:
         result = {
-            "what": "one SAM step on the parameters of ResNet-18 (62 tensors, 11.2 M, fp32), CPU",
-            "command": f"python -m bench.side_by_side --rounds {arguments.rounds}",
+            "what": "one SAM step (SGD with momentum), fp32, gradients given, on the CPU",
+            "list": arguments.list,
+            "tensors": len(shapes),
+            "elements": numel_of(shapes),
+            "rounds": arguments.rounds,
+            "command": "python -m bench.side_by_side "
+            f'--list "{arguments.list}" --rounds {arguments.rounds}',
             "environment": environment(),
             "pass_ms": 1e3 * statistics.median(seconds["pass"]),
             "rows": rows,

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from bench import gpu, gpu_cases
+from bench.candidates import COMPILED, EAGER, FOREACH
+from bench.lists import vit_large_shapes, wrn_28_10_shapes
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +64,7 @@ def test_bench(tmp_path: Path) -> None:
     for dtype in ("float32", "bfloat16"):
         rows = report[f"SAM step: tiny, {dtype}"]
         names = {row["candidate"] for row in rows}
-        assert {"native", gpu_cases.EAGER, gpu_cases.FOREACH, gpu_cases.COMPILED} <= names
+        assert {"native", EAGER, FOREACH, COMPILED} <= names
         assert [row["phase"] for row in report[f"phases: tiny, {dtype}"]] == [*gpu_cases.FLOOR]
     assert {row[""] for row in report["goals"]} <= {"reached", "not reached"}
 
@@ -91,17 +93,17 @@ def test_a_stage_without_a_gpu_ends_with_an_error(tmp_path: Path) -> None:
 def test_goals_are_reached_or_not() -> None:
     rows = [
         {"candidate": "native", "of copy": 0.8, "wall ms": 1.0, "device ms": 1.0, "host us": 101.0},
-        {"candidate": gpu_cases.EAGER, "wall ms": 10.5},
-        {"candidate": gpu_cases.FOREACH, "wall ms": 1.9},
+        {"candidate": EAGER, "wall ms": 10.5},
+        {"candidate": FOREACH, "wall ms": 1.9},
         {"candidate": "triton", "wall ms": 2.0, "device ms": 1.05},
     ]
     verdicts = {row["what"]: row[""] == "reached" for row in gpu.goals_of("ResNet-18", rows)}
     assert verdicts == {
         "share of the copy's speed": True,
         "host microseconds per step": False,
-        f"times faster than {gpu_cases.EAGER}": True,
-        f"times faster than {gpu_cases.FOREACH}": False,
-        f"triton times faster than {gpu_cases.FOREACH}": False,
+        f"times faster than {EAGER}": True,
+        f"times faster than {FOREACH}": False,
+        f"triton times faster than {FOREACH}": False,
     }
     verdicts = {row["what"]: row[""] == "reached" for row in gpu.goals_of("ViT-L", rows)}
     assert not verdicts["share of the copy's speed"]
@@ -109,7 +111,7 @@ def test_goals_are_reached_or_not() -> None:
 
 
 def test_lists_are_those_of_the_networks() -> None:
-    lists = (gpu_cases.wrn_28_10_shapes(), gpu_cases.vit_large_shapes())
+    lists = (wrn_28_10_shapes(), vit_large_shapes())
     sizes = [sum(shape.numel() for shape in shapes) for shapes in lists]
     assert sizes == [36_536_884, 304_326_632]
 

@@ -1,0 +1,104 @@
+"""pytest-benchmark of every op on every backend: `make bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.candidates import ADAMW_OPTIONS, RHO, SGD_OPTIONS, ours, problem
+from bench.clock import Clock, Work
+from bench.conftest import Take
+from bench.lists import LISTS, numel_of
+from samkernels import ops
+
+
+class Lists(NamedTuple):
+    """w, g1, g2, and lists of the same shapes that ops write."""
+
+    w: list[Tensor]
+    g1: list[Tensor]
+    g2: list[Tensor]
+    old: list[Tensor]
+    m: list[Tensor]
+    v: list[Tensor]
+    steps: list[Tensor]
+    norm: Tensor
+
+
+class Op(NamedTuple):
+    """An op as a step calls it.
+
+    Attributes:
+        elements: read and written per parameter: tests/test_traffic.py counts them.
+        flops: floating-point operations per parameter, a division or root counted as one.
+    """
+
+    elements: int
+    flops: int
+    call: Callable[..., Any]
+
+
+def _adam(x: Lists, **options: Any) -> object:
+    return ops.adam_(
+        x.w, x.old, x.g2, x.m, x.v, x.steps, decoupled_weight_decay=True,
+        ascent_norm=x.norm, **ADAMW_OPTIONS, **options,
+    )  # fmt: skip
+
+
+def _direction(x: Lists, **options: Any) -> object:
+    return ops.recombine_(x.g2, x.g1, rule="samdirection", **options)
+
+
+OPS: dict[str, Op] = {
+    "norms": Op(1, 2, lambda x, **o: ops.norms(x.g1, **o)),
+    "norms, adaptive": Op(2, 3, lambda x, **o: ops.norms(x.g1, x.w, **o)),
+    "perturb": Op(4, 2, lambda x, **o: ops.perturb_(x.w, x.g1, x.old, rho=RHO, norm=x.norm, **o)),
+    "restore": Op(2, 0, lambda x, **o: ops.restore_(x.w, x.old, **o)),
+    "recombine": Op(3, 1, _direction),
+    "compare": Op(3, 12, lambda x, **o: ops.compare(x.g1, x.g2, x.w, **o)),
+    "sgd": Op(
+        5, 6, lambda x, **o: ops.sgd_(
+            x.w, x.old, x.g2, x.m, ascent_norm=x.norm, **SGD_OPTIONS, **o
+        )
+    ),
+    "adam": Op(7, 14, _adam),
+}  # fmt: skip
+DTYPES = ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "foreach", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of", ["ResNet-18", "1000 tiny tensors"])
+@pytest.mark.parametrize("op", OPS)
+def test_op(op: str, of: str, dtype: str, backend: str, take: Take, clock: Clock) -> None:
+    if backend not in ours(clock.device):
+        pytest.skip(f"{backend} does not serve this device")
+    shapes = LISTS[of]()
+    given = problem(shapes, clock.device, getattr(torch, dtype))
+    take(
+        work(op, lists_of(given.weights, given.first_grads, given.second_grads), backend),
+        f"{op}, {of}, {dtype}",
+        what="op",
+        op=op,
+        list=of,
+        dtype=dtype,
+        candidate=backend,
+        elements=numel_of(shapes),
+        floor_bytes=OPS[op].elements * given.nbytes,
+        flops=OPS[op].flops * numel_of(shapes),
+    )
+
+
+def lists_of(w: list[Tensor], g1: list[Tensor], g2: list[Tensor]) -> Lists:
+    m, v = ([torch.zeros_like(t) for t in w] for _ in range(2))
+    steps = [torch.zeros((), device=t.device) for t in w]
+    return Lists(w, g1, g2, [t.clone() for t in w], m, v, steps, ops.norms(g1).total)
+
+
+def work(op: str, lists: Lists, backend: str) -> Work:
+    """The op, without the checks that an optimizer makes once."""
+    return lambda: OPS[op].call(lists, backend=backend, validate=False)
