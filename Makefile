@@ -1,5 +1,6 @@
 # make quickstart   train with every optimizer on a small real data set, checked against the reference
 # make test         the tests;  make check: lint, format and types;  make bench: the benchmarks
+# make docs         the documentation site, in build/site; warnings are errors
 # Everything runs in the virtual environment $(VENV), which is made when it is missing.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
 CXX_FILES := $(wildcard bench/*.cpp csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: quickstart test bench check format clean
+.PHONY: quickstart test bench check docs format clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/python -m train.study quickstart
@@ -24,6 +25,10 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
+
+# -m, and not the script beside it: so the folder docs is found, which has an extension for Markdown.
+docs: $(VENV)/.test
+	$(BIN)/python -m zensical build --strict --clean
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -18,6 +18,7 @@ def frozen_batchnorm_stats(model: nn.Module) -> Iterator[None]:
     did. Contexts may be nested, and exceptions leave the layers as they were found.
 
     Usage:
+
         with samkernels.frozen_batchnorm_stats(model):
             loss_fn(model(x), y).backward()
 

@@ -67,14 +67,23 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class GradientStatistics(NamedTuple):
-    """How g1 and g2 compare over all elements; tensors of shape () on the device."""
+    """How g1 and g2 compare over all elements; tensors of shape () on the device.
 
-    first_grad_norm: Tensor  # ||g1||_2
-    second_grad_norm: Tensor  # ||g2||_2
-    weight_norm: Tensor  # ||w||_2 of the restored weights, before the update
-    cosine: Tensor  # g1.g2 / (||g1|| ||g2||)
-    share_second_larger: Tensor  # share of elements with |g2| > |g1|
-    share_signs_agree: Tensor  # share of elements with g1 * g2 > 0
+    Attributes:
+        first_grad_norm: ||g1||_2
+        second_grad_norm: ||g2||_2
+        weight_norm: ||w||_2 of the restored weights, before the update
+        cosine: g1.g2 / (||g1|| ||g2||)
+        share_second_larger: share of elements with |g2| > |g1|
+        share_signs_agree: share of elements with g1 * g2 > 0
+    """
+
+    first_grad_norm: Tensor
+    second_grad_norm: Tensor
+    weight_norm: Tensor
+    cosine: Tensor
+    share_second_larger: Tensor
+    share_signs_agree: Tensor
 
 
 @torch.no_grad()
@@ -87,13 +96,13 @@ def norms(
 ) -> Norms:
     """L2 norms of all tensors together and of each one.
 
-    ||s * x||_2,  s = |weights| if given, else 1.
+        ||s * x||_2,  s = |weights| if given, else 1
 
     Args:
         tensors, weights: lists of n tensors (see the top of this module).
 
     Returns:
-        total: shape (); per_tensor: shape (n,). Not finite if an element is not.
+        A norm of shape () and norms of shape (n,), not finite if an element is not.
 
     Raises:
         TypeError, ValueError: see `perturb_`.
@@ -146,8 +155,9 @@ def pack(
         tensors, likes: lists of n; the sizes of the blocks depend on `likes` alone.
 
     Returns:
-        blocks: flat, one for each device and dtype of `likes`; views: n views into them, tensor i
-        with the shape, dtype, device and (if it is dense) layout of likes[i].
+        blocks: flat, one for each device and dtype of `likes`.
+        views: n views into them, tensor i with the shape, dtype, device and (if it is dense) layout
+            of likes[i].
 
     Raises:
         TypeError, ValueError: a tensor is sparse or of a wrong dtype.
@@ -218,7 +228,9 @@ def perturb_(
 ) -> Tensor:
     """Save w in old_params, then move each parameter to w + e(w), in place.
 
-    e(w) = rho * s^2 * g / (n + eps),  n = ||s * g||_2 over all tensors,  s = 1, or |w| if adaptive.
+        n = ||s * g||_2 over all tensors,  s = 1, or |w| if adaptive
+        e(w) = rho * s^2 * g / (n + eps)
+
     An n that is zero or not finite perturbs nothing: without a gradient there is no direction, and
     one nan would reach every weight.
 
@@ -247,7 +259,7 @@ def perturb_(
         RuntimeError: the backend that was named cannot serve these tensors.
 
     Source: Foret et al., arXiv:2010.01412; adaptive: Kwon et al., arXiv:2102.11600, as in
-        davda54/sam.
+    davda54/sam.
     """
     _check_non_negative("eps", eps)
     check_choice("rounding", rounding, ROUNDINGS)
@@ -311,10 +323,10 @@ def recombine_(
 ) -> None:
     """Overwrite g2 (`grads`) with u, which takes the gradient's place in the base optimizer.
 
-    rule            u, granularity "element"     u, "tensor" and "global"
-    "sam"           g2                           g2
-    "samdirection"  |g1| * sign(g2)              n1 / (n2 + eps) * g2
-    "sammagnitude"  |g2| * sign(g1)              n2 / (n1 + eps) * g1
+        rule            u, granularity "element"     u, "tensor" and "global"
+        "sam"           g2                           g2
+        "samdirection"  |g1| * sign(g2)              n1 / (n2 + eps) * g2
+        "sammagnitude"  |g2| * sign(g1)              n2 / (n1 + eps) * g1
 
     n1 and n2 are the L2 norms of g1 and g2, per tensor or over all tensors; sign(0) = 0.
 
@@ -384,12 +396,15 @@ def sgd_(
 ) -> None:
     """Restore, recombine and update in one pass: torch.optim.SGD from w with u for its gradient.
 
-    u as in `recombine_`;  u = -u if maximize;  u += weight_decay * w
-    buf = u if init_momentum, else momentum * buf + (1 - dampening) * u
-    d = u + momentum * buf if nesterov, else buf (u without momentum);  params = w - lr * d
+        u as in recombine_;  u = -u if maximize;  u += weight_decay * w
+        buf = u if init_momentum, else momentum * buf + (1 - dampening) * u
+        d = u + momentum * buf if nesterov, else buf (u without momentum)
+        params = w - lr * d
 
     Args:
-        params: overwritten; old_params: w, may be params itself; grads: g2. Lists of n tensors.
+        params: list of n tensors, overwritten.
+        old_params: w, n tensors; may be params itself.
+        grads: g2, n tensors.
         momentum_buffers: buf, updated; needed if momentum is not 0.
         init_momentum: buf holds nothing yet.
         lr: >= 0. A tensor of one element on the device of the parameters is read there, and its
@@ -468,15 +483,18 @@ def sgd_hess_(
 ) -> None:
     """torch.optim.SGD with each gradient scaled by the curvature there, in one pass.
 
-    D = |Hv|; for 4-D tensors the mean of |Hv| over the two last dimensions
-    u = g * (1 + rho * D);  u = -u if maximize;  u += weight_decay * w
-    buf = u if init_momentum, else momentum * buf + (1 - dampening) * u
-    d = u + momentum * buf if nesterov, else buf (u without momentum);  params = w - lr * d
+        D = |Hv|; for 4-D tensors the mean of |Hv| over the two last dimensions
+        u = g * (1 + rho * D);  u = -u if maximize;  u += weight_decay * w
+        buf = u if init_momentum, else momentum * buf + (1 - dampening) * u
+        d = u + momentum * buf if nesterov, else buf (u without momentum)
+        params = w - lr * d
 
     What is not finite in grads or hessian_products goes into the weights, as in torch.optim.SGD.
 
     Args:
-        params: w, updated; grads: g; hessian_products: Hv. Lists of n tensors.
+        params: w, list of n tensors, updated.
+        grads: g, n tensors.
+        hessian_products: Hv, n tensors.
         momentum_buffers: buf, updated; needed if momentum is not 0.
         init_momentum: buf holds nothing yet.
         lr, rho: >= 0. A tensor of one element on the device of the parameters is read there, and
@@ -561,21 +579,23 @@ def adam_(
     """Restore, recombine and update in one pass: torch.optim.Adam from w with u for its gradient,
     or torch.optim.AdamW with decoupled_weight_decay.
 
-    u as in `recombine_`;  u = -u if maximize
-    u += weight_decay * w, or w *= 1 - lr * weight_decay if decoupled_weight_decay
-    t += 1;  m = beta1 * m + (1 - beta1) * u;  v = beta2 * v + (1 - beta2) * u^2
-    params = w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+        u as in recombine_;  u = -u if maximize
+        u += weight_decay * w, or w *= 1 - lr * weight_decay if decoupled_weight_decay
+        t += 1;  m = beta1 * m + (1 - beta1) * u;  v = beta2 * v + (1 - beta2) * u^2
+        params = w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     Args:
-        params: overwritten; old_params: w, may be params itself; grads: g2. Lists of n tensors.
+        params: list of n tensors, overwritten.
+        old_params: w, n tensors; may be params itself.
+        grads: g2, n tensors.
         exp_avgs, exp_avg_sqs: m and v, updated; zeros before the first step.
         steps: t, updated; tensors of shape () on the device of the parameters, where they are
             read: they may differ, and the host does not wait for them.
         lr: >= 0. A tensor of one element on the device of the parameters is read there, and its
             value is not checked.
         eps: added to the root of v.
-        rule, granularity, first_grads, first_norm, second_norm, grad_scale: see `recombine_`;
-            norm_eps: its eps.
+        rule, granularity, first_grads, first_norm, second_norm, grad_scale: see `recombine_`.
+        norm_eps: the eps of `recombine_`.
         ascent_norm, found_inf: shape (). If the norm that the perturbation was made with is not
             finite, or found_inf is not 0, the step is skipped on the device: params = old_params,
             and m, v and t stay.
@@ -677,7 +697,7 @@ def clipping_divisor(norm: Tensor, max_norm: float, grad_scale: Tensor | None = 
     """What u is to be divided by so that a gradient of this norm is clipped: as GradScaler's scale,
     which is part of it.
 
-    max(1, (norm / grad_scale + 1e-6) / max_norm) * grad_scale
+        max(1, (norm / grad_scale + 1e-6) / max_norm) * grad_scale
 
     Args:
         norm: shape (), of gradients that grad_scale multiplies.

@@ -17,18 +17,29 @@ TensorList = list[Tensor] | tuple[Tensor, ...]
 
 
 class Norms(NamedTuple):
-    """L2 norms of a list of n tensors, on their device: float32, or float64 for float64 tensors."""
+    """L2 norms of a list of n tensors, on their device: float32, or float64 for float64 tensors.
 
-    total: Tensor  # shape ()
-    per_tensor: Tensor  # shape (n,)
+    Attributes:
+        total: shape ()
+        per_tensor: shape (n,)
+    """
+
+    total: Tensor
+    per_tensor: Tensor
 
 
 class Comparison(NamedTuple):
-    """Sums over all elements of two lists of gradients and of the weights, on their device."""
+    """Sums over all elements of two lists of gradients and of the weights, on their device.
 
-    sums: Tensor  # float64, shape (6,): g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2
+    Attributes:
+        sums: float64, shape (6,): g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2
+        numel: number of elements
+        second_norms: norms of g2
+    """
+
+    sums: Tensor
     numel: int
-    second_norms: Norms  # of g2
+    second_norms: Norms
 
 
 @dataclass(frozen=True)

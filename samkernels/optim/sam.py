@@ -24,11 +24,14 @@ T = TypeVar("T")
 class SAM(Optimizer):
     """Sharpness-Aware Minimization around a base optimizer, with fused kernels.
 
-    First step:   n = ||s * g1||_2 over all parameters of all groups,
-                  e(w) = rho * s^2 * g1 / (n + 1e-12),  s = 1, or |w| if adaptive,
-                  w <- w + e(w).  rho is each group's own.
-    Second step:  w comes back bit for bit, and the base optimizer steps from it with u = g2, the
-                  gradient at w + e(w), in the gradient's place.
+    First step; n is taken over all parameters of all groups, rho is each group's own:
+
+        n = ||s * g1||_2,  s = 1, or |w| if adaptive
+        e(w) = rho * s^2 * g1 / (n + 1e-12)
+        w <- w + e(w)
+
+    Second step: w comes back bit for bit, and the base optimizer steps from it with u = g2, the
+    gradient at w + e(w), in the gradient's place.
 
     With torch.optim.SGD, Adam and AdamW as base, restore, recombination and update are one kernel.
     Any other optimizer class finds u in `.grad` and makes its own step; so do subclasses of these
@@ -41,6 +44,7 @@ class SAM(Optimizer):
     maximizing f is minimizing -f.
 
     Usage:
+
         loss_fn(model(x), y).backward()
         optimizer.first_step()                     # takes the gradients over: .grad is None now
         loss_fn(model(x), y).backward()
@@ -177,6 +181,7 @@ class SAM(Optimizer):
         before that, and waits for it.
 
         Usage:
+
             with optimizer.first_pass(model):
                 loss_fn(model(x), y).backward()    # the forward pass inside, too
             optimizer.first_step()
@@ -279,7 +284,7 @@ class SAM(Optimizer):
 
         Returns:
             The loss at w if the closure was called there, else None. A step with a closure leaves
-            no gradients.
+                no gradients.
 
         Raises:
             RuntimeError: no first step was made and there is no closure; the closure made a step
@@ -343,6 +348,7 @@ class SAM(Optimizer):
         """first_step() on entry; if the body raises, the weights are restored.
 
         Usage:
+
             with optimizer.perturbed():
                 loss_fn(model(x), y).backward()
             optimizer.step()
@@ -365,6 +371,7 @@ class SAM(Optimizer):
         raises or breaks off, the weights are restored and all parts dropped.
 
         Usage:
+
             for x, y in optimizer.parts(zip(xs.chunk(m), ys.chunk(m))):
                 loss_fn(model(x), y).backward()
                 optimizer.first_step()

@@ -15,9 +15,11 @@ class SAMDirection(SAM):
     """SAM that takes the direction of g2, the gradient at w + e(w), and the magnitude of g1, the
     one at w.
 
-    granularity "element":  u = |g1| * sign(g2), with sign(0) = 0
-    "tensor", "global":     u = n1 / (n2 + 1e-12) * g2, with L2 norms n1 of g1 and n2 of g2
-                            per tensor or over all parameters
+        granularity           u
+        "element"             |g1| * sign(g2),  sign(0) = 0
+        "tensor", "global"    n1 / (n2 + 1e-12) * g2
+
+    n1 and n2 are the L2 norms of g1 and g2, per tensor or over all parameters.
 
     Everything else is as in `SAM`, granularity beside it: it may differ between parameter groups,
     and the norms of "global" span them all. A parameter that has only one of the two gradients is
@@ -29,7 +31,7 @@ class SAMDirection(SAM):
     Memory: as SAM, and g1 is kept until the second step.
 
     Source: the report that this package implements (see README); perturbation: Foret et al.,
-        arXiv:2010.01412.
+    arXiv:2010.01412.
     """
 
     _rule = "samdirection"

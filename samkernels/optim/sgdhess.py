@@ -34,8 +34,10 @@ class Part:
 class SGDHess(Optimizer):
     """SGD that scales each gradient by an estimate of the curvature there, with a fused kernel.
 
-    D = |H v|, for 4-D weights (convolutions) its mean over the two spatial dimensions
-    u = g * (1 + rho * D), which takes the gradient's place in torch.optim.SGD's step
+        D = |H v|, for 4-D weights (convolutions) its mean over the two spatial dimensions
+        u = g * (1 + rho * D)
+
+    u takes the gradient's place in torch.optim.SGD's step.
 
     H is the Hessian of the loss over all parameters of the optimizer, v a Rademacher vector (each
     element -1 or 1), new in every k-th step; D serves until then, without moving average. D is the
@@ -43,6 +45,7 @@ class SGDHess(Optimizer):
     of the absolute value is not |diag(H)|: element i is of the size of row i, E[D_i^2] = ||H_i||^2.
 
     Usage:
+
         optimizer = SGDHess(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, rho=0.05)
         for x, y in batches:
             optimizer.backward(loss_fn(model(x), y))  # in the place of loss.backward()
@@ -85,7 +88,7 @@ class SGDHess(Optimizer):
         RuntimeError: the backend that was named cannot serve a parameter.
 
     Source: the report that this package implements (see README); D: Yao et al., arXiv:2006.00719
-        (AdaHessian).
+    (AdaHessian).
     """
 
     # So that torch.amp.GradScaler.step() tells of itself: see step.
