@@ -1,10 +1,14 @@
-"""What each process of tests/test_fsdp.py does; torch.distributed.run starts it, with a folder as
-its argument. All processes run every check; most compare with a twin that is not sharded."""
+"""What each process of tests/test_fsdp.py does: `python -m tests.fsdp_worker RANK SIZE FOLDER`.
+
+All processes run every check; most compare with a twin that is not sharded.
+"""
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
+    FullyShardedDataParallel,
     MixedPrecisionPolicy,
     fully_shard,
 )
@@ -41,13 +46,19 @@ VARIANTS: list[tuple[type[SAM], dict[str, Any]]] = [
         for granularity in ("element", "tensor", "global")
     ),
 ]
+FEW_VARIANTS = [VARIANTS[0], VARIANTS[1], VARIANTS[2], VARIANTS[6]]  # each granularity once
 # Sums in another order: an ulp of the norms in each step, and what training makes of it.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},
 }
 BATCH = 8
-SAVED_AFTER, ALL_STEPS = 3, 6  # of the run that is interrupted
+# Of the runs that are interrupted.
+SAVED_AFTER, ALL_STEPS = 3, 6
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, OPTIONS),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.05, "rho": 0.3}),
+}
 
 
 class Scale(nn.Module):
@@ -122,19 +133,19 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def buffers_of(net: nn.Module, optimizer: SAM) -> list[Tensor]:
-    return [optimizer.state[p]["momentum_buffer"] for p in net.parameters()]
+def all_of(net: nn.Module, optimizer: SAM) -> list[dict[str, Tensor]]:
+    """Each parameter with its state: momentum, moments, step counts."""
+    return [
+        {"weights": full(p), **{name: full(t) for name, t in optimizer.state[p].items()}}
+        for p in net.parameters()
+    ]
 
 
 def assert_equal(ours: nn.Module, optimizer: SAM, theirs: nn.Module, their_optimizer: SAM) -> None:
-    """Parameters and momentum, of the sharded net and of its twin."""
-    tolerance = TOLERANCE[next(theirs.parameters()).dtype]
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(full(p), q.detach(), **tolerance)
-    if optimizer.base_optimizer.__class__ is torch.optim.SGD:
-        pairs = zip(buffers_of(ours, optimizer), buffers_of(theirs, their_optimizer), strict=True)
-        for buffer, their_buffer in pairs:
-            torch.testing.assert_close(full(buffer), their_buffer, **tolerance)
+    """Parameters and state, of the sharded net and of its twin."""
+    expected = all_of(theirs, their_optimizer)
+    tolerance = TOLERANCE[expected[0]["weights"].dtype]
+    torch.testing.assert_close(all_of(ours, optimizer), expected, **tolerance)
 
 
 def compared(
@@ -150,6 +161,7 @@ def compared(
     options = {**OPTIONS, "track_statistics": True, **options}
     if base is not torch.optim.SGD:
         del options["momentum"]
+        options["lr"] = 1e-3
     net, twin = sharded(world, Net(), **(shard or {})), Net()
     optimizer = cls(net.groups(), base, **options)
     their_optimizer = cls(twin.groups(), base, **options)
@@ -186,6 +198,10 @@ def raises(error: type[Exception], text: str, function: Callable[[], object]) ->
 
 
 def check_trajectories(world: World) -> None:
+    if world.size > 2:
+        for cls, variant in FEW_VARIANTS:
+            compared(world, cls, **variant)
+        return
     for cls, variant in VARIANTS:
         compared(world, cls, **variant)
     compared(world, SAM, adaptive=True)
@@ -365,10 +381,20 @@ def check_a_process_that_has_only_empty_shards(world: World) -> None:
     torch.testing.assert_close(list(optimizer.statistics), list(their_optimizer.statistics))
 
 
+def check_fused_adam(world: World) -> None:
+    """Moments are sharded; step counts are in all processes, those with empty shards too."""
+    for cls, variant in FEW_VARIANTS[2:] if world.size > 2 else VARIANTS:
+        net, optimizer = compared(world, cls, torch.optim.AdamW, track_statistics=False, **variant)
+        assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in net.parameters())
+        assert {optimizer.state[p]["step"].item() for p in net.parameters()} == {2.0}
+    if world.size == 2:
+        compared(world, SAM, torch.optim.Adam, adaptive=True, max_grad_norm=0.05)
+
+
 def check_other_base_optimizers(world: World) -> None:
     for cls, variant in (VARIANTS[0], VARIANTS[3]):
-        for base in (torch.optim.AdamW, torch.optim.RMSprop):
-            compared(world, cls, base, lr=1e-3, steps=2, **variant)
+        compared(world, cls, torch.optim.RMSprop, **variant)
+        compared(world, cls, torch.optim.AdamW, amsgrad=True, **variant)
 
 
 def check_gradients_are_taken_over_without_a_copy(world: World) -> None:
@@ -403,7 +429,7 @@ def check_restore(world: World) -> None:
 
 
 def check_one_inf_skips_the_step_everywhere(world: World) -> None:
-    for base in (torch.optim.SGD, torch.optim.AdamW):
+    for base in (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop):
         net = sharded(world, Net())
         optimizer = SAM(net.groups(), base, lr=0.1, weight_decay=0.0)
         train(net, optimizer, range(1))
@@ -417,8 +443,9 @@ def check_one_inf_skips_the_step_everywhere(world: World) -> None:
         loss_of(net, 1).backward()
         optimizer.second_step(zero_grad=True)
         assert optimizer._perturbation is None
-        if base is torch.optim.SGD:
+        if base is not torch.optim.RMSprop:  # which steps with u = 0
             assert all(torch.equal(p, b) for p, b in zip(now, before, strict=True))
+            assert all(state.get("step", 1) == 1 for state in optimizer.state.values())
 
 
 def check_a_gradient_that_is_missing_in_one_pass(world: World) -> None:
@@ -444,26 +471,27 @@ def check_a_gradient_that_is_missing_in_one_pass(world: World) -> None:
 
 def check_grad_scaler(world: World) -> None:
     """torch.amp.GradScaler reduces found_inf over the shards of DTensors."""
-    results = []
-    for shards in (True, False):
-        net = sharded(world, Net(dtype=torch.float32)) if shards else Net(dtype=torch.float32)
-        optimizer = SAMMagnitude(net.groups(), granularity="global", **OPTIONS)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-        overflows = {(1, 2), (3, 1)}  # of step and pass, in one process
-        for step in range(6):
-            for number in (1, 2):
-                scaler.scale(loss_of(net, step, dtype=torch.float32)).backward()
-                if (step, number) in overflows and (not shards or world.rank == 0):
-                    grad = net[0].weight.grad
-                    (grad.to_local() if shards else grad)[0, 0] = torch.inf
-                if number == 1:
-                    optimizer.first_step()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        results.append((net, optimizer, scaler.get_scale()))
-    assert results[0][2] == results[1][2] == 512.0  # halved twice, and doubled once
-    assert_equal(*results[0][:2], *results[1][:2])
+    for base, options in BASES.values():
+        results = []
+        for shards in (True, False):
+            net = sharded(world, Net(dtype=torch.float32)) if shards else Net(dtype=torch.float32)
+            optimizer = SAMMagnitude(net.groups(), base, granularity="global", **options)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+            overflows = {(1, 2), (3, 1)}  # of step and pass, in one process
+            for step in range(6):
+                for number in (1, 2):
+                    scaler.scale(loss_of(net, step, dtype=torch.float32)).backward()
+                    if (step, number) in overflows and (not shards or world.rank == 0):
+                        grad = net[0].weight.grad
+                        (grad.to_local() if shards else grad)[0, 0] = torch.inf
+                    if number == 1:
+                        optimizer.first_step()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+            results.append((net, optimizer, scaler.get_scale()))
+        assert results[0][2] == results[1][2] == 512.0  # halved twice, and doubled once
+        assert_equal(*results[0][:2], *results[1][:2])
 
 
 # -- ways to shard ---------------------------------------------------------------------------------
@@ -527,12 +555,15 @@ def check_hybrid_sharding(world: World) -> None:
         assert next(net.parameters()).placements == (Replicate(), Shard(0))
         groups = optimizer._slots.place_of(next(net.parameters())).process_groups
         assert groups == ((mesh.get_group("shard"),) if world.size > 2 else ())
+        for p in net.parameters():  # the replicas may not drift apart
+            here = p.to_local().detach()
+            replicas = [torch.empty_like(here) for _ in range(2)]
+            dist.all_gather(replicas, here, group=mesh.get_group("replicate"))
+            assert torch.equal(*replicas)
 
 
 def check_two_sharded_dimensions(world: World) -> None:
     """As FSDP2 with tensor parallelism makes them: sums go over both dimensions."""
-    if world.size < 4:
-        return
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
     torch.manual_seed(0)
     w, g1, g2 = (torch.randn(3, 2, 7, 5, dtype=torch.float64)[:, 0]).unbind(0)
@@ -616,10 +647,12 @@ def check_cpu_offload(world: World) -> None:
 def check_the_recipe(world: World) -> None:
     """As it is printed; all processes have its one stream of batches."""
     start, dist.init_process_group = dist.init_process_group, lambda *_: None
+    os.environ["TORCHELASTIC_RUN_ID"] = "as if torchrun had started this process"
     try:
         result = recipes.run("FSDP2")
     finally:
         dist.init_process_group = start
+        del os.environ["TORCHELASTIC_RUN_ID"]
     assert all(isinstance(p, DTensor) for p in result.model.parameters())
     whole = [full(p) for p in result.model.parameters()]
     recipes.assert_close(SimpleNamespace(model=nn.ParameterList(whole)),
@@ -644,66 +677,79 @@ def check_momentum_is_sharded_as_in_torch_sgd(world: World) -> None:
         assert ours.to_local().shape == theirs.to_local().shape == p.to_local().shape
 
 
-def interrupted_run(world: World) -> tuple[Net, SAM, slice]:
-    net = sharded(world, Net())
-    optimizer = SAMMagnitude(net.groups(), granularity="global", **OPTIONS)
-    return net, optimizer, share_of(world.rank, world.size)
+def interrupted_run(net: Net, base: str, **options: Any) -> SAM:
+    cls, of_base = BASES[base]
+    return SAMMagnitude(net.groups(), cls, granularity="global", **{**of_base, **options})
 
 
 def check_saving(world: World) -> None:
     """Goes on after it has saved: to compare with those that resume."""
-    if world.size != 2:
-        return
-    net, optimizer, part = interrupted_run(world)
-    train(net, optimizer, range(SAVED_AFTER), part)
-    model_state, optimizer_state = dcp_state.get_state_dict(net, optimizer)
-    dcp.save(
-        {"model": model_state, "optimizer": optimizer_state},
-        checkpoint_id=world.folder / "checkpoint",
-    )
-    train(net, optimizer, range(SAVED_AFTER, ALL_STEPS), part)
-    result = [full(t) for t in (*net.parameters(), *buffers_of(net, optimizer))]
-    if world.rank == 0:
-        torch.save(result, world.folder / "uninterrupted.pt")
+    for base in BASES:
+        net, part = sharded(world, Net()), share_of(world.rank, world.size)
+        optimizer = interrupted_run(net, base)
+        train(net, optimizer, range(SAVED_AFTER), part)
+        model_state, optimizer_state = dcp_state.get_state_dict(net, optimizer)
+        dcp.save(
+            {"model": model_state, "optimizer": optimizer_state},
+            checkpoint_id=world.folder / base,
+        )
+        train(net, optimizer, range(SAVED_AFTER, ALL_STEPS), part)
+        result = all_of(net, optimizer)
+        if world.rank == 0:
+            torch.save(result, world.folder / f"{base}.pt")
 
 
-def check_resuming(world: World) -> None:
-    """Bit for bit on as many processes; on more, up to rounding."""
-    net = sharded(world, Net(seed=1))
-    optimizer = SAMMagnitude(net.groups(), granularity="global", lr=9.0, momentum=0.9, rho=9.0)
+def resume(net: Net, base: str, folder: Path) -> SAM:
+    """A new optimizer, with what was saved in it."""
+    optimizer = interrupted_run(net, base, lr=9.0, rho=9.0)
     model_state, optimizer_state = dcp_state.get_state_dict(net, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=world.folder / "checkpoint")
+    dcp.load(state, checkpoint_id=folder / base)
     dcp_state.set_state_dict(
         net, optimizer,
         model_state_dict=state["model"], optim_state_dict=state["optimizer"],
     )  # fmt: skip
     assert [group["rho"] for group in optimizer.param_groups] == [0.3, 0.7]
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
-    train(net, optimizer, range(SAVED_AFTER, ALL_STEPS), share_of(world.rank, world.size))
-    result = [full(t) for t in (*net.parameters(), *buffers_of(net, optimizer))]
-    expected = torch.load(world.folder / "uninterrupted.pt", weights_only=True)
-    tolerance = {"rtol": 0, "atol": 0} if world.size == 2 else TOLERANCE[torch.float64]
-    torch.testing.assert_close(result, expected, **tolerance)
+    assert {group["lr"] for group in optimizer.param_groups} == {BASES[base][1]["lr"]}
+    return optimizer
+
+
+def check_resuming(world: World) -> None:
+    """Bit for bit on as many processes; on more, up to rounding."""
+    for base in BASES:
+        net = sharded(world, Net(seed=1))
+        optimizer = resume(net, base, world.folder)
+        train(net, optimizer, range(SAVED_AFTER, ALL_STEPS), share_of(world.rank, world.size))
+        expected = torch.load(world.folder / f"{base}.pt", weights_only=True)
+        tolerance = {"rtol": 0, "atol": 0} if world.size == 2 else TOLERANCE[torch.float64]
+        torch.testing.assert_close(all_of(net, optimizer), expected, **tolerance)
 
 
 def check_full_state_dicts(world: World) -> None:
     """From sharded to whole, and from whole to sharded."""
+    for base in BASES:
+        _full_state_dicts(world, base)
+
+
+def _full_state_dicts(world: World, base: str) -> None:
     options = dcp_state.StateDictOptions(full_state_dict=True)
-    net, optimizer, _ = interrupted_run(world)
+    net = sharded(world, Net())
+    optimizer = interrupted_run(net, base)
     train(net, optimizer, range(2))
     model_state, optimizer_state = dcp_state.get_state_dict(net, optimizer, options=options)
+    # A copy, since load_state_dict takes tensors over, such as the step counts.
+    optimizer_state = copy.deepcopy(optimizer_state)
     whole = Net(seed=1)
-    whole_optimizer = SAMMagnitude(whole.groups(), granularity="global", lr=9.0, momentum=0.9)
+    whole_optimizer = interrupted_run(whole, base, lr=9.0)
     dcp_state.set_state_dict(
         whole, whole_optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
     )
     again = sharded(world, Net(seed=2))
-    again_optimizer = SAMMagnitude(again.groups(), granularity="global", lr=9.0, momentum=0.9)
+    again_optimizer = interrupted_run(again, base, lr=9.0)
     dcp_state.set_state_dict(
         again, again_optimizer, options=options,
         model_state_dict=whole.state_dict(),
-        optim_state_dict=dcp_state.get_optimizer_state_dict(whole, whole_optimizer),
+        optim_state_dict=copy.deepcopy(dcp_state.get_optimizer_state_dict(whole, whole_optimizer)),
     )  # fmt: skip
     for model, o in ((net, optimizer), (whole, whole_optimizer), (again, again_optimizer)):
         train(model, o, range(2, 4))
@@ -712,15 +758,29 @@ def check_full_state_dicts(world: World) -> None:
 
 
 def check_what_is_refused(world: World) -> None:
-    net, optimizer, _ = interrupted_run(world)
-    train(net, optimizer, range(1))
-    whole = Net()
-    whole_optimizer = SAM(whole.groups(), **OPTIONS)
-    train(whole, whole_optimizer, range(1))
-    raises(
-        ValueError, "momentum_buffer of parameter 0 is not sharded as the parameter is",
-        lambda: optimizer.load_state_dict(whole_optimizer.state_dict()),
-    )  # fmt: skip
+    for base, name in (("AdamW", "exp_avg"), ("SGD", "momentum_buffer")):
+        net, whole = sharded(world, Net()), Net()
+        optimizer, whole_optimizer = interrupted_run(net, base), interrupted_run(whole, base)
+        train(net, optimizer, range(1))
+        train(whole, whole_optimizer, range(1))
+        before = all_of(net, optimizer)
+        raises(
+            ValueError, f"{name} of parameter 0 is not sharded as the parameter is",
+            lambda o=optimizer, w=whole_optimizer: o.load_state_dict(w.state_dict()),
+        )  # fmt: skip
+        torch.testing.assert_close(all_of(net, optimizer), before, rtol=0, atol=0)
+    for use_orig_params in (False, True):
+        flat = FullyShardedDataParallel(
+            Net(), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+        )
+        raises(ValueError, "fully_shard (FSDP2)", lambda f=flat: SAM(f.parameters(), lr=0.1))
+    for perturbation, group in (("local", None), ("group", dist.group.WORLD)):
+        raises(
+            ValueError, "params[0] of parameter group 0, a DTensor",
+            lambda p=perturbation, g=group: SAM(
+                net.parameters(), lr=0.1, perturbation=p, process_group=g
+            ),
+        )  # fmt: skip
     loss_of(net, 1).backward()
     optimizer.first_step()
     raises(
@@ -744,23 +804,44 @@ CHECKS = {
     for name, function in list(globals().items())
     if name.startswith("check_")
 }
+# What four processes do as two do, but in more time, is left to two.
+ONLY_IN_TWO = {
+    "trajectories_without_statistics", "clipping", "parts", "a_missing_reduction_is_noticed",
+    "bit_equal_without_a_norm", "fused_kernels", "one_reduction_for_all_norms",
+    "other_base_optimizers", "gradients_are_taken_over_without_a_copy", "restore",
+    "one_inf_skips_the_step_everywhere", "a_gradient_that_is_missing_in_one_pass", "grad_scaler",
+    "reshard_after_forward", "weights_that_stay_gathered_have_to_be_resharded",
+    "gradient_accumulation", "mixed_precision", "cpu_offload", "the_recipe",
+    "momentum_is_sharded_as_in_torch_sgd", "saving", "full_state_dicts", "what_is_refused",
+}  # fmt: skip
+ONLY_IN_FOUR = {"two_sharded_dimensions"}
 
 
-def main() -> None:
+def names_of_checks(size: int) -> list[str]:
+    left_out = ONLY_IN_FOUR if size == 2 else ONLY_IN_TWO
+    return [name for name in CHECKS if name not in left_out]
+
+
+def main(rank: int, size: int, folder: Path) -> None:
     """Writes what became of each check, and stops at the first that failed: the processes would not
     meet in the collectives of the next."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    rank, size = dist.get_rank(), dist.get_world_size()
-    world = World(rank, size, init_device_mesh("cpu", (size,)), Path(sys.argv[1]))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / f'store-{size}'}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    world = World(rank, size, init_device_mesh("cpu", (size,)), folder)
     outcomes: dict[str, str] = {}
-    for name, check in CHECKS.items():
+    for name in names_of_checks(size):
         try:
-            check(world)
+            CHECKS[name](world)
             outcomes[name] = "passed"
         except Exception:
             outcomes[name] = f"process {rank}: {traceback.format_exc()}"
-        (world.folder / f"{size}-{rank}.json").write_text(json.dumps(outcomes))
+        (folder / f"{size}-{rank}.json").write_text(json.dumps(outcomes))
         if outcomes[name] != "passed":
             raise SystemExit(1)
         dist.barrier()
@@ -768,4 +849,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

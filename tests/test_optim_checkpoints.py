@@ -509,13 +509,16 @@ def test_distributed_checkpoint_of_a_new_optimizer(
     assert unchanged(twin.parameters(), snapshot(model.parameters()))
 
 
-@pytest.mark.parametrize("options", [SGD_OPTIONS, {"lr": 0.1}], ids=["momentum", "plain"])
-def test_saving_before_the_first_step_changes_nothing(options: dict[str, float]) -> None:
-    """The momentum is zero then, not weight_decay * w as after a step of torch.optim.SGD."""
+@pytest.mark.parametrize(("base", "options"), BASES[:3])
+def test_saving_before_the_first_step_changes_nothing(
+    base: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    """The momentum is zero then, not weight_decay * w as after a step of torch.optim.SGD; and
+    nothing counts as a step of AdamW."""
     results = []
     for saves in (False, True):
         model = linear()
-        optimizer = SAM(groups_of(model), **options)
+        optimizer = SAM(groups_of(model), base, **options)
         if saves:
             get_optimizer_state_dict(model, optimizer)
         take_step(optimizer, 0)

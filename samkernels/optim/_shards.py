@@ -23,6 +23,15 @@ def is_dtensor(tensor: Tensor) -> bool:
     return cls is not None and isinstance(tensor, cls)
 
 
+def check(name: str, p: Tensor) -> None:
+    """Raises ValueError if p is a shard that looks like a whole tensor: norms would be wrong."""
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name} belongs to FullyShardedDataParallel (FSDP1), whose shards cannot be told from "
+            "whole tensors: shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+
+
 def local(tensor: Tensor) -> Tensor:
     """The part that lies here, without a copy."""
     # Not to_local(): of a parameter it makes a new view each time, and an autograd node.

@@ -96,6 +96,7 @@ class SAM(Optimizer):
             torch.nn.utils.clip_grad_norm_ between the steps would do it; SAMDirection: of g1. One
             reduction more, and no pass to scale. None: as it is.
         perturbation: "global", "local" or "group", see above; of no consequence in one process.
+            DTensors take "global" only.
         process_group: for "group": the group that this rank is in.
         base_options: lr, momentum, weight_decay and so on.
 
@@ -459,10 +460,12 @@ class SAM(Optimizer):
         super().add_param_group(param_group)
         try:
             for i, p in enumerate(param_group["params"]):
-                ops.check_tensor(f"params[{i}] of parameter group {index}", _shards.local(p))
+                name = f"params[{i}] of parameter group {index}"
+                _shards.check(name, p)
+                ops.check_tensor(name, _shards.local(p))
                 self._slots.place_of(p)
                 if _shards.is_dtensor(p):
-                    self._ranks.check_shards(f"params[{i}] of parameter group {index}")
+                    self._ranks.check_shards(name)
             if self._is_constructed:
                 self._check_disjoint()
         except Exception:
