@@ -246,11 +246,14 @@ def _unchanged(
     if len(last) != 1:  # none, or more than one place in a group
         return None
     (bucket,) = last
-    if len(params) != len(bucket.slots) or not _shards.all_cut_alike(grads, params):
+    if len(params) != len(bucket.slots):
         return None
     if not all(map(operator.is_, params, map(_param_of, bucket.slots))):
         return None
-    params, grads = _shards.locals_of(params), _shards.locals_of(grads)
+    here = _shards.local_pairs(params, grads)
+    if here is None:
+        return None
+    params, grads = here
     if any(map(Tensor.is_neg, grads)):
         return None
     place = bucket.place

@@ -71,10 +71,15 @@ def are_cut_alike(tensor: Any, p: Any) -> bool:
     return tensor.placements == p.placements and tensor.device_mesh == p.device_mesh
 
 
-def all_cut_alike(tensors: list[Tensor], params: list[Tensor]) -> bool:
-    if _WHOLE.issuperset(map(type, tensors)) and _WHOLE.issuperset(map(type, params)):
-        return True
-    return all(map(are_cut_alike, tensors, params))
+def local_pairs(
+    params: list[Tensor], grads: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """What lies here of both; None if a gradient is cut in another way than its parameter."""
+    if _WHOLE.issuperset(map(type, params)) and _WHOLE.issuperset(map(type, grads)):
+        return params, grads
+    if not all(map(are_cut_alike, grads, params)):
+        return None
+    return locals_of(params), locals_of(grads)
 
 
 def cut_like(p: Any, grad: Any) -> Tensor:
