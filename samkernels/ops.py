@@ -42,6 +42,7 @@ __all__ = [
     "Norms",
     "adam_",
     "add_",
+    "all_reduce",
     "clipping_divisor",
     "compare",
     "gradient_statistics",
@@ -208,6 +209,56 @@ def means_of(sums: list[Tensor], count: int, likes: TensorList) -> list[Tensor]:
     if sums:
         torch._foreach_div_(sums, count)
     return [total.to(like.dtype) for total, like in zip(sums, likes, strict=True)]
+
+
+@torch.no_grad()
+def all_reduce(
+    measured: Sequence[Norms | Comparison], process_groups: Sequence[tuple[Any, ...]]
+) -> list[Any]:
+    """Norms and Comparisons of whole tensors, from those of the shards that lie here.
+
+    n = sqrt(sum over processes of n_here^2), in float64; sums of a Comparison are added up. All
+    processes get the same bits, and none may stay away, not even one whose shards are empty.
+
+    Args:
+        measured: what `norms`, `weighted_norms` and `compare` returned.
+        process_groups: for each of these, the process groups over which its tensors are sharded,
+            one per dimension of the device mesh that cuts them; () if the tensors are whole.
+
+    Returns:
+        As `measured`, in one all-reduce for all that have groups and device in common. numel is
+        not touched: the number of elements is known without asking.
+    """
+    whole: list[Any] = list(measured)
+    by_groups: dict[tuple[Any, ...], dict[int, Tensor]] = {}
+    for i, groups in enumerate(process_groups):
+        if groups:
+            sums = _sums(whole[i])
+            by_groups.setdefault((*groups, sums.device), {})[i] = sums
+    for key, sums_of in by_groups.items():
+        together = torch.cat(list(sums_of.values()))
+        for group in key[:-1]:
+            torch.distributed.all_reduce(together, group=group)
+        sizes = [sums.numel() for sums in sums_of.values()]
+        for i, sums in zip(sums_of, together.split(sizes), strict=True):
+            whole[i] = _with_sums(whole[i], sums)
+    return whole
+
+
+def _sums(measured: Norms | Comparison) -> Tensor:
+    """What may be added up over disjoint sets of elements: float64, shape (k,)."""
+    if isinstance(measured, Comparison):
+        return torch.cat([measured.sums, _sums(measured.second_norms)])
+    return measured.per_tensor.double().square()  # no float32 is too large to be squared here
+
+
+def _with_sums(measured: Any, sums: Tensor) -> Any:
+    if isinstance(measured, Comparison):
+        own = measured.sums.numel()
+        second_norms = _with_sums(measured.second_norms, sums[own:])
+        return Comparison(sums[:own], measured.numel, second_norms)
+    dtype = measured.per_tensor.dtype
+    return Norms(sums.sum().sqrt().to(dtype), sums.sqrt().to(dtype))
 
 
 @torch.no_grad()

@@ -10,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
@@ -471,3 +476,83 @@ def test_loading_does_not_keep_a_hold_on_the_checkpoint() -> None:
     other.param_groups[0]["rho"] = 0.9
     take_step(other, 1)
     assert same_state(checkpoint, kept)
+
+
+# -- state that torch.distributed.checkpoint has the optimizer make --------------------------------
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_distributed_checkpoint_of_a_new_optimizer(
+    cls: type[SAM], base: type[torch.optim.Optimizer], options: dict[str, Any], flat: bool
+) -> None:
+    """What is loaded into it is what was saved; the weights do not move."""
+    dcp_options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, twin = linear(), linear()
+    optimizer = cls(groups_of(model), base, **options)
+    take_step(optimizer, 0)
+    resumed = cls(groups_of(twin), base, **{**options, "rho": 9.0, "lr": 9.0})
+    before = snapshot(twin.parameters())
+    empty = get_optimizer_state_dict(twin, resumed, options=dcp_options)
+    saved = get_optimizer_state_dict(model, optimizer, options=dcp_options)
+    assert empty.keys() == saved.keys()
+    set_optimizer_state_dict(twin, resumed, through_a_file(saved), options=dcp_options)
+    assert unchanged(twin.parameters(), before) and not resumed.is_perturbed
+    assert all(p.grad is None for p in twin.parameters())
+    loaded = resumed.state_dict()
+    loaded["state"] = {k: v for k, v in loaded["state"].items() if v}  # of SGD without momentum
+    assert same_state(loaded, optimizer.state_dict())
+    twin.load_state_dict(model.state_dict())
+    for o in (optimizer, resumed):
+        take_step(o, 1)
+    assert unchanged(twin.parameters(), snapshot(model.parameters()))
+
+
+@pytest.mark.parametrize(("base", "options"), BASES[:3])
+def test_saving_before_the_first_step_changes_nothing(
+    base: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    """The momentum is zero then, not weight_decay * w as after a step of torch.optim.SGD; and
+    nothing counts as a step of AdamW."""
+    results = []
+    for saves in (False, True):
+        model = linear()
+        optimizer = SAM(groups_of(model), base, **options)
+        if saves:
+            get_optimizer_state_dict(model, optimizer)
+        take_step(optimizer, 0)
+        take_step(optimizer, 1)
+        results.append(snapshot(model.parameters()))
+    assert unchanged(*results)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+@pytest.mark.parametrize("gradient", [0.0, 1.0])
+def test_a_forgotten_first_step_is_still_an_error(
+    base: type[torch.optim.Optimizer], lr: float, gradient: float
+) -> None:
+    """Unless lr and gradients are zero before any other step: then a step only makes state."""
+    p = parameter(1.0, 2.0)
+    optimizer = SAM([p], base, lr=lr)
+    p.grad = torch.tensor([0.0, gradient])
+    if lr == gradient == 0:
+        optimizer.step()
+        assert p.tolist() == [1.0, 2.0]
+    else:
+        with pytest.raises(RuntimeError, match=r"SAM\.step\(\) needs two gradients"):
+            optimizer.step()
+        assert not optimizer.state
+    take_step(optimizer, 0)
+    if base is torch.optim.AdamW:  # SGD without momentum has no state
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        p.grad = torch.zeros(2)
+        with pytest.raises(RuntimeError, match=r"SAM\.step\(\) needs two gradients"):
+            optimizer.step()
+
+
+def test_a_step_without_gradients_is_still_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"SAM\.step\(\) needs two gradients"):
+        SAM([parameter(1.0)], lr=0.0).step()

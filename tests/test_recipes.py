@@ -235,6 +235,18 @@ def _(result: SimpleNamespace) -> None:
     assert unchanged(weights(result), weights(run("The loop")))
 
 
+@check("FSDP2")
+def _(result: SimpleNamespace) -> None:
+    """In one process; tests/fsdp_worker.py executes it in several."""
+    assert unchanged(weights(result), weights(run("The loop")))
+
+
+@check("FSDP2 2")
+def _(result: SimpleNamespace) -> None:
+    assert unchanged(weights(result), weights(run("The loop")))
+    assert (Path("checkpoint") / ".metadata").exists()
+
+
 @check("m-sharpness on one device")
 def _(result: SimpleNamespace) -> None:
     shared = run(SHARED)
@@ -308,6 +320,7 @@ def test_every_snippet_has_a_check_and_every_check_a_snippet() -> None:
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+@pytest.mark.filterwarnings("ignore:.*assuming the intent is to (save|load) in a single process")
 def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip(NEEDS.get(name.split()[0].strip(","), "torch"))
     monkeypatch.chdir(tmp_path)  # for what a snippet saves

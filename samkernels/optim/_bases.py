@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from samkernels import ops
 from samkernels.backends import TensorList
+from samkernels.optim import _shards
 from samkernels.optim._lists import Bucket, fits, laid_out_like
 
 State = dict[str, Any]  # of one parameter
@@ -44,9 +45,9 @@ class Update:
             **recombination,
             **bucket.options,
         )
-        for p, of_param in zip(bucket.params, self.states, strict=True):
+        for slot, of_param in zip(bucket.slots, self.states, strict=True):
             if of_param:  # or SGD without momentum would have empty ones
-                state[p].update(of_param)
+                state[slot.param].update(of_param)
 
 
 class FusedBase(Protocol):
@@ -55,6 +56,9 @@ class FusedBase(Protocol):
 
     def serves(self, group: dict[str, Any]) -> bool:
         """Whether the op can make the step of this group; if not, the base optimizer does."""
+
+    def new_state(self, group: dict[str, Any], p: Tensor) -> State:
+        """Of a parameter that no step was made with."""
 
     def updates(self, bucket: Bucket, state: dict[Tensor, State]) -> list[Update]:
         """Raises TypeError or ValueError if a hyperparameter or a state is wrong."""
@@ -67,6 +71,11 @@ class Sgd:
     def serves(self, group: dict[str, Any]) -> bool:
         values = [group[name] for name in ("momentum", "dampening", "weight_decay")]
         return not (group["differentiable"] or _are_on_device(values))
+
+    def new_state(self, group: dict[str, Any], p: Tensor) -> State:
+        if group["momentum"] == 0:
+            return {}
+        return {"momentum_buffer": torch.zeros_like(p, requires_grad=False)}
 
     def updates(self, bucket: Bucket, state: dict[Tensor, State]) -> list[Update]:
         group = bucket.group
@@ -87,8 +96,10 @@ class Sgd:
                 continue
             init = part.slots[0] in new
             states = [
-                {"momentum_buffer": torch.empty_like(p, requires_grad=False)} if init else state[p]
-                for p in part.params
+                {"momentum_buffer": torch.empty_like(slot.param, requires_grad=False)}
+                if init
+                else state[slot.param]
+                for slot in part.slots
             ]
             buffers = _laid_out(part, states, "momentum_buffer")
             of_part = {**options, "init_momentum": init}
@@ -123,7 +134,8 @@ class Adam:
         }
         ops.check_adam_options(**options)
         options["lr"] = ops.hyperparameter("lr", options["lr"], bucket.params[0])
-        states = [state.get(p) or self._new_state(p) for p in bucket.params]
+        params = [slot.param for slot in bucket.slots]
+        states = [state.get(p) or self.new_state(group, p) for p in params]
         moments = [_laid_out(bucket, states, name) for name in self.tensors]
         device = bucket.place.device
         for of_param in states:
@@ -134,8 +146,7 @@ class Adam:
         steps = [of_param["step"] for of_param in states]
         return [Update(bucket, ops.adam_, (*moments, steps), options, states)]
 
-    @staticmethod
-    def _new_state(p: Tensor) -> State:
+    def new_state(self, group: dict[str, Any], p: Tensor) -> State:
         """Layout and order of torch.optim's."""
         return {
             "step": torch.zeros((), dtype=torch.float32, device=p.device),
@@ -163,21 +174,23 @@ def _number(value: Any) -> Any:
 
 
 def _laid_out(bucket: Bucket, states: list[State], name: str) -> TensorList:
-    """One tensor of each state; those in another layout than their parameter, as of a checkpoint,
-    are replaced there."""
+    """One tensor of each state, local; those in another layout than their parameter, as of a
+    checkpoint, are replaced there."""
     tensors = []
-    for p, of_param in zip(bucket.params, states, strict=True):
+    for slot, of_param in zip(bucket.slots, states, strict=True):
         tensor = of_param.get(name)
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"the {name} of a parameter of shape {tuple(p.shape)} is {type(tensor).__name__}: "
-                "give a tensor, or remove it from optimizer.state"
+                f"the {name} of a parameter of shape {tuple(slot.param.shape)} is "
+                f"{type(tensor).__name__}: give a tensor, or remove it from optimizer.state"
             )
         tensors.append(tensor)
+    tensors = _shards.locals_of(tensors)
     prepared = bucket.place.prepare(tensors)
     if bucket.place.are_alike(bucket.old, prepared):
         return prepared
-    for i, (p, of_param) in enumerate(zip(bucket.params, states, strict=True)):
-        if not fits(tensors[i], p):
-            tensors[i] = of_param[name] = laid_out_like(p, tensors[i])
+    for i, (slot, of_param) in enumerate(zip(bucket.slots, states, strict=True)):
+        if not fits(tensors[i], slot.local):
+            tensors[i] = laid_out_like(slot.local, tensors[i])
+            of_param[name] = _shards.as_part_of(slot.param, tensors[i])
     return tensors

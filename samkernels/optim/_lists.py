@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from samkernels import backends, ops
 from samkernels.backends import TensorList
+from samkernels.optim import _shards
 from samkernels.optim._ranks import Exchange
 
 
@@ -25,6 +26,7 @@ class Place:
     device: torch.device
     dtype: torch.dtype
     backend: str
+    process_groups: tuple[Any, ...] = ()  # that parameters here are sharded over
 
     def prepare(self, tensors: TensorList) -> TensorList:
         return backends.get(self.backend).prepare(tensors)
@@ -39,7 +41,13 @@ class Slot:
 
     param: Tensor
     place: Place
-    old: Tensor  # room for w, laid out like param
+    old: Tensor  # room for w, laid out like local
+
+    @property
+    def local(self) -> Tensor:
+        """What the kernels work on: param, or of a DTensor the part that lies here. Asked for anew
+        in each step, since FSDP2 may replace it."""
+        return _shards.local(self.param)
 
 
 @dataclass
@@ -49,7 +57,7 @@ class Bucket:
     group: dict[str, Any]
     place: Place
     slots: list[Slot]
-    params: TensorList
+    params: TensorList  # local, as is all below
     grads: TensorList
     old: TensorList  # of the slots
 
@@ -61,6 +69,11 @@ class Bucket:
     @property
     def granularity(self) -> str:
         return self.group.get("granularity", "element")
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameters, those in other processes too."""
+        return sum(slot.param.numel() for slot in self.slots)
 
     def bring(self, norm: Tensor | None) -> Tensor | None:
         """A norm over all buckets, or another scalar, on this one's device, in the dtype that ops
@@ -118,12 +131,25 @@ class Perturbation:
         """w; of a parameter that was not perturbed, for want of g1, w is the parameter itself."""
         if all(map(self.slots.__contains__, bucket.slots)):
             return bucket.old
-        return [slot.old if slot in self.slots else slot.param for slot in bucket.slots]
+        return [slot.old if slot in self.slots else slot.local for slot in bucket.slots]
 
 
 def norms_of(slots: list[Slot], measured: list[tuple[list[Slot], ops.Norms]]) -> ops.Norms | None:
     """The norms of these parameters, if just this list was measured."""
     return next((norms for of, norms in measured if of == slots), None)
+
+
+def per_tensor_norms_of(
+    slots: list[Slot], measured: list[tuple[list[Slot], ops.Norms]]
+) -> Tensor | None:
+    """The norm of each parameter, if they were measured together, perhaps with others."""
+    for of, norms in measured:
+        if of == slots:
+            return norms.per_tensor
+        index = {slot: i for i, slot in enumerate(of)}
+        if all(slot in index for slot in slots):
+            return torch.stack([norms.per_tensor[index[slot]] for slot in slots])
+    return None
 
 
 class Slots:
@@ -132,7 +158,7 @@ class Slots:
     def __init__(self, backend: str) -> None:
         self.perturbation: Perturbation | None = None  # between the steps
         self._backend = backend
-        self._places: dict[tuple[torch.device, torch.dtype, bool], Place] = {}
+        self._places: dict[tuple[Any, ...], Place] = {}
         self._slots: dict[Tensor, Slot] = {}
         # Per group the buckets of the last step, without parameters and gradients.
         self._last: dict[int, list[Bucket]] = {}
@@ -140,15 +166,23 @@ class Slots:
     def serves(self, slot: Slot) -> bool:
         """Whether the slot still suits its parameter, which may have been cast, moved or laid out
         anew since."""
-        p = slot.param
-        place = self._places.get((p.device, p.dtype, ops.is_dense(p)))
-        return place is slot.place and fits(slot.old, p)
+        place = self._places.get(_place_key(slot.param))
+        return place is slot.place and fits(slot.old, slot.local)
 
     def place_of(self, p: Tensor) -> Place:
         """Raises RuntimeError if the backend that was named cannot serve p."""
-        key = (p.device, p.dtype, ops.is_dense(p))
+        key = _place_key(p)
         if key not in self._places:
-            self._places[key] = Place(p.device, p.dtype, backends.choose(self._backend, *key)[0])
+            device, dtype, dense, process_groups = key
+            if process_groups and not dense:
+                # A shard may have gaps in one process and none in the next: their lists would
+                # differ, and sums of different tensors would be added.
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} has a shard with gaps in its memory: "
+                    "shard a contiguous tensor"
+                )
+            backend = backends.choose(self._backend, device, dtype, dense)[0]
+            self._places[key] = Place(device, dtype, backend, process_groups)
         return self._places[key]
 
     def buckets(
@@ -192,11 +226,13 @@ class Slots:
                         f"a parameter of shape {tuple(p.shape)} changed its shape, dtype, device "
                         "or layout between first_step and second_step. The weights were restored."
                     )
-                ops.check_tensor(f"params[{i}] of parameter group {index}", p)
-                slot = Slot(p, self.place_of(p), torch.empty_like(p, requires_grad=False))
+                here = _shards.local(p)
+                ops.check_tensor(f"params[{i}] of parameter group {index}", here)
+                slot = Slot(p, self.place_of(p), torch.empty_like(here, requires_grad=False))
                 self._slots[p] = slot
-            if not fits(grad, p) or grad.is_neg():
-                grad = laid_out_like(p, grad)
+            grad = _shards.local(_shards.cut_like(p, grad))
+            if not fits(grad, slot.local) or grad.is_neg():
+                grad = laid_out_like(slot.local, grad)
             slots, grads = by_place.setdefault(slot.place, ([], []))
             slots.append(slot)
             grads.append(grad)
@@ -210,9 +246,15 @@ def _unchanged(
     if len(last) != 1:  # none, or more than one place in a group
         return None
     (bucket,) = last
-    if len(params) != len(bucket.slots) or any(map(Tensor.is_neg, grads)):
+    if len(params) != len(bucket.slots):
         return None
     if not all(map(operator.is_, params, map(_param_of, bucket.slots))):
+        return None
+    here = _shards.local_pairs(params, grads)
+    if here is None:
+        return None
+    params, grads = here
+    if any(map(Tensor.is_neg, grads)):
         return None
     place = bucket.place
     try:
@@ -227,10 +269,15 @@ def _unchanged(
 _param_of = operator.attrgetter("param")
 
 
+def _place_key(p: Tensor) -> tuple[torch.device, torch.dtype, bool, tuple[Any, ...]]:
+    here = _shards.local(p)
+    return here.device, here.dtype, ops.is_dense(here), _shards.process_groups(p)
+
+
 def bucket_of(
     group: dict[str, Any], place: Place, slots: list[Slot], grads: list[Tensor]
 ) -> Bucket:
-    params = place.prepare([slot.param for slot in slots])
+    params = place.prepare([slot.local for slot in slots])
     old = place.prepare([slot.old for slot in slots])
     return Bucket(group, place, slots, params, place.prepare(grads), old)
 

@@ -59,6 +59,15 @@ class Ranks:
             return False
         return dist.get_world_size() > 1
 
+    def check_shards(self, name: str) -> None:
+        """Raises ValueError if DTensors, such as the parameter of this name, cannot be served."""
+        if self.perturbation != "global":
+            raise ValueError(
+                f'perturbation="{self.perturbation}" with {name}, a DTensor: the processes '
+                "share one copy of the weights and cannot be at different ones. Leave perturbation "
+                "out; parts() is m-sharpness that needs no copies"
+            )
+
     @contextlib.contextmanager
     def first_pass(self, model: nn.Module) -> Iterator[None]:
         if not isinstance(model, nn.Module):

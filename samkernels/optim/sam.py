@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels import backends, ops
+from samkernels.optim import _shards
 from samkernels.optim._bases import FUSED_BASES, FusedBase
-from samkernels.optim._lists import Bucket, Perturbation, Place, Slot, Slots, norms_of
+from samkernels.optim._lists import (
+    Bucket,
+    Perturbation,
+    Place,
+    Slot,
+    Slots,
+    norms_of,
+    per_tensor_norms_of,
+)
 from samkernels.optim._parts import PartSums
 from samkernels.optim._ranks import Ranks, start_exchange
 
@@ -66,7 +75,14 @@ class SAM(Optimizer):
     skip. With "local" and "group" the first pass goes into `first_pass`. `parts` is m-sharpness on
     one device.
 
-    Memory: one copy of the parameters beside the base optimizer's state.
+    Parameters that torch.distributed.fsdp.fully_shard has sharded (DTensors) are worked on where
+    they lie. Norms and statistics are those of whole tensors, by one all-reduce in each of the two
+    steps that needs them, so all processes have to make the same calls. FSDP2 must not hold
+    gathered parameters when a step is made: a backward before it lets go of them, unless
+    set_reshard_after_backward(False) or a later forward without a backward keeps them.
+
+    Memory: one copy of the parameters beside the base optimizer's state; of shards, where they are
+    sharded.
 
     Args:
         params: parameters or parameter groups, as for any torch.optim optimizer; a group may set
@@ -84,6 +100,7 @@ class SAM(Optimizer):
             torch.nn.utils.clip_grad_norm_ between the steps would do it; SAMDirection: of g1. One
             reduction more, and no pass to scale. None: as it is.
         perturbation: "global", "local" or "group", see above; of no consequence in one process.
+            DTensors take "global" only.
         process_group: for "group": the group that this rank is in.
         base_options: lr, momentum, weight_decay and so on.
 
@@ -159,7 +176,7 @@ class SAM(Optimizer):
         self._slots = Slots(backend)
         self._is_constructed = False
         super().__init__(params, defaults)
-        ops.check_disjoint("params", self._all_params())  # once, not for each group
+        self._check_disjoint()  # once, not for each group
         self._is_constructed = True
         # One list of groups and one state for both: a scheduler changes the lr of both.
         self.base_optimizer = base_optimizer(self.param_groups, **base_options)
@@ -234,8 +251,10 @@ class SAM(Optimizer):
             for bucket in buckets:
                 self._perturb(bucket, perturbation)
                 if keeps_first_grads and all_ranks is None:
-                    # Memory that somebody else has too may be used for g2: DDP's buckets.
-                    kept = [g.clone() if _shares_memory(g) else g for g in bucket.grads]
+                    kept = list(bucket.grads)
+                    if not bucket.place.process_groups:  # FSDP2 makes new memory in each backward
+                        # Memory that somebody else has too may be used for g2: DDP's buckets.
+                        kept = [g.clone() if _shares_memory(g) else g for g in kept]
                     perturbation.first_grads.update(zip(bucket.slots, kept, strict=True))
             if all_ranks is not None:
                 sent = self._all_params() if keeps_first_grads else []
@@ -243,8 +262,8 @@ class SAM(Optimizer):
                 perturbation.exchange = start_exchange(sent, ascent_norm, all_ranks)
             perturbation.settle()
             for bucket in buckets:
-                for p in bucket.params:
-                    p.grad = None
+                for slot in bucket.slots:
+                    slot.param.grad = None
             if self._meets_scaler:
                 self._spread_overflow(perturbation)
         except BaseException:
@@ -286,6 +305,9 @@ class SAM(Optimizer):
             The loss at w if the closure was called there, else None. A step with a closure leaves
                 no gradients.
 
+        Before any other step, and with lr and all gradients zero, it only makes the base
+        optimizer's state: so torch.distributed.checkpoint asks for it.
+
         Raises:
             RuntimeError: no first step was made and there is no closure; the closure made a step
                 of its own; or see first_step and second_step. The weights are restored.
@@ -301,6 +323,9 @@ class SAM(Optimizer):
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
             if self._perturbation is None:
+                if self._only_makes_state():
+                    self._make_state()
+                    return None
                 raise RuntimeError(
                     f"{type(self).__name__}.step() needs two gradients: call first_step() after "
                     "the first backward and step() after the second, or give step() a closure"
@@ -442,10 +467,14 @@ class SAM(Optimizer):
         super().add_param_group(param_group)
         try:
             for i, p in enumerate(param_group["params"]):
-                ops.check_tensor(f"params[{i}] of parameter group {index}", p)
+                name = f"params[{i}] of parameter group {index}"
+                _shards.check(name, p)
+                ops.check_tensor(name, _shards.local(p))
                 self._slots.place_of(p)
+                if _shards.is_dtensor(p):
+                    self._ranks.check_shards(name)
             if self._is_constructed:
-                ops.check_disjoint("params", self._all_params())
+                self._check_disjoint()
         except Exception:
             self.param_groups.pop()
             raise
@@ -465,8 +494,8 @@ class SAM(Optimizer):
 
         Raises:
             RuntimeError: between first_step and second_step.
-            ValueError: groups or momentum buffers do not fit the parameters, or rho is out of
-                range.
+            ValueError: groups or momentum buffers do not fit the parameters, are sharded in another
+                way (torch.distributed.checkpoint loads those), or rho is out of range.
         """
         self._require_unperturbed("load_state_dict")
         try:
@@ -544,9 +573,39 @@ class SAM(Optimizer):
                         f"state_dict: the {name} of parameter {i} has shape {shape} and the "
                         f"parameter has {tuple(p.shape)}: load the checkpoint of the same model"
                     )
+                if not _shards.are_cut_alike(tensor, p):
+                    raise ValueError(
+                        f"state_dict: the {name} of parameter {i} is not sharded as the parameter "
+                        "is: load it with set_optimizer_state_dict of "
+                        "torch.distributed.checkpoint.state_dict"
+                    )
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _check_disjoint(self) -> None:
+        ops.check_disjoint("params", _shards.locals_of(self._all_params()))
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint has an optimizer make the
+        state that is to be saved or loaded: before any other, with lr and all gradients zero. It
+        is a step of SAM too, since a zero g1 perturbs nothing; g1 and g2 are the same."""
+        if self.state or any(group.get("lr", 0) != 0 for group in self.param_groups):
+            return False
+        grads = [p.grad for p in self._all_params() if p.grad is not None]
+        return bool(grads) and not any(g.any() for g in _shards.locals_of(grads))
+
+    def _make_state(self) -> None:
+        fused = self._fused_base
+        if fused is None or not all(map(fused.serves, self.param_groups)):
+            self.base_optimizer.step()
+            return
+        # Not by a step, which would count, and make weight_decay * w of a momentum.
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = fused.new_state(group, p) if p.grad is not None else {}
+                if state:
+                    self.state[p].update(state)
 
     def _measure(self, buckets: list[Bucket]) -> Perturbation:
         """The norms of g1 that the two steps need; nothing is perturbed yet."""
@@ -558,13 +617,19 @@ class SAM(Optimizer):
                 ascent, norms = ops.weighted_norms(bucket.grads, bucket.params, **bucket.options)
             else:
                 ascent = norms = ops.norms(bucket.grads, **bucket.options)
-            ascent_norms.append(ascent.total)
+            ascent_norms.append(ascent)
             if needs_first_norms:
-                first_norms.append(norms.total)
-                perturbation.first_norms.append((bucket.slots, norms))
-        perturbation.ascent_norm = ops.total_norm(ascent_norms)
+                first_norms.append(norms)
+        whole = _over_shards(
+            [*ascent_norms, *first_norms], [*buckets, *(buckets if first_norms else [])]
+        )
+        ascent_norms, first_norms = whole[: len(buckets)], whole[len(buckets) :]
+        perturbation.ascent_norm = ops.total_norm([norms.total for norms in ascent_norms])
         if first_norms:
-            perturbation.first_norm = ops.total_norm(first_norms)
+            perturbation.first_norm = ops.total_norm([norms.total for norms in first_norms])
+            perturbation.first_norms = [
+                (bucket.slots, norms) for bucket, norms in zip(buckets, first_norms, strict=True)
+            ]
         return perturbation
 
     def _needs_first_norms(self, buckets: list[Bucket]) -> bool:
@@ -593,7 +658,7 @@ class SAM(Optimizer):
         lists: dict[tuple[Place, str], list[Slot]] = {}
         lost = []
         for slot in slots:
-            p = slot.param
+            p = slot.local
             if p.shape != slot.old.shape or (p.data_ptr() == 0 and p.numel() > 0):
                 lost.append(slot)
                 continue
@@ -602,13 +667,13 @@ class SAM(Optimizer):
             lists.setdefault((slot.place, backend), []).append(slot)
         for (_, backend), of_place in lists.items():
             ops.restore_(
-                [slot.param for slot in of_place],
+                [slot.local for slot in of_place],
                 [slot.old for slot in of_place],
                 backend=backend,
                 validate=False,
             )
         slots.clear()
-        slots.update((slot, None) for slot in lost if slot.param.shape == slot.old.shape)
+        slots.update((slot, None) for slot in lost if slot.local.shape == slot.old.shape)
         if lost:
             shape = tuple(lost[0].param.shape)
             raise RuntimeError(
@@ -671,7 +736,7 @@ class SAM(Optimizer):
         assert self._perturbation is not None
         for slot, mean in sums.means_into(self._perturbation).items():
             if slot.param.grad is None:
-                slot.param.grad = mean
+                slot.param.grad = _shards.as_part_of(slot.param, mean)
             else:
                 _put_grad(slot.param, mean)
 
@@ -708,8 +773,8 @@ class SAM(Optimizer):
             for bucket in updated:
                 options = self._recombination(bucket, perturbation)
                 ops.recombine_(bucket.grads, **options, **bucket.options)
-                for p, u in zip(bucket.params, bucket.grads, strict=True):
-                    _put_grad(p, u)
+                for slot, u in zip(bucket.slots, bucket.grads, strict=True):
+                    _put_grad(slot.param, u)
             self._step_base({slot.param for slot in done})
 
     def _spread_overflow(self, perturbation: Perturbation) -> None:
@@ -717,7 +782,7 @@ class SAM(Optimizer):
         norm = perturbation.ascent_norm
         for slot in perturbation.slots:
             p = slot.param
-            if p.requires_grad and p.numel() > 0 and norm is not None:
+            if p.requires_grad and slot.local.numel() > 0 and norm is not None:
                 hook = functools.partial(_add_overflow, norm)
                 perturbation.hook = p.register_post_accumulate_grad_hook(hook)
                 return
@@ -745,36 +810,49 @@ class SAM(Optimizer):
     ) -> None:
         """Of g2: the norms that the update needs, and where there is g1 too, the statistics; g2 is
         read once for them. Of g1, if it is not the one of the first step: its norms."""
-        if both and perturbation.first_norm is None and self._needs_first_norms(both):
-            for bucket in both:
-                norms = ops.norms(
-                    [perturbation.first_grads[slot] for slot in bucket.slots], **bucket.options
-                )
-                perturbation.first_norms.append((bucket.slots, norms))
-            totals = [norms.total for _, norms in perturbation.first_norms]
-            perturbation.first_norm = ops.total_norm(totals)
-
         scale = self._of_scaler("grad_scale")
-        comparisons = []
-        for bucket in both if self.track_statistics else ():
-            first_grads = [perturbation.first_grads[slot] for slot in bucket.slots]
-            weights = perturbation.old_of(bucket)
-            comparison = ops.compare(first_grads, bucket.grads, weights, **bucket.options)
-            comparisons.append(comparison)
-            perturbation.second_norms.append((bucket.slots, comparison.second_norms))
-        if self.track_statistics:
-            self._statistics = ops.gradient_statistics(comparisons, scale) if comparisons else None
-
         of_first = self._rule == "samdirection"
         clips_second = self.max_grad_norm is not None and not of_first
-        if updated and (clips_second or any(b.granularity == "global" for b in updated)):
-            totals = []
-            for bucket in updated:
-                known = norms_of(bucket.slots, perturbation.second_norms)
-                if known is None:
-                    known = ops.norms(bucket.grads, **bucket.options)
-                    perturbation.second_norms.append((bucket.slots, known))
-                totals.append(known.total)
+        needs_total = clips_second or any(b.granularity == "global" for b in updated)
+        # Norms per tensor are the recombination's to measure, unless other processes have to help.
+        needs_norms = needs_total or any(
+            b.granularity == "tensor" and b.place.process_groups for b in updated
+        )
+        first = both if perturbation.first_norm is None and self._needs_first_norms(both) else []
+        compared = both if self.track_statistics else []
+        of_compared = [bucket.slots for bucket in compared]
+        second = [b for b in updated if b.slots not in of_compared] if needs_norms else []
+
+        first_grads = [[perturbation.first_grads[slot] for slot in b.slots] for b in both]
+        first_norms = [
+            ops.norms(g1, **b.options) for b, g1 in zip(first, first_grads, strict=False)
+        ]
+        comparisons = [
+            ops.compare(g1, b.grads, perturbation.old_of(b), **b.options)._replace(numel=b.numel)
+            for b, g1 in zip(compared, first_grads, strict=False)
+        ]
+        second_norms = [ops.norms(b.grads, **b.options) for b in second]
+        whole = iter(
+            _over_shards([*first_norms, *comparisons, *second_norms], [*first, *compared, *second])
+        )
+        first_norms, comparisons, second_norms = (
+            [next(whole) for _ in buckets] for buckets in (first, compared, second)
+        )
+
+        if first:
+            perturbation.first_norm = ops.total_norm([norms.total for norms in first_norms])
+            perturbation.first_norms = [
+                (b.slots, norms) for b, norms in zip(first, first_norms, strict=True)
+            ]
+        second_norms = [*(c.second_norms for c in comparisons), *second_norms]
+        perturbation.second_norms = [
+            (b.slots, norms) for b, norms in zip([*compared, *second], second_norms, strict=True)
+        ]
+        if self.track_statistics:
+            self._statistics = ops.gradient_statistics(comparisons, scale) if comparisons else None
+        if updated and needs_total:
+            known = [norms_of(b.slots, perturbation.second_norms) for b in updated]
+            totals = [norms.total for norms in known if norms is not None]
             perturbation.second_norm = ops.total_norm(totals)
         perturbation.divisor = scale
         norm = perturbation.first_norm if of_first else perturbation.second_norm
@@ -795,10 +873,9 @@ class SAM(Optimizer):
                 options["first_norm"] = bucket.bring(perturbation.first_norm)
                 options["second_norm"] = bucket.bring(perturbation.second_norm)
             elif bucket.granularity == "tensor":
-                first = norms_of(bucket.slots, perturbation.first_norms)
-                second = norms_of(bucket.slots, perturbation.second_norms)
-                options["first_norm"] = first and first.per_tensor
-                options["second_norm"] = second and second.per_tensor
+                for name in ("first_norm", "second_norm"):
+                    measured = getattr(perturbation, f"{name}s")
+                    options[name] = per_tensor_norms_of(bucket.slots, measured)
         return options
 
     def _step_base(self, updated: set[Tensor]) -> None:
@@ -812,19 +889,24 @@ class SAM(Optimizer):
                 p.grad = grad
 
 
+def _over_shards(measured: list[Any], buckets: list[Bucket]) -> list[Any]:
+    """What was measured of each bucket, for whole tensors."""
+    return ops.all_reduce(measured, [bucket.place.process_groups for bucket in buckets])
+
+
 def _put_grad(p: Tensor, u: Tensor) -> None:
     """u, computed in a copy if p.grad has another layout or dtype (grad_dtype), for p.grad."""
-    if p.grad is None or p.grad is u:
+    if p.grad is None or _shards.local(p.grad) is u:
         return
     if p.grad.dtype is u.dtype:
-        p.grad = u
+        p.grad = _shards.as_part_of(p, u)
     else:
-        p.grad.copy_(u)
+        p.grad.copy_(_shards.as_part_of(p, u))
 
 
 def _add_overflow(norm: Tensor, p: Tensor) -> None:
     if p.grad is not None:
-        ops.spread_overflow_(p.grad, norm)
+        ops.spread_overflow_(_shards.local(p.grad), norm)
 
 
 def _shares_memory(grad: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels import backends, ops
+from samkernels.optim import _shards
 from samkernels.optim._lists import Place, Slots, fits, laid_out_like
 
 SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -265,6 +266,11 @@ class SGDHess(Optimizer):
         try:
             for i, p in enumerate(param_group["params"]):
                 ops.check_tensor(f"params[{i}] of parameter group {index}", p)
+                if _shards.is_dtensor(p):
+                    raise ValueError(
+                        f"params[{i}] of parameter group {index} is a DTensor: SGDHess takes whole "
+                        "tensors, since FSDP2 computes no second derivatives"
+                    )
                 self._slots.place_of(p)
             if self._is_constructed:
                 ops.check_disjoint("params", self._all_params())
