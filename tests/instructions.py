@@ -1,5 +1,6 @@
-"""What callgrind watches for test_instructions.py: the two halves of a step on tiny tensors, so that
-all that counts is the way from Python to the kernels. Gradients are given outside.
+"""What callgrind watches for test_instructions.py: the two halves of a step on tiny tensors.
+
+So all that counts is the way from Python to the kernels. Gradients are given outside.
 
     valgrind --tool=callgrind --instr-atstart=no ... python instructions.py CLIENT_LIBRARY
 """
@@ -36,11 +37,13 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, (tensors, make) in CASES.items():
         params = [torch.nn.Parameter(torch.ones(3)) for _ in range(tensors)]
-        grads = [torch.ones(3) for _ in params]
+        grads = [[torch.ones(3) for _ in params] for _ in range(2)]
         optimizer = make(params)
         for i in range(2 + STEPS):  # the first ones make state and fill caches
-            for half in (optimizer.first_step, optimizer.second_step):
-                for p, grad in zip(params, grads, strict=True):
+            for half, given in zip(
+                (optimizer.first_step, optimizer.second_step), grads, strict=True
+            ):
+                for p, grad in zip(params, given, strict=True):
                     p.grad = grad
                 if i >= 2:
                     callgrind.start()

@@ -31,7 +31,7 @@ def sgd(rule: str, **options: Any) -> Callable[..., None]:
 
 
 def sgd_hess(**options: Any) -> Callable[..., None]:
-    return lambda w, old, g, hv, buf: ops.sgd_hess_(
+    return lambda w, old, g, hv, buf, _: ops.sgd_hess_(
         w, g, hv, buf, lr=0.1, rho=0.1, **options, **OPTIONS
     )
 
