@@ -18,7 +18,10 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest bench --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name
+	mkdir -p runs/bench
+	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name \
+	    --benchmark-json=runs/bench/suite.json
+	$(BIN)/python -m bench.report runs/bench/suite.json --output runs/bench/report.md
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .

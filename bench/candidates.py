@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,9 +87,10 @@ def candidates(variant: str, device: torch.device, tensors: int = 0) -> dict[str
     adaptive = variant == "ASAM"
     if variant in ("SAM", "ASAM", "SAM, AdamW"):
         found[EAGER] = lambda params: EagerSAM(params, RHO, adaptive, of.base, **of.base_options)
-        found[PYTORCH_OPTIMIZER] = lambda params: pytorch_optimizer_sam(
-            params, of.base, RHO, adaptive, **of.base_options
-        )
+        if importlib.util.find_spec("pytorch_optimizer"):
+            found[PYTORCH_OPTIMIZER] = lambda params: pytorch_optimizer_sam(
+                params, of.base, RHO, adaptive, **of.base_options
+            )
     if variant in ("SAM", "SAM, AdamW"):
         found[FOREACH] = lambda params: ForeachSAM(params, RHO, of.base, **of.base_options)
     if variant == "SAM" and tensors <= COMPILED_TENSORS:

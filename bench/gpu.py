@@ -464,6 +464,21 @@ def bench(stage: Stage) -> None:
     stage.table("goals", goals)
 
 
+def suite(stage: Stage) -> None:
+    """bench/test_*.py, without the compiled peer, which the stage bench has: for bench.report."""
+    ensure_built(stage)
+    file = stage.folder / "pytest_benchmark.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", f"--benchmark-json={file}"]
+    chosen = "test_op and norms-1000 and native" if stage.dry_run else "not compile"
+    device = "cpu" if stage.dry_run else "cuda"
+    status, output = stage.run([*command, f"--device={device}", "-k", chosen], log="suite")
+    stage.check(status == 0 and file.exists(), output[-500:])
+    if file.exists():
+        cases = json.loads(file.read_text())["benchmarks"]
+        rows = [{"case": c["name"], "wall ms": 1e3 * c["stats"]["median"]} for c in cases]
+        stage.table("median of each case", rows)
+
+
 def bench_steps(
     stage: Stage,
     machine: gpu_cases.Machine,
@@ -745,6 +760,7 @@ STAGES: dict[str, Callable[[Stage], None]] = {
     "sanitize": sanitize,
     "profile": profile,
     "bench": bench,
+    "suite": suite,
 }
 
 

@@ -6,11 +6,12 @@
 #   bench/on_gpu.sh sanitize FOLDER   compute-sanitizer over every op
 #   bench/on_gpu.sh profile  FOLDER   DRAM bytes and throughput of every kernel (ncu)
 #   bench/on_gpu.sh bench    FOLDER   one SAM step: native, eager, foreach, compiled, triton
+#   bench/on_gpu.sh suite    FOLDER   all that make bench measures, for python -m bench.report
 #   bench/on_gpu.sh tune     FOLDER ["NAME=VALUE ..." ...]   variants of the core, by macros
 #
 # FOLDER takes STAGE.json, STAGE.md and logs; bench/results/DEVICE/ is where results are committed. --dry-run at the
-# end rehearses a stage on the CPU. Needs python3 (or PYTHON) with torch, triton, numpy, pybind11 and pytest; nvcc, cmake
-# and ninja; compute-sanitizer and ncu for the stages that are about them. No network.
+# end rehearses a stage on the CPU. Needs python3 (or PYTHON) with torch, triton, numpy, pybind11, pytest and
+# pytest-benchmark; nvcc, cmake and ninja; compute-sanitizer and ncu for the stages that are about them. No network.
 set -euo pipefail
 if (($# < 2)); then
   sed -n '2,/^set/{/^#/p}' "$0" >&2

@@ -69,6 +69,13 @@ def test_bench(tmp_path: Path) -> None:
     assert {row[""] for row in report["goals"]} <= {"reached", "not reached"}
 
 
+def test_suite(tmp_path: Path) -> None:
+    rows = rehearse("suite", tmp_path)["median of each case"]
+    assert len(rows) == 2 and all(row["wall ms"] > 0 for row in rows)
+    cases = json.loads((tmp_path / "pytest_benchmark.json").read_text())["benchmarks"]
+    assert {case["extra_info"]["op"] for case in cases} == {"norms"}
+
+
 def test_tune(tmp_path: Path) -> None:
     rows = rehearse("tune", tmp_path, "NAME=1 OTHER=2")["cold device ms of each variant"]
     assert [(row["variant"], row["round"]) for row in rows] == [("NAME=1 OTHER=2", 1)]
