@@ -80,6 +80,7 @@ static inline void StoreStream(Stream* target, const Stream* source) { *target =
 // Past the caches if `streaming`.
 template <int64_t kBytes>
 static inline void StoreBytes(void* target, const void* source, Count<kBytes>, bool streaming) {
+  static_assert(kBytes % sizeof(Stream) == 0, "the last store would go beyond, and be unaligned");
   if (streaming) {
     for (int64_t i = 0; i < kBytes; i += sizeof(Stream)) {
       StoreStream(reinterpret_cast<Stream*>(static_cast<char*>(target) + i),
@@ -138,10 +139,10 @@ static inline void ForEachChunk(const Tensors& tensors, int num_threads, const B
 // body(offset, count) for every vector of a chunk, and for what is left. With a count that the
 // compiler knows, what the body stages stays in registers, and loads, arithmetic and stores of
 // neighbouring vectors overlap.
-template <typename Body>
+template <int64_t kSize = kVectorSize, typename Body>
 static inline void ForEachVector(int64_t n, const Body& body) {
   int64_t offset = 0;
-  for (; offset + kVectorSize <= n; offset += kVectorSize) body(offset, Count<kVectorSize>());
+  for (; offset + kSize <= n; offset += kSize) body(offset, Count<kSize>());
   if (offset < n) body(offset, n - offset);
 }
 

@@ -3,6 +3,8 @@
 
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 void Restore(const RestoreArgs& args, const Execution& execution) {
   const Tensors& tensors = args.tensors;
   const bool streaming = IsStreaming(tensors, 2);
@@ -12,7 +14,7 @@ void Restore(const RestoreArgs& args, const Execution& execution) {
                  char* params = At<char>(args.params, tensor, begin * size);
                  const char* old_params = At<char>(args.old_params, tensor, begin * size);
                  const bool streams = streaming && IsAligned(params);
-                 ForEachVector(n * size, [&](int64_t offset, auto count) {
+                 ForEachVector<kCacheLine>(n * size, [&](int64_t offset, auto count) {
                    StoreBytes(params + offset, old_params + offset, count, streams);
                  });
                });
