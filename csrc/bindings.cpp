@@ -251,6 +251,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
     emulation::traffic = {};
     return py::make_tuple(traffic.read, traffic.written);
   });
+  m.def("take_launches", [] { return std::exchange(emulation::launches, 0); });
 #endif
 
   m.def("norms", [](const Target& target, const TensorList& x, const TensorList* weights,

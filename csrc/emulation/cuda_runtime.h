@@ -118,6 +118,7 @@ struct Traffic {
   uint64_t written = 0;
 };
 inline Traffic traffic;
+inline uint64_t launches = 0;
 
 inline Block* block = nullptr;
 inline dim3 thread_index, block_index, grid_size;
@@ -219,6 +220,7 @@ inline uint64_t& Seed() {
 
 template <typename... Args>
 void Launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, const Args&... args) {
+  ++launches;
   std::vector<unsigned> order(blocks);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), std::mt19937_64(Seed()++));
