@@ -39,6 +39,7 @@ from tests.optim_helpers import (
 __all__ = ["one_thread"]
 
 SGD_OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 BASES = [
     pytest.param(torch.optim.SGD, SGD_OPTIONS, id="SGD"),
     pytest.param(torch.optim.SGD, {"lr": 0.1}, id="SGD without momentum"),
@@ -188,20 +189,26 @@ def test_without_the_momentum_resuming_is_not_exact() -> None:
     assert not unchanged(resumed.model.parameters(), snapshot(whole.model.parameters()))
 
 
+@pytest.mark.parametrize(("base", "options"), [BASES[0], BASES[2]])
 @pytest.mark.parametrize("after", BACKENDS)
 @pytest.mark.parametrize("before", BACKENDS)
 @pytest.mark.parametrize(("cls", "variant"), VARIANTS)
 def test_loading_across_backends(
-    cls: type[SAM], variant: dict[str, Any], before: str, after: str
+    cls: type[SAM],
+    variant: dict[str, Any],
+    before: str,
+    after: str,
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
 ) -> None:
     """Backends differ by roundings only, and a checkpoint does not know which one made it."""
     results = []
     for first, second in ((before, after), ("reference", "reference")):
         model = linear()
-        optimizer = cls(groups_of(model), backend=first, **SGD_OPTIONS, **variant)
+        optimizer = cls(groups_of(model), base, backend=first, **options, **variant)
         take_step(optimizer, 0)
         take_step(optimizer, 1)
-        resumed = cls(groups_of(model), backend=second, **SGD_OPTIONS, **variant)
+        resumed = cls(groups_of(model), base, backend=second, **options, **variant)
         resumed.load_state_dict(through_a_file(optimizer.state_dict()))
         assert resumed.backends == {"cpu float32": second}
         take_step(resumed, 2)
@@ -224,6 +231,51 @@ def test_resuming_in_half_precision(dtype: torch.dtype) -> None:
         take_step(o, 1)
         take_step(o, 2)
     assert unchanged(twin.parameters(), snapshot(model.parameters()))
+
+
+@pytest.mark.parametrize("after", DTYPES, ids=str)
+@pytest.mark.parametrize("before", DTYPES, ids=str)
+@pytest.mark.parametrize(("base", "options"), BASES)
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_loading_across_dtypes(
+    cls: type[SAM],
+    base: type[torch.optim.Optimizer],
+    options: dict[str, Any],
+    before: torch.dtype,
+    after: torch.dtype,
+) -> None:
+    """State takes its parameter's dtype, but for the count of steps; training goes on from that."""
+    saved = linear(before)
+    optimizer = cls(groups_of(saved), base, **options)
+    take_step(optimizer, 0)
+    models = [copy.deepcopy(saved).to(after) for _ in range(2)]
+    resumed, by_hand = (cls(groups_of(model), base, **options) for model in models)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    for p, q in zip(parameters_of(by_hand), parameters_of(optimizer), strict=True):
+        for name, value in optimizer.state[q].items():
+            by_hand.state[p][name] = value.clone() if name == "step" else value.to(after, copy=True)
+    assert same_state(resumed.state_dict(), by_hand.state_dict())
+    for step in (1, 2):
+        take_step(resumed, step)
+        take_step(by_hand, step)
+    assert all(p.dtype is after for p in models[0].parameters())
+    assert unchanged(models[0].parameters(), snapshot(models[1].parameters()))
+
+
+def test_a_whole_training_is_copied() -> None:
+    """The scheduler of the copy drives the optimizer of the copy."""
+    training = Training(SAMMagnitude, {}, torch.optim.SGD, SGD_OPTIONS)
+    training.train(range(2))
+    for duplicate in (copy.deepcopy(training), pickle.loads(pickle.dumps(training))):
+        before = snapshot(training.model.parameters())
+        duplicate.train(range(2, 5))
+        assert unchanged(training.model.parameters(), before)
+        expected = copy.deepcopy(training)
+        expected.train(range(2, 5))
+        assert duplicate.optimizer.param_groups[0]["lr"] == SGD_OPTIONS["lr"] / 2
+        assert unchanged(
+            duplicate.model.state_dict().values(), expected.model.state_dict().values()
+        )
 
 
 def test_a_checkpoint_of_another_memory_layout() -> None:
@@ -273,6 +325,34 @@ def test_a_torch_sgd_checkpoint(backend: str, nesterov: bool, options: dict[str,
         optimizer.second_step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}, {"nesterov": True}])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_a_torch_sgd_checkpoint_in_each_optimizer(
+    cls: type[SAM], variant: dict[str, Any], backend: str, flags: dict[str, Any]
+) -> None:
+    """Where g1 = g2, u is the gradient: SGD's trajectory goes on."""
+    model, twin = linear(), linear()
+    sgd = torch.optim.SGD(twin.parameters(), **SGD_OPTIONS, **flags)
+    for step in range(3):
+        set_gradients(twin.parameters(), step)
+        sgd.step()
+    model.load_state_dict(twin.state_dict())
+    optimizer = cls(model.parameters(), rho=0.3, lr=9.0, backend=backend, **variant)
+    optimizer.load_state_dict(through_a_file(sgd.state_dict()))
+    group = optimizer.param_groups[0]
+    expected = {"rho": 0.3, **variant, **SGD_OPTIONS, **flags}
+    assert {name: group[name] for name in expected} == expected
+    for step in range(3, 6):
+        set_gradients(twin.parameters(), step)
+        sgd.step()
+        for make_step in (optimizer.first_step, optimizer.second_step):
+            set_gradients(model.parameters(), step)
+            make_step()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -342,16 +422,20 @@ def test_a_sam_checkpoint_in_another_optimizer(cls: type[SAMDirection], granular
     assert unchanged(twins[0].parameters(), snapshot(twins[1].parameters()))
 
 
+@pytest.mark.parametrize("flags", [{}, {"amsgrad": True}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("cls", "variant"), VARIANTS)
-def test_an_adamw_checkpoint(cls: type[SAM], variant: dict[str, Any]) -> None:
-    options = {"lr": 0.01, "weight_decay": 0.05}
+def test_an_adamw_checkpoint(
+    cls: type[SAM], variant: dict[str, Any], backend: str, flags: dict[str, Any]
+) -> None:
+    options = {"lr": 0.01, "weight_decay": 0.05, **flags}
     model, twin = linear(), linear()
     adamw = torch.optim.AdamW(twin.parameters(), **options)
     for step in range(3):
         set_gradients(twin.parameters(), step)
         adamw.step()
     model.load_state_dict(twin.state_dict())
-    optimizer = cls(model.parameters(), torch.optim.AdamW, 0.3, lr=9.0, **variant)
+    optimizer = cls(model.parameters(), torch.optim.AdamW, 0.3, lr=9.0, backend=backend, **variant)
     optimizer.load_state_dict(through_a_file(adamw.state_dict()))
     assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["lr"]) == (0.3, 0.01)
     assert same_state(
