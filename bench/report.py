@@ -35,7 +35,7 @@ weight decay. Times are medians; quartiles stand in brackets.
 
 - *Warm*: the same step again and again. *Cold*: after a copy that has emptied the caches, as in
   training, where passes of the network lie between.
-- *Floor*: the bytes that a fused step has to move ([kernels](kernels.md)), at the speed of a large
+- *Floor*: the bytes that a fused step has to move ([kernels](kernels.md#the-floor)), at the speed of a large
   copy that was measured between the rounds of the same case. A step may be faster than that copy.
 - *Memory*: the most that the optimizer has allocated at a time, state included, in units of the
   parameters, counted by PyTorch's allocator.
@@ -72,8 +72,8 @@ def read(files: Sequence[Path]) -> list[Machine]:
     for file in files:
         content = json.loads(file.read_text())
         machine = machines.setdefault(file.parent, Machine(file.resolve().parent.name))
-        if "benchmarks" in content:
-            machine.environment |= content["machine_info"].get("environment", {})
+        if "benchmarks" in content and "environment" in content.get("machine_info", {}):
+            machine.environment |= content["machine_info"]["environment"]
             machine.cases += [_case(b) for b in content["benchmarks"]]
         elif "rows" in content and "list" in content:
             machine.environment = {**content["environment"], **machine.environment}

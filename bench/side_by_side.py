@@ -54,7 +54,11 @@ def measure(shapes: Shapes, rounds: int) -> dict[str, list[float]]:
         speed = clock.copy_speed()
         if i >= WARMUP_ROUNDS:
             seconds["pass"].append(1e-3 * given.nbytes / speed)
-        print(f"\rround {i + 1} of {WARMUP_ROUNDS + rounds}", end="", flush=True)
+        print(
+            f"\rround {i + 1} of {WARMUP_ROUNDS + rounds}, {WARMUP_ROUNDS} of them to warm up",
+            end="",
+            flush=True,
+        )
     print()
     return seconds
 
@@ -121,11 +125,11 @@ def main() -> None:
     shapes = LISTS[arguments.list]()
     seconds = measure(shapes, arguments.rounds)
     rows = summarize(seconds)
-    print(f"{'':40}{'ms':>8}{'quartiles':>16}{'x native':>10}{'passes':>8}")
+    print(f"{'':40}{'ms':>9}{'quartiles':>18}{'x native':>10}{'passes':>8}")
     for row in rows:
         quartiles = "{:.1f} to {:.1f}".format(*row["quartiles_ms"])
         print(
-            f"{row['name']:40}{row['median_ms']:8.1f}{quartiles:>16}"
+            f"{row['name']:40}{row['median_ms']:9.1f}{quartiles:>18}"
             f"{row['times_native']:10.2f}{row['passes']:8.1f}"
         )
     if arguments.output:

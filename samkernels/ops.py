@@ -757,8 +757,12 @@ def clipping_divisor(norm: Tensor, max_norm: float, grad_scale: Tensor | None = 
     Returns:
         shape (), on the norm's device; not finite if the norm is not.
 
+    Raises:
+        TypeError, ValueError: max_norm is not a finite number > 0.
+
     Source: torch.nn.utils.clip_grad_norm_.
     """
+    check_positive("max_norm", max_norm)
     scale = 1.0 if grad_scale is None else grad_scale.reshape(()).to(norm.device, norm.dtype)
     return ((norm / scale + 1e-6) / max_norm).clamp(min=1.0) * scale
 
@@ -951,12 +955,12 @@ def check_positive(name: str, value: float) -> None:
 
 
 def hyperparameter(name: str, value: float | Tensor, like: Tensor) -> float | Tensor:
-    """As backends take it: a number, or a tensor of shape () beside `like`."""
+    """As backends take it: a float, or a tensor of shape () beside `like`."""
     check_hyperparameter(name, value)
     if not isinstance(value, Tensor):
         if value > torch.finfo(torch.float32).max and like.dtype is not torch.float64:
             raise ValueError(f"{name}={value}: give a number that float32 can hold")
-        return value
+        return float(value)
     if value.device.type == "cpu" and like.device.type != "cpu":
         return value.item()
     if value.device != like.device:

@@ -15,6 +15,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -241,6 +242,25 @@ def test_launches_and_bytes_of_a_billion_parameters(
     assert 40e9 < per_parameter * sum(BILLION) < 46e9
     scratch = [slot.old for slot in optimizer._slots._slots.values()]
     assert sum(old.nbytes for old in scratch) == 4 * sum(sizes)
+
+
+def test_one_more_tensor_is_at_most_one_more_launch_of_each_kernel() -> None:
+    """Cost grows with the number of tensors without a step larger than a launch."""
+    need("emulated")
+    launches = []
+    counts = [1, 2, 50, 51, *range(70, 200), 400, 600, *range(640, 660), 2000]
+    for count in counts:
+        lists = [[torch.ones(1) for _ in range(count)] for _ in range(4)]
+        core().take_launches()
+        w, g, old, buf = lists
+        ops.perturb_(w, g, old, rho=0.1, backend="emulated")  # with the norm
+        ops.sgd_(w, old, g, buf, lr=0.1, momentum=0.9, backend="emulated")
+        launches.append(core().take_launches())
+    assert launches[0] == 3
+    for (before, after), (n, m) in zip(pairwise(launches), pairwise(counts), strict=True):
+        assert before <= after and (m > n + 1 or after <= before + 3)
+    # A table of 32 KB has the addresses of more than 600 tensors for each of the three kernels.
+    assert launches[-1] <= 3 * math.ceil(2000 / 600)
 
 
 # -- hundreds of millions of elements, and more than 32 bits can count -----------------------------

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, ops
 from tests.optim_helpers import (
@@ -340,6 +341,39 @@ def test_a_state_that_is_no_tensor() -> None:
     optimizer.state[p]["exp_avg_sq"] = 3.0
     with pytest.raises(TypeError, match=r"exp_avg_sq of a parameter of shape \(2,\) is float"):
         take_step(optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "message"),
+    [
+        (1.0, TypeError, r"the step of a parameter of shape \(1,\) is 1.0"),
+        (torch.ones(1), ValueError, r"step in the state has shape \(1,\)"),
+        (torch.ones((), dtype=torch.int64), ValueError, r"step in the state .* torch.int64"),
+    ],
+)
+def test_a_wrong_count_of_a_later_group_leaves_the_earlier_ones_alone(
+    step: Any, error: type[Exception], message: str
+) -> None:
+    params = [parameter(1.0), parameter(2.0)]
+    optimizer = SAM([{"params": [p]} for p in params], ADAM, **OPTIONS)
+    take_step(optimizer, 0)
+    optimizer.state[params[1]]["step"] = step
+    kept = [params[0], *optimizer.state[params[0]].values()]
+    before = snapshot(kept)
+    with pytest.raises(error, match=message):
+        take_step(optimizer, 1)
+    assert unchanged(kept, before) and not optimizer.is_perturbed
+
+
+def test_any_real_number_is_a_learning_rate() -> None:
+    moved = []
+    for lr in (0.25, Fraction(1, 4)):
+        params = [parameter(1.0, 2.0), nn.Parameter(torch.ones(3, dtype=torch.float64))]
+        optimizer = SAM(params, ADAMW, **{**OPTIONS, "lr": 0.25})
+        optimizer.param_groups[0]["lr"] = lr
+        take_step(optimizer, 0)
+        moved.append(snapshot(params))
+    assert unchanged(*moved)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

@@ -139,3 +139,16 @@ def test_it_is_kept_in_copies_and_may_be_changed() -> None:
 def test_bad_values(value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="max_grad_norm"):
         SAM(network().parameters(), lr=0.1, max_grad_norm=value)
+    # Later, too: before anything is written.
+    model = network()
+    optimizer = SAM(model.parameters(), lr=0.1, max_grad_norm=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.max_grad_norm = value
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.first_step()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(error, match="max_norm"):
+        optimizer.second_step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))

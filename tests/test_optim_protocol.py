@@ -693,6 +693,23 @@ def test_a_grad_scaler_changes_nothing_but_roundings(
 @SCALED
 @pytest.mark.parametrize("spoil", ["first", "second"])
 @pytest.mark.parametrize("base", CLASSES)
+def test_an_overflow_in_the_very_first_step_lowers_the_scale(
+    base: type[torch.optim.Optimizer], spoil: str, cls: type[SAM], options: dict[str, Any]
+) -> None:
+    model = linear()
+    weights = snapshot(model.parameters())
+    optimizer = cls(model.parameters(), base, 0.1, lr=0.1, weight_decay=0.1, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled_step(model, optimizer, scaler, spoil)
+    assert unchanged(weights, snapshot(model.parameters()))
+    assert scaler.get_scale() == 512
+    scaled_step(model, optimizer, scaler)
+    assert not unchanged(weights, snapshot(model.parameters()))
+
+
+@SCALED
+@pytest.mark.parametrize("spoil", ["first", "second"])
+@pytest.mark.parametrize("base", CLASSES)
 def test_an_overflow_skips_the_step_and_lowers_the_scale(
     base: type[torch.optim.Optimizer], spoil: str, cls: type[SAM], options: dict[str, Any]
 ) -> None:

@@ -1071,6 +1071,7 @@ def test_sparse_parameters() -> None:
         ({"backend": None}, ValueError, "backend=None"),
         ({"base_optimizer": "SGD"}, TypeError, "base_optimizer is 'SGD': give a class"),
         ({"base_optimizer": nn.Linear}, TypeError, "base_optimizer is .*Linear.*: give a class"),
+        ({"base_optimizer": torch.optim.LBFGS}, ValueError, "base_optimizer is LBFGS, whose step"),
         ({"lr": -1.0}, ValueError, "learning rate: -1.0"),
         ({"momentum": -1.0}, ValueError, "momentum value: -1.0"),
         ({"nesterov": True}, ValueError, "Nesterov"),

@@ -138,11 +138,17 @@ class Adam:
         states = [state.get(p) or self.new_state(group, p) for p in params]
         moments = [_laid_out(bucket, states, name) for name in self.tensors]
         device = bucket.place.device
-        for of_param in states:
+        for p, of_param in zip(params, states, strict=True):
+            if not isinstance(of_param["step"], Tensor):
+                raise TypeError(
+                    f"the step of a parameter of shape {tuple(p.shape)} is {of_param['step']!r}: "
+                    "load_state_dict makes a tensor of it"
+                )
             # torch.optim keeps it on the host, unless capturable or fused. Here the device may skip
             # a step, which must not count.
             if of_param["step"].device != device:
                 of_param["step"] = of_param["step"].to(device, non_blocking=True)
+            ops.check_step("step in the state", of_param["step"], p)
         steps = [of_param["step"] for of_param in states]
         return [Update(bucket, ops.adam_, (*moments, steps), options, states)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -163,6 +164,13 @@ class SAM(Optimizer):
                 f"base_optimizer is {base_optimizer!r}: give a class such as torch.optim.SGD, and "
                 "its options as keyword arguments"
             )
+        if (closure := inspect.signature(base_optimizer.step).parameters.get("closure")) and (
+            closure.default is inspect.Parameter.empty
+        ):
+            raise ValueError(
+                f"base_optimizer is {base_optimizer.__name__}, whose step takes passes of its own "
+                "(its closure is required): give one that steps on the gradients that are there"
+            )
         backends.check_name(backend)
         _check_options(defaults, "")
         self._backend = backend
@@ -171,7 +179,7 @@ class SAM(Optimizer):
         self.track_statistics = track_statistics
         self.max_grad_norm = max_grad_norm
         self._statistics: ops.GradientStatistics | None = None
-        self._meets_scaler = False
+        self._meets_scaler = True  # until a step shows that there is none
         self._ranks = Ranks(perturbation, process_group)
         self._slots = Slots(backend)
         self._is_constructed = False
@@ -521,7 +529,7 @@ class SAM(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("max_grad_norm", None)
         self.__dict__.setdefault("_statistics", None)
-        self.__dict__.setdefault("_meets_scaler", False)
+        self.__dict__.setdefault("_meets_scaler", True)
         self.__dict__.setdefault("_ranks", Ranks("global", None))
         self.__dict__.setdefault("_is_constructed", True)
         self.__dict__.setdefault("_slots", Slots(self._backend))
