@@ -35,8 +35,8 @@ weight decay. Times are medians; quartiles stand in brackets.
 
 - *Warm*: the same step again and again. *Cold*: after a copy that has emptied the caches, as in
   training, where passes of the network lie between.
-- *Floor*: the bytes that a fused step has to move ([kernels](kernels.md#the-floor)), at the speed of a large
-  copy that was measured between the rounds of the same case. A step may be faster than that copy.
+- *Floor*: the bytes that a fused step has to move ([kernels](kernels.md#the-floor)), at the speed
+  of a large copy, measured between the rounds of the same case. A step may be faster than that.
 - *Memory*: the most that the optimizer has allocated at a time, state included, in units of the
   parameters, counted by PyTorch's allocator.
 - The peers are in `bench/peers.py`; a test checks that they compute the same.
