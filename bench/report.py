@@ -39,7 +39,9 @@ weight decay. Times are medians; quartiles stand in brackets.
   of a large copy, measured between the rounds of the same case. A step may be faster than that.
 - *Memory*: the most that the optimizer has allocated at a time, state included, in units of the
   parameters, counted by PyTorch's allocator.
-- The peers are in `bench/peers.py`; a test checks that they compute the same.
+- The peers are in `bench/peers.py`; a test checks that they compute the same in float32. In
+  bfloat16 they round after every operation; this package computes in float32, and rounds the
+  perturbed weight at random ([why](kernels.md#cuda)).
 """
 
 

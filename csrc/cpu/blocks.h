@@ -189,6 +189,33 @@ static inline void StoreBlock(Half* target, const float* values, N n, bool strea
   StoreBytes(target, staging, BytesOf<Half>(n), streaming);
 }
 
+#ifdef __F16C__
+// The compiler does not make vectors of the single conversions in half.h.
+template <typename N>
+static inline const float* LoadBlock(const Float16* source, float* staging, N n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+    _mm256_storeu_ps(staging + i, _mm256_cvtph_ps(halves));
+  }
+  for (; i < n; ++i) staging[i] = ToFloat(source[i]);
+  return staging;
+}
+
+template <typename N>
+static inline void StoreBlock(Float16* target, const float* values, N n, bool streaming) {
+  Float16 staging[kVectorSize];
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 eight = _mm256_loadu_ps(values + i);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(staging + i),
+                     _mm256_cvtps_ph(eight, _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (; i < n; ++i) FromFloat(values[i], &staging[i]);
+  StoreBytes(target, staging, BytesOf<Float16>(n), streaming);
+}
+#endif
+
 // f(T{}) with the C++ type of `dtype`.
 template <typename F>
 static inline void DispatchDType(DType dtype, const F& f) {
