@@ -54,6 +54,12 @@ class Machine:
     cases: list[dict[str, Any]] = field(default_factory=list)
     in_turn: list[dict[str, Any]] = field(default_factory=list)
 
+    def add(self, environment: dict[str, Any]) -> None:
+        """Of one more file; where files differ, as in the commit, all values are shown."""
+        for name, value in environment.items():
+            known = str(self.environment.get(name, value)).split(", ")
+            self.environment[name] = ", ".join(dict.fromkeys([*known, str(value)]))
+
     def of(self, what: str, **facts: Any) -> list[dict[str, Any]]:
         """The cases of a kind for which these facts hold."""
         wanted = {"what": what, **facts}
@@ -75,10 +81,10 @@ def read(files: Sequence[Path]) -> list[Machine]:
         content = json.loads(file.read_text())
         machine = machines.setdefault(file.parent, Machine(file.resolve().parent.name))
         if "benchmarks" in content and "environment" in content.get("machine_info", {}):
-            machine.environment |= content["machine_info"]["environment"]
+            machine.add(content["machine_info"]["environment"])
             machine.cases += [_case(b) for b in content["benchmarks"]]
         elif "rows" in content and "list" in content:
-            machine.environment = {**content["environment"], **machine.environment}
+            machine.add(content["environment"])
             machine.in_turn.append(content)
         else:
             raise ValueError(f"{file} is neither of pytest-benchmark nor of bench.side_by_side")

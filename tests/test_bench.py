@@ -178,6 +178,13 @@ def test_a_file_of_something_else_is_refused(
     assert "x.json is neither of pytest-benchmark nor" in capsys.readouterr().err
 
 
+def test_what_differs_between_files_is_shown_of_all() -> None:
+    machine = report.Machine("m")
+    for commit in ("abc", "abc", "def"):
+        machine.add({"commit": commit, "cores": 2})
+    assert report.environment_line(machine) == "commit: abc, def; cores: 2"
+
+
 def test_goals_are_reached_or_not() -> None:
     rows = [
         {"name": "native", "passes": 10.1, "times_native": 1.0},
