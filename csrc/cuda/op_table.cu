@@ -4,10 +4,9 @@
 namespace samkernels {
 
 const OpTable& CudaOps() {
-  static const OpTable table = {"cuda",        cuda::kChunkSize, cuda::Norms,
-                                cuda::Perturb, cuda::Restore,    cuda::Recombine,
-                                cuda::Sgd,     cuda::SgdHess,    cuda::Adam,
-                                cuda::Compare};
+  static const OpTable table = {"cuda",        cuda::kChunkSize, cuda::Norms, cuda::Perturb,
+                                cuda::Restore, cuda::Recombine,  cuda::Sgd,   cuda::SgdHess,
+                                cuda::Adam,    cuda::Compare};
   return table;
 }
 
