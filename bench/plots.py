@@ -97,10 +97,11 @@ def roofline(cases: Sequence[dict[str, Any]], path: Path) -> None:
             label=None if label in labelled else label,
         )  # fmt: skip
         labelled.add(label)
-        if case["candidate"] == backends[0]:
+        if case["candidate"] == backends[0] and case["dtype"] == dtypes[0]:
+            below = case["op"].startswith("norms")
             axes.annotate(
-                case["op"], (x, y), xytext=(0, 7 if case["dtype"] == dtypes[0] else -13),
-                textcoords="offset points", fontsize=7, ha="center",
+                case["op"], (x, y), xytext=(0, -13 if below else 7), textcoords="offset points",
+                fontsize=7, ha="center",
             )  # fmt: skip
     speed = sorted(c["GB_per_s"][1] for c in cases)[len(cases) // 2]
     ends = [c["flops"] / c["floor_bytes"] for c in cases]

@@ -3,8 +3,9 @@
     python -m bench.report FILES... [--output docs/benchmarks.md] [--readme README.md]
 
 FILES: what pytest-benchmark wrote of bench/test_*.py, and what bench.side_by_side wrote; those that
-lie in one folder are of one machine, and the folder's name is its title. Plots go into images/
-beside the output. --readme also replaces the part of README.md between its two bench comments.
+lie in one folder are of one machine, and the folder's name is its title; a case that is in several
+files is taken from the last of them. Plots go into images/ beside the output. --readme also
+replaces the part of README.md between its two bench comments.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ weight decay. Times are medians; quartiles stand in brackets.
   of a large copy, measured between the rounds of the same case. A step may be faster than that.
 - *Memory*: the most that the optimizer has allocated at a time, state included, in units of the
   parameters, counted by PyTorch's allocator.
+- A case that is in several files was measured again, and is taken from the last of them.
 - The peers are in `bench/peers.py`; a test checks that they compute the same in float32. In
   bfloat16 they round after every operation; this package computes in float32, and rounds the
   perturbed weight at random ([why](kernels.md#cuda)).
@@ -51,7 +53,7 @@ class Machine:
 
     name: str
     environment: dict[str, Any] = field(default_factory=dict)
-    cases: list[dict[str, Any]] = field(default_factory=list)
+    cases: dict[str, dict[str, Any]] = field(default_factory=dict)
     in_turn: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, environment: dict[str, Any]) -> None:
@@ -63,7 +65,7 @@ class Machine:
     def of(self, what: str, **facts: Any) -> list[dict[str, Any]]:
         """The cases of a kind for which these facts hold."""
         wanted = {"what": what, **facts}
-        return [c for c in self.cases if all(c.get(k) == v for k, v in wanted.items())]
+        return [c for c in self.cases.values() if all(c.get(k) == v for k, v in wanted.items())]
 
     def values(self, what: str, key: str) -> list[Any]:
         """All that a fact is, in the order of the file."""
@@ -82,7 +84,7 @@ def read(files: Sequence[Path]) -> list[Machine]:
         machine = machines.setdefault(file.parent, Machine(file.resolve().parent.name))
         if "benchmarks" in content and "environment" in content.get("machine_info", {}):
             machine.add(content["machine_info"]["environment"])
-            machine.cases += [_case(b) for b in content["benchmarks"]]
+            machine.cases |= {b["fullname"]: _case(b) for b in content["benchmarks"]}
         elif "rows" in content and "list" in content:
             machine.add(content["environment"])
             machine.in_turn.append(content)
@@ -381,9 +383,14 @@ def size_of(result: dict[str, Any]) -> str:
     return f"{result['tensors']} tensors, {count(result['elements'])}"
 
 
+def number(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def spread(values: Sequence[float]) -> str:
-    low, median, high = values
-    return f"{median:.3g} ({low:.3g} to {high:.3g})"
+    low, median, high = map(number, values)
+    return f"{median} ({low} to {high})"
 
 
 def times_floor(case: dict[str, Any]) -> str:
