@@ -6,7 +6,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -53,16 +52,15 @@ Target CudaTarget(std::uintptr_t stream) {
   return {&TableFor(true), {reinterpret_cast<void*>(stream), 1}};
 }
 
-// Owns what Tensors points to, and checks the lists that go together.
+// The shapes of an op, and the check that lists go together.
 class Shapes {
  public:
   Shapes(const char* name, const TensorList& list, const OpTable& ops)
-      : name_(name),
-        list_(list),
-        plan_(list.numel().data(), list.size(), ops.chunk_size),
-        tensors_{list.dtype(),        static_cast<int64_t>(list.size()),
-                 list.numel().data(), plan_.first_chunk(),
-                 plan_.chunk_size(),  plan_.total_numel()} {}
+      : name_(name), list_(list), layout_(list.layout()), plan_(list.Plan(ops.chunk_size)) {
+    tensors_ = {list.dtype(),          static_cast<int64_t>(list.size()),
+                layout_->numel.data(), plan_->first_chunk(),
+                plan_->chunk_size(),   plan_->total_numel()};
+  }
 
   const Tensors& tensors() const { return tensors_; }
 
@@ -71,7 +69,7 @@ class Shapes {
       throw std::invalid_argument(std::string(name) + " has " + std::to_string(list.size()) +
                                   " tensors and " + name_ + " has " + std::to_string(list_.size()));
     }
-    if (!list.IsAlike(list_)) {
+    if (!list_.IsAlike(list)) {
       throw std::invalid_argument(std::string(name) + " and " + name_ +
                                   " differ in dtype, device, shape or strides of a tensor");
     }
@@ -85,23 +83,9 @@ class Shapes {
     return list.addresses().data();
   }
 
-  // Of a list that is written: an element of two tensors would be moved twice.
   MutableList Disjoint(const char* name, const TensorList& list) const {
     const MutableList addresses = List(name, list);
-    std::vector<size_t> order;
-    for (size_t i = 0; i < list.size(); ++i) {
-      if (list.numel()[i] > 0) order.push_back(i);
-    }
-    std::sort(order.begin(), order.end(),
-              [&](size_t i, size_t j) { return addresses[i] < addresses[j]; });
-    for (size_t k = 1; k < order.size(); ++k) {
-      const size_t i = order[k - 1];
-      const char* end = static_cast<char*>(addresses[i]) + list.numel()[i] * SizeOf(tensors_.dtype);
-      if (static_cast<char*>(addresses[order[k]]) < end) {
-        throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) + "] and " + name +
-                                    "[" + std::to_string(order[k]) + "] overlap in memory");
-      }
-    }
+    list.RequireDisjoint(name);
     return addresses;
   }
 
@@ -112,7 +96,9 @@ class Shapes {
  private:
   const char* name_;
   const TensorList& list_;
-  ChunkPlan plan_;
+  // What tensors_ points into, whatever else happens to the list during the call.
+  std::shared_ptr<const Layout> layout_;
+  std::shared_ptr<const ChunkPlan> plan_;
   Tensors tensors_;
 };
 
@@ -188,12 +174,18 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
       .def(py::init<const py::list&, bool>(), py::arg("tensors"),
            py::arg("use_exchange_api") = true)
       .def("is_alike", &TensorList::IsAlike, py::arg("other"));
+  py::class_<TensorReader>(m, "TensorReader", py::module_local())
+      .def(py::init<py::type, py::type>(), py::arg("tensor"), py::arg("parameter"))
+      .def("gradients", &TensorReader::Gradients, py::arg("candidates"), py::arg("params"),
+           py::arg("known"))
+      .def("state", &TensorReader::State, py::arg("state"), py::arg("params"), py::arg("name"),
+           py::arg("like"));
 
   m.def(
       "workspace_bytes",
       [](const Target& target, const TensorList& list, int num_sums) {
-        const ChunkPlan plan(list.numel().data(), list.size(), target.ops->chunk_size);
-        return WorkspaceBytes(plan.num_chunks(), list.size(), num_sums);
+        const int64_t num_chunks = list.Plan(target.ops->chunk_size)->num_chunks();
+        return WorkspaceBytes(num_chunks, list.size(), num_sums);
       },
       py::arg("target"), py::arg("tensors"), py::arg("num_sums"));
   m.attr("NORMS_SUMS") = kNormsSums;

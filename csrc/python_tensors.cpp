@@ -1,6 +1,8 @@
 #include "python_tensors.h"
 
+#include <algorithm>
 #include <string>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -52,77 +54,159 @@ struct ExchangeApi {
 }  // namespace dlpack
 
 // What reads tensors of this type, or null.
-const dlpack::ExchangeApi* ExchangeApiOf(py::handle tensor) {
-  const py::object capsule =
-      py::getattr(py::type::handle_of(tensor), "__dlpack_c_exchange_api__", py::none());
+const dlpack::ExchangeApi* ExchangeApiOf(py::handle type) {
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
   const auto* api = static_cast<const dlpack::ExchangeApi*>(
       PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   return api->major == dlpack::kMajorVersion && api->read != nullptr ? api : nullptr;
 }
 
+struct View {
+  void* address;
+  Layout::Kind kind;
+  int ndim;
+  const int64_t* shape;
+  const int64_t* strides;
+
+  int64_t numel() const {
+    int64_t numel = 1;
+    for (int i = 0; i < ndim; ++i) numel *= shape[i];
+    return numel;
+  }
+};
+
+int64_t StrideOf(const View& view, int dim, int64_t numel) {
+  return view.shape[dim] > 1 && numel > 0 ? view.strides[dim] : 0;
+}
+
+// Returns false with a Python exception set if this is no tensor with memory of its own.
+bool Read(const dlpack::ExchangeApi* api, py::handle tensor, View* view) {
+  dlpack::Tensor read;
+  if (api->read(tensor.ptr(), &read) != 0) return false;
+  *view = {static_cast<char*>(read.data) + read.byte_offset,
+           {read.dtype.code, read.dtype.bits, read.device.type, read.device.id},
+           read.ndim,
+           read.shape,
+           read.strides};
+  return true;
+}
+
+// The addresses of tensors that are laid out as those of another list.
+class AlikeReader {
+ public:
+  explicit AlikeReader(const TensorList& like) : layout_(like.layout()) {
+    addresses_.reserve(like.size());
+  }
+
+  // False if the next tensor is not as the next one of the other list; then it is over.
+  bool Add(const dlpack::ExchangeApi* api, py::handle tensor) {
+    View view;
+    if (!Read(api, tensor, &view)) {
+      PyErr_Clear();
+      return false;
+    }
+    const size_t i = addresses_.size();
+    const int64_t numel = layout_->numel[i];
+    const int64_t* dims = layout_->dims.data() + dims_read_;
+    if (!(layout_->kinds[i] == view.kind) || dims[0] != view.ndim) return false;
+    for (int d = 0; d < view.ndim; ++d) {
+      if (dims[1 + 2 * d] != view.shape[d] || dims[2 + 2 * d] != StrideOf(view, d, numel)) {
+        return false;
+      }
+    }
+    dims_read_ += 1 + 2 * static_cast<size_t>(view.ndim);
+    addresses_.push_back(view.address);
+    return true;
+  }
+
+  const std::vector<void*>& addresses() const { return addresses_; }
+  std::shared_ptr<TensorList> Take() {
+    return std::make_shared<TensorList>(std::move(addresses_), layout_);
+  }
+
+ private:
+  std::shared_ptr<const Layout> layout_;
+  std::vector<void*> addresses_;
+  size_t dims_read_ = 0;
+};
+
+// A layout and its addresses while tensors are added to it.
+struct ListBuilder {
+  std::vector<void*> addresses;
+  std::shared_ptr<Layout> layout = std::make_shared<Layout>();
+
+  explicit ListBuilder(size_t count) {
+    addresses.reserve(count);
+    layout->numel.reserve(count);
+    layout->kinds.reserve(count);
+    layout->dims.reserve(6 * count);
+  }
+
+  void Add(const View& view) {
+    const int64_t numel = view.numel();
+    addresses.push_back(view.address);
+    layout->numel.push_back(numel);
+    layout->kinds.push_back(view.kind);
+    layout->dims.push_back(view.ndim);
+    for (int d = 0; d < view.ndim; ++d) {
+      layout->dims.push_back(view.shape[d]);
+      layout->dims.push_back(StrideOf(view, d, numel));
+    }
+  }
+
+  void AddThroughPython(py::handle tensor) {
+    using Kind = Layout::Kind;
+    const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
+    const auto device = tensor.attr("device").attr("type").cast<std::string>();
+    const py::object index = tensor.attr("device").attr("index");
+    Kind kind = {Kind::kUnknown, 0, device == "cpu" ? dlpack::kCpu : dlpack::kCuda,
+                 index.is_none() ? 0 : index.cast<int32_t>()};
+    if (device == "cpu" || device == "cuda") {
+      if (dtype == "torch.float32") {
+        kind = {dlpack::kFloat, 32, kind.device_type, kind.device_index};
+      }
+      if (dtype == "torch.float16") {
+        kind = {dlpack::kFloat, 16, kind.device_type, kind.device_index};
+      }
+      if (dtype == "torch.bfloat16") {
+        kind = {dlpack::kBFloat, 16, kind.device_type, kind.device_index};
+      }
+    }
+    std::vector<int64_t> shape, strides;
+    for (const py::handle size : tensor.attr("shape")) shape.push_back(size.cast<int64_t>());
+    for (const py::handle stride : tensor.attr("stride")()) {
+      strides.push_back(stride.cast<int64_t>());
+    }
+    const auto address = tensor.attr("data_ptr")().cast<uintptr_t>();
+    Add({reinterpret_cast<void*>(address), kind, static_cast<int>(shape.size()), shape.data(),
+         strides.data()});
+  }
+};
+
 }  // namespace
 
 TensorList::TensorList(const py::list& tensors, bool use_exchange_api) {
-  const size_t count = tensors.size();
-  addresses_.reserve(count);
-  numel_.reserve(count);
-  kinds_.reserve(count);
-  layouts_.reserve(6 * count);
-  const dlpack::ExchangeApi* api =
-      use_exchange_api && count > 0 ? ExchangeApiOf(tensors[0]) : nullptr;
+  ListBuilder list(tensors.size());
+  const dlpack::ExchangeApi* api = use_exchange_api && !tensors.empty()
+                                       ? ExchangeApiOf(py::type::handle_of(tensors[0]))
+                                       : nullptr;
   for (const py::handle tensor : tensors) {
     if (api == nullptr) {
-      ReadThroughPython(tensor);
+      list.AddThroughPython(tensor);
       continue;
     }
-    dlpack::Tensor view;
-    if (api->read(tensor.ptr(), &view) != 0) throw py::error_already_set();
-    Add(static_cast<char*>(view.data) + view.byte_offset,
-        {view.dtype.code, view.dtype.bits, view.device.type, view.device.id}, view.ndim, view.shape,
-        view.strides);
+    View view;
+    if (!Read(api, tensor, &view)) throw py::error_already_set();
+    list.Add(view);
   }
-}
-
-void TensorList::Add(void* address, Kind kind, int ndim, const int64_t* shape,
-                     const int64_t* strides) {
-  int64_t numel = 1;
-  for (int i = 0; i < ndim; ++i) numel *= shape[i];
-  addresses_.push_back(address);
-  numel_.push_back(numel);
-  kinds_.push_back(kind);
-  layouts_.push_back(ndim);
-  for (int i = 0; i < ndim; ++i) {
-    layouts_.push_back(shape[i]);
-    layouts_.push_back(shape[i] > 1 && numel > 0 ? strides[i] : 0);
-  }
-}
-
-void TensorList::ReadThroughPython(py::handle tensor) {
-  const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
-  const auto device = tensor.attr("device").attr("type").cast<std::string>();
-  const py::object index = tensor.attr("device").attr("index");
-  Kind kind = {kUnknown, 0, device == "cpu" ? dlpack::kCpu : dlpack::kCuda,
-               index.is_none() ? 0 : index.cast<int32_t>()};
-  if (device == "cpu" || device == "cuda") {
-    if (dtype == "torch.float32") kind = {dlpack::kFloat, 32, kind.device_type, kind.device_index};
-    if (dtype == "torch.float16") kind = {dlpack::kFloat, 16, kind.device_type, kind.device_index};
-    if (dtype == "torch.bfloat16")
-      kind = {dlpack::kBFloat, 16, kind.device_type, kind.device_index};
-  }
-  std::vector<int64_t> shape, strides;
-  for (const py::handle size : tensor.attr("shape")) shape.push_back(size.cast<int64_t>());
-  for (const py::handle stride : tensor.attr("stride")()) {
-    strides.push_back(stride.cast<int64_t>());
-  }
-  const auto address = tensor.attr("data_ptr")().cast<uintptr_t>();
-  Add(reinterpret_cast<void*>(address), kind, static_cast<int>(shape.size()), shape.data(),
-      strides.data());
+  addresses_ = std::move(list.addresses);
+  layout_ = std::move(list.layout);
 }
 
 DType TensorList::dtype() const {
-  if (kinds_.empty()) return DType::kFloat32;
-  const Kind& first = kinds_[0];
+  if (layout_->kinds.empty()) return DType::kFloat32;
+  const Layout::Kind& first = layout_->kinds[0];
   DType dtype;
   if (first.dtype_code == dlpack::kFloat && first.dtype_bits == 32) {
     dtype = DType::kFloat32;
@@ -133,14 +217,115 @@ DType TensorList::dtype() const {
   } else {
     throw py::type_error("the core has kernels for float32, bfloat16 and float16 only");
   }
-  for (const Kind& kind : kinds_) {
+  for (const Layout::Kind& kind : layout_->kinds) {
     if (!(kind == first)) throw py::type_error("tensors of a list differ in dtype or device");
   }
   return dtype;
 }
 
 bool TensorList::IsAlike(const TensorList& other) const {
-  return kinds_ == other.kinds_ && layouts_ == other.layouts_;
+  if (layout_ == other.layout_) return true;
+  if (layout_->kinds != other.layout_->kinds || layout_->dims != other.layout_->dims) return false;
+  other.layout_ = layout_;
+  return true;
+}
+
+std::shared_ptr<const ChunkPlan> TensorList::Plan(int64_t chunk_size) const {
+  if (plan_ == nullptr || plan_->chunk_size() != chunk_size) {
+    plan_ = std::make_shared<ChunkPlan>(numel().data(), static_cast<int64_t>(size()), chunk_size);
+  }
+  return plan_;
+}
+
+void TensorList::RequireDisjoint(const char* name) const {
+  if (is_disjoint_) return;
+  const int64_t element_size = SizeOf(dtype());
+  std::vector<size_t> order;
+  for (size_t i = 0; i < size(); ++i) {
+    if (numel()[i] > 0) order.push_back(i);
+  }
+  std::sort(order.begin(), order.end(),
+            [&](size_t i, size_t j) { return addresses_[i] < addresses_[j]; });
+  for (size_t k = 1; k < order.size(); ++k) {
+    const size_t i = order[k - 1];
+    const char* end = static_cast<char*>(addresses_[i]) + numel()[i] * element_size;
+    if (static_cast<char*>(addresses_[order[k]]) < end) {
+      throw py::value_error(std::string(name) + "[" + std::to_string(i) + "] and " + name + "[" +
+                            std::to_string(order[k]) + "] overlap in memory");
+    }
+  }
+  is_disjoint_ = true;
+}
+
+TensorReader::TensorReader(py::type tensor, py::type parameter)
+    : tensor_(std::move(tensor)),
+      parameter_(std::move(parameter)),
+      grad_("grad"),
+      is_neg_("is_neg"),
+      exchange_api_(ExchangeApiOf(tensor_)) {}
+
+bool TensorReader::IsNegated(py::handle tensor) const {
+  const auto is_neg =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg_.ptr()));
+  if (!is_neg) throw py::error_already_set();
+  return is_neg.ptr() != Py_False;
+}
+
+py::object TensorReader::Gradients(py::handle candidates, const py::list& params,
+                                   const std::shared_ptr<TensorList>& known) const {
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(exchange_api_);
+  if (api == nullptr || params.size() != known->size() || !PyList_Check(candidates.ptr())) {
+    return py::none();
+  }
+  py::list grads(params.size());
+  AlikeReader of_params(*known), of_grads(*known);
+  size_t found = 0;
+  for (const py::handle item : py::reinterpret_borrow<py::list>(candidates)) {
+    const auto param = py::reinterpret_borrow<py::object>(item);
+    if (!IsPlain(param)) return py::none();
+    py::object grad = param.attr(grad_);
+    if (grad.is_none()) continue;
+    if (found == params.size() || param.ptr() != PyList_GET_ITEM(params.ptr(), found)) {
+      return py::none();
+    }
+    if (!IsPlain(grad) || IsNegated(grad)) return py::none();
+    if (!of_params.Add(api, param) || !of_grads.Add(api, grad)) return py::none();
+    PyList_SET_ITEM(grads.ptr(), found++, grad.release().ptr());
+  }
+  if (found != params.size()) return py::none();
+  const bool stayed = of_params.addresses() == known->addresses();
+  return py::make_tuple(grads, of_grads.Take(), stayed ? known : of_params.Take());
+}
+
+py::object TensorReader::State(py::handle state, const py::list& params, const py::str& name,
+                               const TensorList& like) const {
+  const auto* api = static_cast<const dlpack::ExchangeApi*>(exchange_api_);
+  if (api == nullptr || params.size() != like.size() || !PyDict_Check(state.ptr())) {
+    return py::none();
+  }
+  py::list tensors(params.size());
+  AlikeReader of_tensors(like);
+  // As a rule the states of a group lie one after the other, in the order of its parameters.
+  // Looking them up would take longer: Tensor.__hash__ is Python.
+  Py_ssize_t position = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
+    PyObject *key = nullptr, *of_param = nullptr;
+    bool is_next;
+    do {
+      is_next = PyDict_Next(state.ptr(), &position, &key, &of_param) != 0;
+    } while (i == 0 && is_next && key != param);
+    if (!is_next || key != param) of_param = PyDict_GetItemWithError(state.ptr(), param);
+    PyObject* tensor = nullptr;
+    if (of_param != nullptr && PyDict_Check(of_param)) {
+      tensor = PyDict_GetItemWithError(of_param, name.ptr());
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (tensor == nullptr || !IsPlain(tensor) || !of_tensors.Add(api, tensor)) return py::none();
+    Py_INCREF(tensor);
+    PyList_SET_ITEM(tensors.ptr(), i, tensor);
+  }
+  return py::make_tuple(tensors, of_tensors.Take());
 }
 
 }  // namespace samkernels

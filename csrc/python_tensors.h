@@ -5,33 +5,20 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
 
+#include "chunk_plan.h"
 #include "ops.h"
 
 namespace samkernels {
 
-// What the core needs to know of a list of tensors, as they were when it was made: it neither owns
-// nor watches them.
-class TensorList {
- public:
-  // Throws what PyTorch raises if something is no tensor with memory of its own.
-  TensorList(const pybind11::list& tensors, bool use_exchange_api);
-
-  size_t size() const { return addresses_.size(); }
-  const std::vector<void*>& addresses() const { return addresses_; }
-  const std::vector<int64_t>& numel() const { return numel_; }
-
-  // The dtype of all tensors. Throws TypeError if they differ or the core has no kernels for it.
-  DType dtype() const;
-
-  // Whether tensor i of both lists has the same dtype, device, shape and order in memory.
-  bool IsAlike(const TensorList& other) const;
-
- private:
-  static constexpr uint8_t kUnknown = 255;  // a dtype or device that equals nothing
-
+// What lists that are alike have in common: everything but the addresses.
+struct Layout {
   struct Kind {
+    static constexpr uint8_t kUnknown = 255;  // a dtype or device that equals nothing
+
     uint8_t dtype_code, dtype_bits;
     int32_t device_type, device_index;
 
@@ -42,15 +29,78 @@ class TensorList {
     }
   };
 
-  void Add(void* address, Kind kind, int ndim, const int64_t* shape, const int64_t* strides);
-  void ReadThroughPython(pybind11::handle tensor);
-
-  std::vector<void*> addresses_;
-  std::vector<int64_t> numel_;
-  std::vector<Kind> kinds_;
+  std::vector<int64_t> numel;
+  std::vector<Kind> kinds;
   // Of all tensors: ndim, then size and stride of each dimension. A stride that is never walked
   // (size 1, or no elements) stands as 0.
-  std::vector<int64_t> layouts_;
+  std::vector<int64_t> dims;
+};
+
+// What the core needs to know of a list of tensors, as they were when it was made: it neither owns
+// nor watches them.
+class TensorList {
+ public:
+  // Throws what PyTorch raises if something is no tensor with memory of its own.
+  TensorList(const pybind11::list& tensors, bool use_exchange_api);
+  TensorList(std::vector<void*> addresses, std::shared_ptr<const Layout> layout)
+      : addresses_(std::move(addresses)), layout_(std::move(layout)) {}
+
+  size_t size() const { return addresses_.size(); }
+  const std::vector<void*>& addresses() const { return addresses_; }
+  const std::vector<int64_t>& numel() const { return layout_->numel; }
+  const std::shared_ptr<const Layout>& layout() const { return layout_; }
+
+  // The dtype of all tensors. Throws TypeError if they differ or the core has no kernels for it.
+  DType dtype() const;
+
+  // Whether tensor i of both lists has the same dtype, device, shape and order in memory. Lists
+  // that are share one layout from then on, so that the next comparison is quick.
+  bool IsAlike(const TensorList& other) const;
+
+  // Kept for the next call with the same chunk size.
+  std::shared_ptr<const ChunkPlan> Plan(int64_t chunk_size) const;
+
+  // Throws ValueError if two of the tensors overlap: an element of both would be written twice.
+  void RequireDisjoint(const char* name) const;
+
+ private:
+  std::vector<void*> addresses_;
+  mutable std::shared_ptr<const Layout> layout_;
+  mutable std::shared_ptr<const ChunkPlan> plan_;
+  mutable bool is_disjoint_ = false;
+};
+
+// Reads for an optimizer what belongs to its parameters, in one call for all of them. Each function
+// returns None as soon as something is not as it was in the last step, or not plain: of another
+// type than torch.Tensor and torch.nn.Parameter, say. The caller looks closely then, in Python.
+class TensorReader {
+ public:
+  TensorReader(pybind11::type tensor, pybind11::type parameter);
+
+  // The gradients of `params`, and what the core needs to know of both:
+  // (list of gradients, TensorList of gradients, TensorList of params). `known` is the last of
+  // these from the last step, and is returned where no parameter has other memory now. None, too,
+  // unless `params` are exactly those of `candidates` that have a gradient.
+  pybind11::object Gradients(pybind11::handle candidates, const pybind11::list& params,
+                             const std::shared_ptr<TensorList>& known) const;
+
+  // state[p][name] of every p in params, state being a dict as torch.optim keeps it, if they are
+  // laid out as `like`: (list of tensors, TensorList).
+  pybind11::object State(pybind11::handle state, const pybind11::list& params,
+                         const pybind11::str& name, const TensorList& like) const;
+
+ private:
+  bool IsPlain(pybind11::handle tensor) const {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+    return type == tensor_.ptr() || type == parameter_.ptr();
+  }
+
+  // Whether PyTorch negates it when it reads it: its memory holds the opposite then.
+  bool IsNegated(pybind11::handle tensor) const;
+
+  pybind11::type tensor_, parameter_;
+  pybind11::str grad_, is_neg_;
+  const void* exchange_api_;  // or null
 };
 
 }  // namespace samkernels

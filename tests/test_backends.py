@@ -370,6 +370,117 @@ def test_both_ways_of_reading_a_tensor_agree() -> None:
         assert lists[0].is_alike(lists[1])
 
 
+READER = _C.TensorReader(Tensor, torch.nn.Parameter)
+needs_exchange_api = pytest.mark.skipif(
+    not hasattr(Tensor, "__dlpack_c_exchange_api__"),
+    reason="this PyTorch has no C exchange API: optimizers look closely in every step",
+)
+
+
+def trained() -> list[torch.nn.Parameter]:
+    """Parameters with gradients; one is channels_last, one empty."""
+    params = [torch.nn.Parameter(torch.randn(2, 3, 4, 5)) for _ in range(4)]
+    params[1].data = params[1].data.to(memory_format=torch.channels_last)
+    params[2].data = torch.zeros(0, 3)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+@needs_exchange_api
+def test_gradients_are_read_where_nothing_has_changed() -> None:
+    params = trained()
+    known = _C.TensorList(params)
+    frozen = torch.nn.Parameter(torch.ones(3))
+    read = READER.gradients([*params[:2], frozen, *params[2:]], params, known)
+    assert read is not None
+    grads, of_grads, of_params = read
+    assert all(grad is p.grad for grad, p in zip(grads, params, strict=True))
+    assert of_params is known
+    assert of_grads.is_alike(_C.TensorList(grads))
+    _C.restore(_C.cpu(1), of_params, of_grads)  # the addresses are those of the gradients
+    for p in params:
+        assert torch.equal(p, cast(Tensor, p.grad))
+
+    params[0].data = params[0].data.clone()  # other memory, laid out alike
+    moved = READER.gradients(params, params, known)
+    assert moved is not None and moved[2] is not known and moved[2].is_alike(known)
+    expected = [torch.randn_like(p) for p in params]
+    _C.restore(_C.cpu(1), moved[2], _C.TensorList(expected))
+    assert torch.equal(params[0], expected[0])
+
+
+class Subclass(Tensor):
+    pass
+
+
+CHANGES: dict[str, Callable[[list[torch.nn.Parameter]], Any]] = {
+    "no gradient": lambda params: setattr(params[1], "grad", None),
+    "a dtype": lambda params: setattr(params[1], "data", params[1].data.half()),
+    "a layout": lambda params: setattr(params[1], "data", params[1].data.contiguous()),
+    "a shape": lambda params: setattr(params[3], "data", torch.ones(2, 3, 5, 4)),
+    "a layout of a gradient": lambda params: setattr(params[1], "grad", torch.randn(2, 3, 4, 5)),
+    "a sparse gradient": lambda params: setattr(
+        params[0], "grad", torch.zeros(2, 3, 4, 5).to_sparse()
+    ),
+    "a negated gradient": lambda params: setattr(
+        params[0], "grad", torch.randn(2, 3, 4, 5, dtype=torch.complex64).conj().imag
+    ),
+    "a subclass": lambda params: setattr(
+        params[0], "grad", torch.randn(2, 3, 4, 5).as_subclass(Subclass)
+    ),
+    "the order": lambda params: params.reverse(),
+    "one more": lambda params: params.append(trained()[0]),
+    "one less": lambda params: params.pop(),
+    "another parameter": lambda params: params.__setitem__(0, trained()[0]),
+    "no tensor": lambda params: params.__setitem__(0, cast(Any, 3)),
+}
+
+
+@needs_exchange_api
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_has_changed_is_left_to_a_closer_look(change: str) -> None:
+    candidates = trained()
+    params, known = list(candidates), _C.TensorList(candidates)
+    assert READER.gradients(candidates, params, known) is not None
+    CHANGES[change](candidates)
+    assert READER.gradients(candidates, params, known) is None
+    assert READER.gradients(tuple(params), params, known) is None
+
+
+@needs_exchange_api
+@pytest.mark.parametrize("order", ["as the parameters", "reversed", "behind others"])
+def test_state_is_read_in_any_order(order: str) -> None:
+    params = trained()
+    buffers = [torch.randn_like(p) for p in params]
+    entries = [(p, {"momentum_buffer": b}) for p, b in zip(params, buffers, strict=True)]
+    if order == "reversed":
+        entries.reverse()
+    if order == "behind others":
+        entries = [(p, {}) for p in trained()] + entries
+    read = READER.state(dict(entries), params, "momentum_buffer", _C.TensorList(params))
+    assert read is not None
+    assert all(found is b for found, b in zip(read[0], buffers, strict=True))
+    _C.restore(_C.cpu(1), _C.TensorList(params), read[1])
+    for p, buffer in zip(params, buffers, strict=True):
+        assert torch.equal(p, buffer)
+
+
+@needs_exchange_api
+def test_state_that_is_not_there_or_not_alike_is_left_to_a_closer_look() -> None:
+    params = trained()
+    like = _C.TensorList(params)
+    full: dict[Any, Any] = {p: {"momentum_buffer": torch.randn_like(p)} for p in params}
+    other = torch.randn(2, 3, 4, 5)
+    for of_first in ({}, {"momentum_buffer": None}, {"momentum_buffer": other.half()}, None):
+        state = {**full, params[0]: of_first}
+        assert READER.state(state, params, "momentum_buffer", like) is None
+    without = {p: of_param for p, of_param in full.items() if p is not params[2]}
+    assert READER.state(without, params, "momentum_buffer", like) is None
+    assert READER.state(None, params, "momentum_buffer", like) is None
+    assert READER.state(full, params, "momentum_buffer", like) is not None
+
+
 @pytest.mark.parametrize("exchange_api", [True, False])
 def test_the_core_refuses_other_dtypes(exchange_api: bool) -> None:
     core = Core()
