@@ -89,6 +89,25 @@ class Shapes {
     return addresses;
   }
 
+  // Of a list of numbers, one for each tensor: which are float64; the others are float32.
+  std::unique_ptr<bool[]> AreDouble(const char* name, const TensorList& numbers) const {
+    if (numbers.size() != list_.size()) {
+      throw std::invalid_argument(std::string(name) + " has " + std::to_string(numbers.size()) +
+                                  " tensors and " + name_ + " has " + std::to_string(list_.size()));
+    }
+    std::unique_ptr<bool[]> are_double(new bool[numbers.size()]);
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      const Layout::Kind& kind = numbers.layout()->kinds[i];
+      are_double[i] = kind.IsFloat(64);
+      if (numbers.numel()[i] != 1 || numbers.addresses()[i] == nullptr ||
+          !(are_double[i] || kind.IsFloat(32)) || !kind.IsBeside(layout_->kinds[i])) {
+        throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) +
+                                    "] is no float32 or float64 number on the device of " + name_);
+      }
+    }
+    return are_double;
+  }
+
   MutableList Optional(const char* name, const TensorList* list) const {
     return list ? List(name, *list) : nullptr;
   }
@@ -215,27 +234,24 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
            py::arg("nesterov"), py::arg("has_momentum"), py::arg("init_momentum"));
 
   py::class_<AdamOptions>(m, "AdamOptions", py::module_local())
-      .def(py::init([](float lr, std::uintptr_t lr_address, float beta1, float one_minus_beta1,
-                       float beta2, float one_minus_beta2, float eps, float weight_decay,
-                       float gradient_sign, bool decoupled, std::uintptr_t bias_correction1,
-                       std::uintptr_t bias_correction2_sqrt) {
-             return AdamOptions{
-                 ScalarOf(lr, lr_address),
-                 beta1,
-                 one_minus_beta1,
-                 beta2,
-                 one_minus_beta2,
-                 eps,
-                 weight_decay,
-                 gradient_sign,
-                 decoupled,
-                 Required<const float>("bias_correction1", bias_correction1),
-                 Required<const float>("bias_correction2_sqrt", bias_correction2_sqrt)};
+      .def(py::init([](float lr, std::uintptr_t lr_address, double beta1, float one_minus_beta1,
+                       double beta2, float one_minus_beta2, float eps, float weight_decay,
+                       float gradient_sign, bool decoupled) {
+             return AdamOptions{ScalarOf(lr, lr_address),
+                                static_cast<float>(beta1),
+                                one_minus_beta1,
+                                static_cast<float>(beta2),
+                                one_minus_beta2,
+                                eps,
+                                weight_decay,
+                                gradient_sign,
+                                decoupled,
+                                beta1,
+                                beta2};
            }),
            py::kw_only(), py::arg("lr"), py::arg("lr_address"), py::arg("beta1"),
            py::arg("one_minus_beta1"), py::arg("beta2"), py::arg("one_minus_beta2"), py::arg("eps"),
-           py::arg("weight_decay"), py::arg("gradient_sign"), py::arg("decoupled"),
-           py::arg("bias_correction1"), py::arg("bias_correction2_sqrt"));
+           py::arg("weight_decay"), py::arg("gradient_sign"), py::arg("decoupled"));
 
 #ifdef SAMKERNELS_EMULATED
   m.def("take_traffic", [] {
@@ -347,14 +363,17 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   m.def("adam",
         [](const Target& target, const PyRecombination& recombination, const TensorList& params,
            const TensorList& old_params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-           const AdamOptions& options) {
+           const TensorList& steps, std::uintptr_t bias_corrections, const AdamOptions& options) {
           const Shapes shapes("params", params, *target.ops);
+          const std::unique_ptr<bool[]> are_double = shapes.AreDouble("steps", steps);
           const AdamArgs args = {shapes.tensors(),
                                  recombination.For(shapes),
                                  shapes.List("params", params),
                                  shapes.List("old_params", old_params),
                                  shapes.List("exp_avgs", exp_avgs),
                                  shapes.List("exp_avg_sqs", exp_avg_sqs),
+                                 {steps.addresses().data(), are_double.get()},
+                                 Required<BiasCorrections>("bias_corrections", bias_corrections),
                                  options};
           py::gil_scoped_release release;
           target.ops->adam(args, target.execution);

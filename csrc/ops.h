@@ -151,12 +151,23 @@ struct SgdHessArgs {
   SgdOptions options;
 };
 
-// torch.optim.Adam or AdamW on the restored weights, reading w from old_params, after t steps with
-// this one:
+// How many steps were made with each tensor.
+struct StepCounts {
+  MutableList address;    // [in, out] whole numbers in float32 or float64
+  const bool* is_double;  // [num_tensors]
+};
+
+// For t steps: 1 - beta1^t and sqrt(1 - beta2^t).
+struct BiasCorrections {
+  float first;
+  float second_sqrt;
+};
+
+// torch.optim.Adam or AdamW on the restored weights, reading w from old_params:
 //   u = gradient_sign * u;  u += weight_decay * w, or w *= 1 - lr * weight_decay if decoupled
-//   m = beta1 * m + (1 - beta1) * u;  v = beta2 * v + (1 - beta2) * u^2
-//   params = w - lr / bias_correction1 * m / (sqrt(v) / bias_correction2_sqrt + eps)
-// A skipped step restores params and leaves m and v.
+//   t += 1;  m = beta1 * m + (1 - beta1) * u;  v = beta2 * v + (1 - beta2) * u^2
+//   params = w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+// A skipped step restores params and leaves m, v and t.
 struct AdamOptions {
   Scalar lr;
   float beta1;
@@ -167,17 +178,19 @@ struct AdamOptions {
   float weight_decay;
   float gradient_sign;  // -1 to maximize, else 1
   bool decoupled;
-  const float* bias_correction1;       // [in] [num_tensors] 1 - beta1^t
-  const float* bias_correction2_sqrt;  // [in] [num_tensors] sqrt(1 - beta2^t)
+  double exact_beta1;  // for the bias corrections: in float32, 1 - 0.999 is off by 1e-5
+  double exact_beta2;
 };
 
 struct AdamArgs {
   Tensors tensors;
   Recombination recombination;
-  MutableList params;       // [out]
-  ReadOnlyList old_params;  // [in] w
-  MutableList exp_avg;      // [in, out] m
-  MutableList exp_avg_sq;   // [in, out] v
+  MutableList params;                 // [out]
+  ReadOnlyList old_params;            // [in] w
+  MutableList exp_avg;                // [in, out] m
+  MutableList exp_avg_sq;             // [in, out] v
+  StepCounts steps;                   // t
+  BiasCorrections* bias_corrections;  // [out] [num_tensors]
   AdamOptions options;
 };
 

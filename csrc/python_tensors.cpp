@@ -166,6 +166,9 @@ struct ListBuilder {
       if (dtype == "torch.float32") {
         kind = {dlpack::kFloat, 32, kind.device_type, kind.device_index};
       }
+      if (dtype == "torch.float64") {
+        kind = {dlpack::kFloat, 64, kind.device_type, kind.device_index};
+      }
       if (dtype == "torch.float16") {
         kind = {dlpack::kFloat, 16, kind.device_type, kind.device_index};
       }
@@ -204,13 +207,17 @@ TensorList::TensorList(const py::list& tensors, bool use_exchange_api) {
   layout_ = std::move(list.layout);
 }
 
+bool Layout::Kind::IsFloat(int bits) const {
+  return dtype_code == dlpack::kFloat && dtype_bits == bits;
+}
+
 DType TensorList::dtype() const {
   if (layout_->kinds.empty()) return DType::kFloat32;
   const Layout::Kind& first = layout_->kinds[0];
   DType dtype;
-  if (first.dtype_code == dlpack::kFloat && first.dtype_bits == 32) {
+  if (first.IsFloat(32)) {
     dtype = DType::kFloat32;
-  } else if (first.dtype_code == dlpack::kFloat && first.dtype_bits == 16) {
+  } else if (first.IsFloat(16)) {
     dtype = DType::kFloat16;
   } else if (first.dtype_code == dlpack::kBFloat && first.dtype_bits == 16) {
     dtype = DType::kBFloat16;

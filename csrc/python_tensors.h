@@ -27,6 +27,10 @@ struct Layout {
              dtype_bits == other.dtype_bits && device_type == other.device_type &&
              device_index == other.device_index;
     }
+    bool IsBeside(const Kind& other) const {
+      return device_type == other.device_type && device_index == other.device_index;
+    }
+    bool IsFloat(int bits) const;  // bfloat16 is none
   };
 
   std::vector<int64_t> numel;

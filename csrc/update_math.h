@@ -137,6 +137,37 @@ static inline SAMKERNELS_HOST_DEVICE float ScaledByCurvature(float g, float rho,
   return g * (1.0f + rho * d);
 }
 
+// base^exponent, 0 <= base < 1, for a whole number; 1 for what is below 1 or nan. By squaring, in
+// an order that every backend keeps: the pow of one library gives other bits than that of the next.
+static inline SAMKERNELS_HOST_DEVICE double Power(double base, double exponent) {
+  const double largest = 4611686018427387904.0;  // 2^62: no integer holds much more
+  int64_t rest = 0;
+  if (exponent >= 1.0) rest = static_cast<int64_t>(exponent < largest ? exponent : largest);
+  double power = 1.0;
+  for (; rest > 0; rest /= 2) {
+    if (rest % 2 == 1) power *= base;
+    base *= base;
+  }
+  return power;
+}
+
+// For t steps.
+static inline SAMKERNELS_HOST_DEVICE BiasCorrections BiasCorrectionsOf(const AdamOptions& o,
+                                                                       double t) {
+  return {static_cast<float>(1.0 - Power(o.exact_beta1, t)),
+          static_cast<float>(sqrt(1.0 - Power(o.exact_beta2, t)))};
+}
+
+// Adds this step to the count at `address`, unless it is skipped. How many there are with it.
+static inline SAMKERNELS_HOST_DEVICE double Counted(void* address, bool is_double, bool skipped) {
+  double* in_double = static_cast<double*>(address);
+  float* in_float = static_cast<float*>(address);
+  const double t = (is_double ? *in_double : *in_float) + 1.0;
+  if (!skipped && is_double) *in_double = t;
+  if (!skipped && !is_double) *in_float = static_cast<float>(t);
+  return t;
+}
+
 // What all elements of a tensor share.
 struct AdamScalars {
   float step_size;
@@ -145,10 +176,9 @@ struct AdamScalars {
 };
 
 static inline SAMKERNELS_HOST_DEVICE AdamScalars AdamScalarsOf(const AdamOptions& o,
-                                                               int64_t tensor) {
+                                                               const BiasCorrections& corrections) {
   const float lr = Read(o.lr);
-  return {lr / o.bias_correction1[tensor], 1.0f - lr * o.weight_decay,
-          o.bias_correction2_sqrt[tensor]};
+  return {lr / corrections.first, 1.0f - lr * o.weight_decay, corrections.second_sqrt};
 }
 
 // Which of the two arithmetics: without weight decay either.

@@ -65,8 +65,6 @@ class AdamOptions:
         weight_decay: float,
         gradient_sign: float,
         decoupled: bool,
-        bias_correction1: int,
-        bias_correction2_sqrt: int,
     ) -> None: ...
 
 def build_info() -> dict[str, str]: ...
@@ -123,6 +121,8 @@ def adam(
     old_params: TensorList,
     exp_avgs: TensorList,
     exp_avg_sqs: TensorList,
+    steps: TensorList,
+    bias_corrections: int,
     options: AdamOptions,
 ) -> None: ...
 def compare(

@@ -640,8 +640,9 @@ def adam_(
         old_params: w, n tensors; may be params itself.
         grads: g2, n tensors.
         exp_avgs, exp_avg_sqs: m and v, updated; zeros before the first step.
-        steps: t, updated; tensors of shape () on the device of the parameters, where they are
-            read: they may differ, and the host does not wait for them.
+        steps: t, whole numbers, updated; float32 or float64 tensors of shape () on the device of
+            the parameters, where they are read: they may differ, and the host does not wait for
+            them. beta^t is made of them in float64, by squaring, which every kernel does alike.
         lr: >= 0. A tensor of one element on the device of the parameters is read there, and its
             value is not checked.
         eps: added to the root of v.
@@ -685,9 +686,6 @@ def adam_(
         eps=norm_eps,
         validate=validate,
     )
-    # float64: in float32, 1 - 0.999 would be off by 1e-5.
-    count = torch.stack(list(steps)).double() + 1
-    dtype = torch.float64 if params[0].dtype is torch.float64 else torch.float32
     options = AdamOptions(
         lr=hyperparameter("lr", lr, params[0]),
         beta1=betas[0],
@@ -696,12 +694,8 @@ def adam_(
         weight_decay=weight_decay,
         decoupled=decoupled_weight_decay,
         maximize=maximize,
-        bias_correction1=(1 - betas[0] ** count).to(dtype),
-        bias_correction2_sqrt=(1 - betas[1] ** count).sqrt().to(dtype),
     )
-    chosen.adam_(params, old_params, exp_avgs, exp_avg_sqs, recombination, options)
-    takes_place = recombination.takes_place()
-    torch._foreach_add_(steps, 1 if takes_place is None else takes_place.to(steps[0].dtype))
+    chosen.adam_(params, old_params, exp_avgs, exp_avg_sqs, steps, recombination, options)
 
 
 @torch.no_grad()

@@ -30,13 +30,13 @@ def backend() -> ModuleType:
         )
     assert kernels.INTERPRETED
     module = _load("samkernels.backends.interpreted", path)
-    launch = module._launch
+    run = module._run
 
     def interpret(*arguments: Any, **options: Any) -> None:
         with mended_interpreter():
-            launch(*arguments, **options)
+            run(*arguments, **options)
 
-    vars(module).update(_kernels=lambda: kernels, _is_interpreted=lambda: True, _launch=interpret)
+    vars(module).update(_kernels=lambda: kernels, _is_interpreted=lambda: True, _run=interpret)
     return module
 
 

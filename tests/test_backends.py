@@ -181,6 +181,11 @@ class Fake:
         return self.address
 
 
+def freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def fakes(*tensors: tuple[int, int]) -> Any:
     return _C.TensorList([cast(Tensor, Fake(*tensor)) for tensor in tensors])
 
@@ -192,6 +197,8 @@ class Core:
         self.tensors = torch.arange(36.0).view(6, 2, 3)
         self.sums = torch.zeros(_C.COMPARE_SUMS, dtype=torch.float64)
         self.norms = torch.ones(6)
+        self.steps = [torch.zeros(()), torch.zeros((), dtype=torch.float64)]
+        self.bias_corrections = torch.zeros(2, 2)
         self.target = _C.cpu(1)
         room = _C.workspace_bytes(self.target, self.list_of(0), _C.COMPARE_SUMS)
         self.workspace = torch.empty(room, dtype=torch.uint8)
@@ -202,22 +209,6 @@ class Core:
 
     def recombination(self, lists: list[Any]) -> Any:
         return _C.Recombination(lists[3], lists[4], 0, 0, False, 0.0, 0, 0, 0)
-
-    def adam_options(self, **wrong: int) -> Any:
-        corrections = self.norms.data_ptr()
-        return _C.AdamOptions(
-            lr=0.1,
-            lr_address=0,
-            beta1=0.9,
-            one_minus_beta1=0.1,
-            beta2=0.9,
-            one_minus_beta2=0.1,
-            eps=1e-8,
-            weight_decay=0.0,
-            gradient_sign=1.0,
-            decoupled=False,
-            **{"bias_correction1": corrections, "bias_correction2_sqrt": corrections, **wrong},
-        )
 
     def call(self, op: str, *, second_numel: int = 3, **wrong: Any) -> None:
         """With lists called "0", "1", ...; `wrong` replaces some of them."""
@@ -234,15 +225,28 @@ class Core:
         elif op == "sgd":
             _C.sgd(self.target, self.recombination(lists), *lists[:3], SGD_WITH_MOMENTUM)
         elif op == "adam":
-            _C.adam(
-                self.target, self.recombination(lists), *lists[:3], lists[5], self.adam_options()
-            )
+            steps = wrong.get("steps", _C.TensorList(self.steps))
+            corrections = wrong.get("bias_corrections", self.bias_corrections.data_ptr())
+            lists = [self.recombination(lists), *lists[:3], lists[5]]
+            _C.adam(self.target, *lists, steps, corrections, ADAM)
         elif op == "compare":
             _C.compare(self.target, *lists[:3], workspace, self.sums.data_ptr(), norm, norm + 8)
         else:
             raise ValueError(op)
 
 
+ADAM = _C.AdamOptions(
+    lr=0.1,
+    lr_address=0,
+    beta1=0.9,
+    one_minus_beta1=0.1,
+    beta2=0.9,
+    one_minus_beta2=0.1,
+    eps=1e-8,
+    weight_decay=0.0,
+    gradient_sign=1.0,
+    decoupled=False,
+)
 SGD_WITH_MOMENTUM = _C.SgdOptions(
     lr=0.1,
     lr_address=0,
@@ -508,10 +512,42 @@ def test_the_core_refuses_momentum_without_buffers() -> None:
         core.call("sgd", **{"2": None})
 
 
-@pytest.mark.parametrize("name", ["bias_correction1", "bias_correction2_sqrt"])
-def test_the_core_refuses_null_addresses_of_bias_corrections(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} has no memory"):
-        Core().adam_options(**{name: 0})
+def test_the_core_refuses_a_null_address_of_bias_corrections() -> None:
+    core = Core()
+    with pytest.raises(ValueError, match="bias_corrections has no memory"):
+        core.call("adam", bias_corrections=0)
+
+
+@pytest.mark.parametrize("exchange_api", [True, False])
+@pytest.mark.parametrize(
+    ("second", "mention"),
+    [
+        ([], "steps has 1 tensors and params has 2"),
+        ([torch.zeros(2)], r"steps\[1\] is no float32 or float64 number"),
+        ([torch.zeros((), dtype=torch.float16)], r"steps\[1\] is no float32"),
+        ([torch.zeros((), dtype=torch.bfloat16)], r"steps\[1\] is no float32"),
+        ([torch.zeros((), dtype=torch.int64)], r"steps\[1\] is no float32"),
+        ([freed(torch.zeros(()))], r"steps\[1\] is no float32"),
+    ],
+    ids=["length", "shape", "float16", "bfloat16", "int64", "no memory"],
+)
+def test_the_core_refuses_what_is_no_step_count(
+    second: list[Tensor], mention: str, exchange_api: bool
+) -> None:
+    core = Core()
+    steps = _C.TensorList([torch.zeros(()), *second], exchange_api)
+    with pytest.raises(ValueError, match=mention):
+        core.call("adam", steps=steps)
+    assert core.tensors.equal(torch.arange(36.0).view(6, 2, 3))
+    for step in core.steps:
+        assert step.item() == 0
+
+
+@pytest.mark.parametrize("exchange_api", [True, False])
+def test_the_core_counts_in_float32_and_in_float64(exchange_api: bool) -> None:
+    core = Core()
+    core.call("adam", steps=_C.TensorList(core.steps, exchange_api))
+    assert [step.item() for step in core.steps] == [1, 1]
 
 
 LOAD_THE_CORE_WITHOUT_TORCH = f"""

@@ -1,6 +1,7 @@
 """ops.adam_ on every backend, device and dtype, against the reference in float64: see test_ops.py,
 whose bounds, lists and settings these are."""
 
+import decimal
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from samkernels import ops
+from samkernels import backends, ops
+from samkernels.backends import reference
 from tests.helpers import (
     CHUNK_SIZE,
     LAYOUTS,
@@ -256,6 +259,71 @@ def test_the_bias_corrections_are_accurate(setting: Setting) -> None:
     assert_near(w, expected, expected, ADAM_ROUNDINGS)
 
 
+COUNTS = [0, 1, 2, 3, 6, 7, 99, 1023, 1024, 54321, 2**24 - 2, 2**24]
+
+
+@every_kernel
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9999), (0.5, 1 - 2**-53)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kernels_correct_the_bias_as_the_reference_bit_for_bit(
+    setting: Setting, dtype: torch.dtype, betas: tuple[float, float]
+) -> None:
+    """After any number of steps, up to where float32 counts no further. More tensors than a block
+    of the kernels has threads; float32 and float64 side by side."""
+    results = []
+    for one in in_setting_and_in_reference(setting):
+        slots = [Slot((3,))] * 300
+        lists = AdamLists(slots, one)
+        counts = [COUNTS[i % len(COUNTS)] for i in range(len(slots))]
+        dtypes = [dtype if i % 3 else torch.float32 for i in range(len(slots))]
+        steps = [
+            torch.tensor(float(t), dtype=of_step, device=one.device)
+            for t, of_step in zip(counts, dtypes, strict=True)
+        ]
+        run(ops.adam_, lists, one, steps, betas=betas)
+        assert [t.dtype for t in steps] == dtypes
+        results.append([*lists.params, *steps])
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9, 0.999, 1 - 2**-53])
+def test_powers_of_the_reference_are_accurate(beta: float) -> None:
+    """By squaring: one rounding for each of the multiplications that a power stands for."""
+    powers = reference._power(beta, torch.tensor(COUNTS, dtype=torch.float64))
+    with decimal.localcontext(decimal.Context(prec=60, Emin=decimal.MIN_EMIN)):
+        for t, power in zip(COUNTS, map(decimal.Decimal, powers.tolist()), strict=True):
+            exact = decimal.Decimal(beta) ** t
+            bound = t * decimal.Decimal(2.0**-53) * exact + decimal.Decimal(2.0**-1074)
+            assert abs(power - exact) <= bound
+
+
+def test_powers_of_zero() -> None:
+    powers = reference._power(0.0, torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
+    assert powers.tolist() == [1, 0, 0]
+
+
+def test_a_step_is_two_launches_and_no_small_operations() -> None:
+    """One launch counts and corrects the bias, whatever the number of tensors, and one updates."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            names.append(str(func))
+            return func(*args, **kwargs or {})
+
+    core: Any = backends.get("emulated")
+    setting = Setting("cpu", "emulated", torch.float32)
+    for slots in ([Slot((3,))], [Slot((3,))] * 70, [Slot((3,))] * 600):
+        lists, names = AdamLists(slots, setting), []
+        steps = steps_for(lists)
+        checks = {"ascent_norm": scalar(1.5, setting), "found_inf": scalar(0.0, setting)}
+        core._C.take_launches()
+        with Names():
+            run(ops.adam_, lists, setting, steps, **checks)
+        assert core._C.take_launches() == 2
+        assert names == ["aten.empty.memory_format"]  # where the corrections go
+        assert steps[0].item() == 1
+
+
 @every_setting
 @pytest.mark.parametrize("options", ["Adam, decay", "AdamW"])
 @pytest.mark.parametrize(
@@ -429,10 +497,11 @@ def test_nothing_waits_for_the_device(setting: Setting) -> None:
 @every_setting
 def test_version_counters_of_what_is_written(setting: Setting) -> None:
     lists = AdamLists(LAYOUTS, setting)
-    written = [t for tensors in lists.state() for t in tensors]
+    steps = steps_for(lists)
+    written = [*steps, *(t for tensors in lists.state() for t in tensors)]
     read = [*lists.old_params, *lists.grads, *lists.first_grads]
     before = [t._version for t in written], [t._version for t in read]
-    run(ops.adam_, lists, setting, steps_for(lists), rule="samdirection")
+    run(ops.adam_, lists, setting, steps, rule="samdirection")
     assert all(t._version > version for t, version in zip(written, before[0], strict=True))
     assert [t._version for t in read] == before[1]
 

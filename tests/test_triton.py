@@ -44,7 +44,7 @@ def sgd_options(**options: Any) -> SgdOptions:
     return SgdOptions(**{**defaults, **options})
 
 
-def adam_options(corrections: Tensor, **options: Any) -> AdamOptions:
+def adam_options(**options: Any) -> AdamOptions:
     defaults: dict[str, Any] = {
         "lr": 0.1,
         "beta1": 0.9,
@@ -53,8 +53,6 @@ def adam_options(corrections: Tensor, **options: Any) -> AdamOptions:
         "weight_decay": 0.1,
         "decoupled": True,
         "maximize": False,
-        "bias_correction1": corrections,
-        "bias_correction2_sqrt": corrections,
     }
     return AdamOptions(**{**defaults, **options})
 
@@ -70,6 +68,7 @@ class Lists:
             tensors(dtype) for _ in range(6)
         )
         self.norm, self.norms = torch.ones(()), torch.ones(2)
+        self.steps = [torch.zeros(()), torch.zeros((), dtype=torch.float64)]
         # With all that makes the arithmetic longer.
         checks = {"ascent_norm": self.norm, "grad_scale": self.norm, "found_inf": self.norm}
         self.rules = {
@@ -119,8 +118,8 @@ class Lists:
         return lambda: triton.recombine_(self.g2, rule)
 
     def adam(self, rule: Recombination, decoupled: bool) -> Callable[[], None]:
-        options = adam_options(self.norms, decoupled=decoupled, lr=self.norm if decoupled else 0.1)
-        lists = (self.w, self.old, self.buffer, self.squares)
+        options = adam_options(decoupled=decoupled, lr=self.norm if decoupled else 0.1)
+        lists = (self.w, self.old, self.buffer, self.squares, self.steps)
         return lambda: triton.adam_(*lists, rule, options)
 
     def sgd(self, rule: Recombination, init: bool | None) -> Callable[[], None]:
@@ -152,9 +151,9 @@ COMPILED = [
 def compiled_code(arch: int, call: Callable[[], Any]) -> tuple[compiled.Code, Any]:
     with compiled.gpu(arch) as gpu:
         call()
-    (launched,) = gpu.launches
-    kernel = compiled.kernel_of(triton._kernels(), launched, arch)
-    return compiled.code_of(kernel), kernel
+    kernels = [compiled.kernel_of(triton._kernels(), launched, arch) for launched in gpu.launches]
+    assert len(kernels) == 1 or [k.name for k in kernels] == ["count_steps", "adam"]
+    return compiled.code_of(kernels[-1]), kernels[-1]
 
 
 @every_architecture
@@ -177,6 +176,20 @@ def test_kernels_are_compiled_to_vectors_without_spills(
     # Deterministic: atomic operations count, on integers.
     assert code.ptx.count("atom.") == code.ptx.count("atom.global.gpu.acq_rel.add.u32")
     assert ("atom." in code.ptx) == is_sum
+
+
+@every_architecture
+def test_steps_are_counted_in_double_precision_as_ieee_has_it(arch: int) -> None:
+    call, _, _ = Lists(torch.float32).calls["adam, plain"]
+    with compiled.gpu(arch) as gpu:
+        call()
+    kernel = compiled.kernel_of(triton._kernels(), gpu.launches[0], arch)
+    code = compiled.code_of(kernel)
+    assert kernel.name == "count_steps"
+    assert code.local_bytes == 0
+    assert code.count("mul.rn.f64") + code.count("mul.f64") >= 4  # power and square, for two betas
+    assert code.count("sqrt.rn.f64") == 1
+    assert "fma.rn.f64" not in code.ptx and ".ftz" not in code.ptx and ".approx" not in code.ptx
 
 
 @every_architecture
@@ -230,8 +243,8 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
             lists = [[x.clone() for x in ws] for _ in range(2)]
             triton.sgd_hess_(ws, *lists, None, rho, sgd_options(lr=lr, **options))
         decays = {"weight_decay": rho + 1, "eps": lr, "beta1": rho / 7, "beta2": lr}
-        adam = adam_options(per_tensor, lr=lr, maximize=options.get("maximize", False), **decays)
-        triton.adam_(w, old, buffer, squares, rule, adam)
+        adam = adam_options(lr=lr, maximize=options.get("maximize", False), **decays)
+        triton.adam_(w, old, buffer, squares, [torch.zeros(()) for _ in w], rule, adam)
 
     with compiled.gpu(90) as gpu:
         step((3, 5000), 0.05, 0.1)

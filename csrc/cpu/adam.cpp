@@ -26,7 +26,7 @@ static void AdamOf(const AdamArgs& args, const Execution& execution) {
   ForEachChunk(args.tensors, execution.num_threads,
                [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
                  const ChunkRecombination<T> recombination(args.recombination, tensor, begin);
-                 const AdamScalars scalars = AdamScalarsOf(options, tensor);
+                 const AdamScalars scalars = AdamScalarsOf(options, args.bias_corrections[tensor]);
                  T* params = At<T>(args.params, tensor, begin);
                  const T* old_params = At<T>(args.old_params, tensor, begin);
                  T* exp_avg = At<T>(args.exp_avg, tensor, begin);
@@ -51,10 +51,23 @@ static void AdamOf(const AdamArgs& args, const Execution& execution) {
                });
 }
 
+// Of tensors that had equally many steps, as nearly all have, the corrections are made once.
+static void CountSteps(const AdamArgs& args) {
+  double of_last = 0.0;
+  BiasCorrections corrections = {};
+  for (int64_t i = 0; i < args.tensors.num_tensors; ++i) {
+    const double t = Counted(args.steps.address[i], args.steps.is_double[i], false);
+    if (i == 0 || t != of_last) corrections = BiasCorrectionsOf(args.options, t);
+    args.bias_corrections[i] = corrections;
+    of_last = t;
+  }
+}
+
 void Adam(const AdamArgs& args, const Execution& execution) {
   if (IsSkipped(args.recombination)) {
     return Restore({args.tensors, args.params, args.old_params}, execution);
   }
+  CountSteps(args);
   DispatchDType(args.tensors.dtype, [&](auto zero) {
     if (DecaysGradient(args.options)) {
       AdamOf<decltype(zero), true>(args, execution);

@@ -1,7 +1,40 @@
+#include <vector>
+
 #include "cuda_ops.h"
 #include "recombine.cuh"
 
 namespace samkernels::cuda {
+
+// Lists: the step counts, and whether each is a double, as numbers.
+template <typename Table>
+__global__ void __launch_bounds__(kThreads)
+    CountStepsKernel(const __grid_constant__ Table table,
+                     const __grid_constant__ Recombination recombination,
+                     const __grid_constant__ AdamOptions options,
+                     BiasCorrections* bias_corrections) {
+  const bool skipped = IsSkipped(recombination);
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < table.num_tensors;
+       i += gridDim.x * kThreads) {
+    void* count = const_cast<void*>(table.address[0][i]);
+    const double t = Counted(count, table.address[1][i] != nullptr, skipped);
+    bias_corrections[table.first_tensor + i] = BiasCorrectionsOf(options, t);
+  }
+}
+
+// A launch of its own: of the chunks of a tensor, none may count while another still reads.
+static void CountSteps(const AdamArgs& args, const Execution& execution) {
+  std::vector<const void*> kinds;
+  for (int64_t i = 0; i < args.tensors.num_tensors; ++i) {
+    kinds.push_back(reinterpret_cast<const void*>(intptr_t{args.steps.is_double[i]}));
+  }
+  const ReadOnlyList lists[] = {args.steps.address, kinds.data()};
+  ForEachTable(args.tensors, lists, [&](const auto& table, unsigned, int64_t, bool) {
+    using Table = std::decay_t<decltype(table)>;
+    const unsigned blocks = (table.num_tensors + kThreads - 1) / kThreads;
+    Launch(CountStepsKernel<Table>, blocks, execution.stream, table, args.recombination,
+           args.options, args.bias_corrections);
+  });
+}
 
 template <typename T, bool kSigned>
 struct AdamFunctor {
@@ -11,6 +44,7 @@ struct AdamFunctor {
   static constexpr bool kReverse = false;
   Recombination recombination;
   AdamOptions options;
+  const BiasCorrections* bias_corrections;
 
   template <typename ChunkT>
   __device__ void operator()(const ChunkT& chunk) const {
@@ -21,7 +55,7 @@ struct AdamFunctor {
     T* exp_avg_sq = chunk.template At<T>(kExpAvgSq);
     const T* sign = kSigned ? chunk.template At<const T>(kSign) : magnitude;
     const int64_t tensor = chunk.TensorInWholeList();
-    const AdamScalars scalars = AdamScalarsOf(options, tensor);
+    const AdamScalars scalars = AdamScalarsOf(options, bias_corrections[tensor]);
     const bool decays_gradient = DecaysGradient(options);
     const bool has_coefficient = HasCoefficient(recombination);
     const float coefficient = Coefficient(recombination, tensor);
@@ -72,7 +106,7 @@ struct AdamFunctor {
 template <typename T, bool kSigned>
 static void AdamOf(const AdamArgs& args, const Execution& execution) {
   const Recombination& r = args.recombination;
-  const AdamFunctor<T, kSigned> functor = {r, args.options};
+  const AdamFunctor<T, kSigned> functor = {r, args.options, args.bias_corrections};
   if constexpr (kSigned) {
     const ReadOnlyList lists[] = {args.params,  args.old_params, r.magnitude,
                                   args.exp_avg, args.exp_avg_sq, r.sign};
@@ -85,6 +119,7 @@ static void AdamOf(const AdamArgs& args, const Execution& execution) {
 }
 
 void Adam(const AdamArgs& args, const Execution& execution) {
+  CountSteps(args, execution);
   DispatchDType(args.tensors.dtype, [&](auto zero) {
     DispatchSigned(args.recombination,
                    [&](auto is_signed) { AdamOf<decltype(zero), is_signed>(args, execution); });

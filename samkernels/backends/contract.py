@@ -88,7 +88,7 @@ class SgdOptions:
 
 @dataclass(frozen=True)
 class AdamOptions:
-    """The hyperparameters of torch.optim.Adam and AdamW, and where the step counts come in."""
+    """The hyperparameters of torch.optim.Adam and AdamW."""
 
     lr: float | Tensor  # as in SgdOptions
     beta1: float
@@ -97,9 +97,6 @@ class AdamOptions:
     weight_decay: float
     decoupled: bool  # weight decay as in AdamW
     maximize: bool
-    # For t steps, this one included; shape (n,) on the lists' device, float32 (float64).
-    bias_correction1: Tensor  # 1 - beta1^t
-    bias_correction2_sqrt: Tensor  # sqrt(1 - beta2^t)
 
 
 class Backend(Protocol):
@@ -167,6 +164,7 @@ class Backend(Protocol):
         old_params: TensorList,
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
+        steps: TensorList,  # shape (), float32 or float64: of each tensor, before this step
         recombination: Recombination,
         options: AdamOptions,
     ) -> None: ...

@@ -127,6 +127,7 @@ def adam_(
     old_params: TensorList,
     exp_avgs: TensorList,
     exp_avg_sqs: TensorList,
+    steps: TensorList,
     recombination: Recombination,
     options: AdamOptions,
 ) -> None:
@@ -135,7 +136,11 @@ def adam_(
     w = old
     if options.maximize:
         u = torch._foreach_neg(u)
-    corrections = options.bias_correction1
+    dtype = old[0].dtype
+    # In float64: in float32, 1 - 0.999 would be off by 1e-5.
+    counts = torch.stack(list(steps)).double() + 1
+    corrections = (1 - options.beta1**counts).to(dtype)
+    corrections_sqrt = (1 - options.beta2**counts).sqrt().to(dtype)
     lr = torch.ones_like(corrections) * options.lr
     if options.decoupled:
         w = torch._foreach_mul(w, (1 - lr * options.weight_decay)[0])
@@ -147,13 +152,15 @@ def adam_(
     new_v = torch._foreach_mul(v, options.beta2)
     torch._foreach_add_(new_v, torch._foreach_mul(torch._foreach_mul(u, 1 - options.beta2), u))
     denominators = torch._foreach_sqrt(new_v)
-    torch._foreach_div_(denominators, list(options.bias_correction2_sqrt.unbind()))
+    torch._foreach_div_(denominators, list(corrections_sqrt.unbind()))
     torch._foreach_add_(denominators, options.eps)
-    steps = torch._foreach_mul(new_m, list((lr / corrections).unbind()))
-    updated = torch._foreach_sub(w, torch._foreach_div(steps, denominators))
+    numerators = torch._foreach_mul(new_m, list((lr / corrections).unbind()))
+    updated = torch._foreach_sub(w, torch._foreach_div(numerators, denominators))
     torch._foreach_copy_(exp_avgs, _unless_skipped(recombination, new_m, m))
     torch._foreach_copy_(exp_avg_sqs, _unless_skipped(recombination, new_v, v))
     torch._foreach_copy_(params, _unless_skipped(recombination, updated, old))
+    takes_place = recombination.takes_place()
+    torch._foreach_add_(steps, 1 if takes_place is None else takes_place.to(steps[0].dtype))
 
 
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:

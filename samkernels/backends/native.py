@@ -202,11 +202,14 @@ def adam_(
     old_params: TensorList,
     exp_avgs: TensorList,
     exp_avg_sqs: TensorList,
+    steps: TensorList,
     recombination: Recombination,
     options: AdamOptions,
 ) -> None:
     lr, lr_address = _scalar(options.lr)
-    with _target(params[0].device) as target:
+    device = params[0].device
+    with _target(device) as target:
+        bias_corrections = torch.empty(len(params), 2, dtype=torch.float32, device=device)
         _C.adam(
             target,
             _core_recombination(recombination),
@@ -214,6 +217,8 @@ def adam_(
             _core(old_params),
             _core(exp_avgs),
             _core(exp_avg_sqs),
+            _core(steps),
+            bias_corrections.data_ptr(),
             _C.AdamOptions(
                 lr=lr,
                 lr_address=lr_address,
@@ -225,11 +230,9 @@ def adam_(
                 weight_decay=options.weight_decay,
                 gradient_sign=-1.0 if options.maximize else 1.0,
                 decoupled=options.decoupled,
-                bias_correction1=options.bias_correction1.data_ptr(),
-                bias_correction2_sqrt=options.bias_correction2_sqrt.data_ptr(),
             ),
         )
-    _mark_written(params, exp_avgs, exp_avg_sqs)
+    _mark_written(params, exp_avgs, exp_avg_sqs, steps)
 
 
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:

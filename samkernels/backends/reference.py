@@ -127,16 +127,22 @@ def adam_(
     old_params: TensorList,
     exp_avgs: TensorList,
     exp_avg_sqs: TensorList,
+    steps: TensorList,
     recombination: Recombination,
     options: AdamOptions,
 ) -> None:
+    dtype = _wide(params[0]).dtype
+    counts = torch.stack(list(steps)).double() + 1
+    power = torch.pow if dtype is torch.float64 else _power
+    first_corrections = (1 - power(options.beta1, counts)).to(dtype)
+    second_corrections_sqrt = (1 - power(options.beta2, counts)).sqrt().to(dtype)
     for i, (w, old) in enumerate(zip(params, old_params, strict=True)):
         u = _recombined(recombination, i)
         weight = _wide(old)
         if options.maximize:
             u = -u
         # Tensors, as rho in perturb_.
-        correction = options.bias_correction1[i]
+        correction = first_corrections[i]
         lr = torch.ones_like(correction) * options.lr
         if options.decoupled:
             weight = (1 - lr * options.weight_decay) * weight
@@ -145,11 +151,12 @@ def adam_(
         m, v = _wide(exp_avgs[i]), _wide(exp_avg_sqs[i])
         new_m = options.beta1 * m + (1 - options.beta1) * u
         new_v = options.beta2 * v + (1 - options.beta2) * u * u
-        denominator = _root(new_v) / options.bias_correction2_sqrt[i] + options.eps
+        denominator = _root(new_v) / second_corrections_sqrt[i] + options.eps
         updated = weight - lr / correction * new_m / denominator
         exp_avgs[i].copy_(_unless_skipped(recombination, new_m, m))
         exp_avg_sqs[i].copy_(_unless_skipped(recombination, new_v, v))
         w.copy_(_unless_skipped(recombination, updated, _wide(old)))
+        steps[i].copy_(_unless_skipped(recombination, steps[i] + 1, steps[i]))
 
 
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
@@ -190,6 +197,18 @@ def _curvature(product: Tensor) -> Tensor:
 def _root(x: Tensor) -> Tensor:
     """Rounded correctly: PyTorch's square root of float32 may be an ulp off on the CPU."""
     return x.double().sqrt().to(x.dtype)
+
+
+def _power(base: float, exponents: Tensor) -> Tensor:
+    """base ** exponents, 0 <= base < 1, by squaring, as csrc/update_math.h does it: the same bits
+    everywhere. Off by an ulp for every multiplication that the power stands for, at most: nothing
+    that float32 would show."""
+    powers, rest = torch.ones_like(exponents), exponents.long()
+    while base > 0:
+        powers = torch.where(rest % 2 == 1, powers * base, powers)
+        rest = rest // 2
+        base = base * base
+    return torch.where(rest > 0, 0.0, powers)
 
 
 def _recombined(recombination: Recombination, i: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -64,6 +65,8 @@ ADAM_PER_THREAD = 16
 # Sums have chunks, and blocks of them, of one size everywhere: it sets the order of additions.
 SUM_CHUNK = 16384
 SUM_LAUNCH = Launch(1024, 4)
+
+COUNT_LAUNCH = Launch(128, 4)  # of tensors
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
@@ -272,6 +275,7 @@ def adam_(
     old_params: TensorList,
     exp_avgs: TensorList,
     exp_avg_sqs: TensorList,
+    steps: TensorList,
     recombination: Recombination,
     options: AdamOptions,
 ) -> None:
@@ -282,9 +286,11 @@ def adam_(
     launch = _launch_of(params[0])
     launch = launch._replace(block=min(launch.block, ADAM_PER_THREAD * 32 * launch.warps))
     with _on(params[0].device):
+        table = _table(lists, launch.block)  # before anything is written
+        bias_corrections = _count_steps(steps, recombination, options)
         _launch(
             _kernels().adam,
-            _table(lists, launch.block),
+            table,
             launch,
             *_scalars(recombination),
             _number(options.lr),
@@ -295,14 +301,43 @@ def adam_(
             float(options.eps),
             float(options.weight_decay),
             -1.0 if options.maximize else 1.0,
-            options.bias_correction1,
-            options.bias_correction2_sqrt,
+            bias_corrections,
             **_rule(recombination),
             DECAYS=options.weight_decay != 0,
             DECOUPLED=options.decoupled,
             LR_ON_DEVICE=isinstance(options.lr, Tensor),
         )
-    _mark_written(params, exp_avgs, exp_avg_sqs)
+    _mark_written(params, exp_avgs, exp_avg_sqs, steps)
+
+
+def _count_steps(steps: TensorList, recombination: Recombination, options: AdamOptions) -> Tensor:
+    """Count this step, unless it is skipped. The bias corrections, as the kernel takes them."""
+    device = steps[0].device
+    are_double = tuple(t.dtype is torch.float64 for t in steps)
+    bias_corrections = torch.empty(len(steps), 2, dtype=torch.float32, device=device)
+    _run(
+        _kernels().count_steps,
+        -(-len(steps) // COUNT_LAUNCH.block),
+        _addresses({"steps": steps}, are_double),
+        len(steps),
+        _bits_of_minus(options.beta1),
+        _bits_of_minus(options.beta2),
+        recombination.ascent_norm,
+        recombination.found_inf,
+        bias_corrections,
+        GUARDED=recombination.ascent_norm is not None,
+        CHECKED=recombination.found_inf is not None,
+        BLOCK=COUNT_LAUNCH.block,
+        num_warps=COUNT_LAUNCH.warps,
+        enable_fp_fusion=False,
+    )
+    return bias_corrections
+
+
+def _bits_of_minus(x: float) -> int:
+    """Those of -x in float64. Its sign is the highest bit: of whatever x, Triton makes an int64."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", -x))
+    return bits
 
 
 def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
@@ -408,7 +443,7 @@ def _launch(
     # Contraction into fused multiply-adds would change the bits.
     options = {"num_warps": launch.warps, "enable_fp_fusion": False}
     if journal is None:
-        kernel[(table.chunks,)](*arguments, **constants, **options)
+        _run(kernel, table.chunks, *arguments, **constants, **options)
     else:
         # Triton's launcher calls a hook, from C, before it launches. A hook that is a C function
         # as well leaves no instruction of Python between the two, at which a signal handler could
@@ -429,6 +464,10 @@ def _launch(
         )
 
 
+def _run(kernel: Any, programs: int, *arguments: Any, **constants_and_options: Any) -> None:
+    kernel[(programs,)](*arguments, **constants_and_options)
+
+
 # Tables
 
 
@@ -443,27 +482,34 @@ class Table(NamedTuple):
 
 def _table(lists: dict[str, TensorList], chunk: int, *numbers: tuple[int, ...]) -> Table:
     """numbers: one for each tensor, behind its addresses."""
+    first = next(iter(lists.values()))
+    of_chunks = _on_device(_plan, first[0].device, tuple(map(Tensor.numel, first)), chunk)
+    dtype = getattr(_kernels().tl, DTYPES[first[0].dtype])
+    return Table(of_chunks, _addresses(lists, *numbers), len(of_chunks), dtype)
+
+
+def _addresses(lists: dict[str, TensorList], *numbers: tuple[int, ...]) -> Tensor:
+    """int64 [tensors, lists and numbers]."""
     columns = [list(map(Tensor.data_ptr, tensors)) for tensors in lists.values()]
     first = next(iter(lists.values()))
-    numel = tuple(map(Tensor.numel, first))
     for name, column in zip(lists, columns, strict=True):
         if 0 in column:
-            _check_memory(name, column, numel)
+            _check_memory(name, column, list(map(Tensor.numel, first)))
     addresses = tuple(chain.from_iterable(zip(*columns, *numbers, strict=True)))
-    device = first[0].device
-    plan: Callable[..., Tensor] = _plan
-    place: Callable[..., Tensor] = _place
+    return _on_device(_place, first[0].device, addresses)
+
+
+def _on_device(make: Any, device: torch.device, *values: Any) -> Tensor:
+    """make(device, stream, *values), from its cache."""
     captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if captures:
         # A table of the cache could be freed while the graph needs it, and one that the graph
         # fills would be empty until the first replay.
-        plan, place = _plan.__wrapped__, _place.__wrapped__
-    stream = _stream(device)
-    of_chunks, of_tensors = plan(device, stream, numel, chunk), place(device, stream, addresses)
+        make = make.__wrapped__
+    table = make(device, _stream(device), *values)
     if device.type == "cuda" and not captures:
         _capture_staging.hold_ready()
-    dtype = getattr(_kernels().tl, DTYPES[first[0].dtype])
-    return Table(of_chunks, of_tensors, len(of_chunks), dtype)
+    return table
 
 
 def _check_memory(name: str, addresses: Sequence[int], numel: Sequence[int]) -> None:

@@ -617,6 +617,69 @@ def sgd_hess(
 
 
 @triton.jit
+def _power(base, exponents):
+    """base ** exponents by squaring, as csrc/update_math.h does it; 0 <= base < 1, whole numbers,
+    all in float64."""
+    powers = tl.full(exponents.shape, 1.0, tl.float64)
+    rest = exponents.to(tl.int64)
+    while base > 0:
+        powers = tl.where(rest % 2 == 1, powers * base, powers)
+        rest = rest // 2
+        base = base * base
+    return tl.where(rest > 0, 0.0, powers)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "counts",
+        "tensors",
+        "minus_beta1",
+        "minus_beta2",
+        "ascent_norm",
+        "found_inf",
+        "bias_corrections",
+    ]
+)
+def count_steps(
+    counts,
+    tensors,
+    minus_beta1,
+    minus_beta2,
+    ascent_norm,
+    found_inf,
+    bias_corrections,
+    GUARDED: tl.constexpr,
+    CHECKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """t += 1 for each tensor, unless the step is skipped; what `adam` needs to know of t.
+
+    counts: int64 [tensors, 2]: where t is, and whether it is a float64 (else float32) there.
+    minus_beta1, minus_beta2: the bits of -beta in float64, as integers: Triton makes a float32 of a
+    number. bias_corrections: float32 [tensors, 2], 1 - beta1^t and sqrt(1 - beta2^t).
+
+    Source: torch.optim.Adam. A launch of its own: of the chunks of a tensor, none may count while
+    another still reads.
+    """
+    tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = tensor < tensors
+    address = tl.load(counts + 2 * tensor, exists, other=0)
+    is_double = exists & (tl.load(counts + 2 * tensor + 1, exists, other=0) != 0)
+    is_float = exists & (is_double == 0)
+    in_double = address.to(tl.pointer_type(tl.float64))
+    in_float = address.to(tl.pointer_type(tl.float32))
+    t = tl.load(in_float, is_float, other=0.0).to(tl.float64)
+    t = tl.where(is_double, tl.load(in_double, is_double, other=0.0), t) + 1.0
+    takes_place = _is_skipped(ascent_norm, found_inf, GUARDED, CHECKED) == 0
+    tl.store(in_double, t, is_double & takes_place)
+    tl.store(in_float, t.to(tl.float32), is_float & takes_place)
+    first = 1.0 - _power(-minus_beta1.to(tl.float64, bitcast=True), t)
+    second = 1.0 - _power(-minus_beta2.to(tl.float64, bitcast=True), t)
+    tl.store(bias_corrections + 2 * tensor, first.to(tl.float32), exists)
+    tl.store(bias_corrections + 2 * tensor + 1, tl.sqrt(second).to(tl.float32), exists)
+
+
+@triton.jit
 def _adam_block(
     w_at,
     old_at,
@@ -683,8 +746,7 @@ def _adam_block(
         "eps",
         "weight_decay",
         "gradient_sign",
-        "bias_correction1",
-        "bias_correction2_sqrt",
+        "bias_corrections",
     ]
 )
 def adam(
@@ -704,8 +766,7 @@ def adam(
     eps,
     weight_decay,
     gradient_sign,
-    bias_correction1,
-    bias_correction2_sqrt,
+    bias_corrections,
     SIGNED: tl.constexpr,
     SCALED: tl.constexpr,
     PER_TENSOR: tl.constexpr,
@@ -723,11 +784,11 @@ def adam(
 
     u = gradient_sign * u;  u += weight_decay * w, or w *= 1 - lr * weight_decay if DECOUPLED
     m = beta1 * m + (1 - beta1) * u;  v = beta2 * v + (1 - beta2) * u^2
-    w -= lr / bias_correction1 * m / (sqrt(v) / bias_correction2_sqrt + eps)
+    w -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     If ascent_norm is not finite, or found_inf not 0, w = old_param, and m and v stay.
     Lists: params, old_params, magnitude, exp_avgs (m), exp_avg_sqs (v), then sign if SIGNED.
-    bias_correction1, bias_correction2_sqrt: float32 [tensors].
+    bias_corrections: see count_steps.
 
     Source: torch.optim.Adam, torch.optim.AdamW; u: see recombine.
     """
@@ -745,9 +806,9 @@ def adam(
     skipped = _is_skipped(ascent_norm, found_inf, GUARDED, CHECKED)
     HAS_COEFFICIENT: tl.constexpr = SCALED or UNSCALED
     rate = _scalar(lr, LR_ON_DEVICE)
-    step_size = tl.div_rn(rate, tl.load(bias_correction1 + tensor))
+    step_size = tl.div_rn(rate, tl.load(bias_corrections + 2 * tensor))
     shrink = 1.0 - rate * weight_decay
-    correction2_sqrt = tl.load(bias_correction2_sqrt + tensor)
+    correction2_sqrt = tl.load(bias_corrections + 2 * tensor + 1)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < count
     aligned = _is_aligned(w_at | old_at | magnitude_at | exp_avg_at | exp_avg_sq_at | sign_at)
