@@ -112,6 +112,10 @@ class Shapes {
     return list ? List(name, *list) : nullptr;
   }
 
+  int64_t WorkspaceBytes(int num_sums) const {
+    return samkernels::WorkspaceBytes(plan_->num_chunks(), tensors_.num_tensors, num_sums);
+  }
+
  private:
   const char* name_;
   const TensorList& list_;
@@ -131,6 +135,24 @@ T* Required(const char* name, std::uintptr_t address) {
   if (address == 0) throw std::invalid_argument(std::string(name) + " has no memory (address 0)");
   return Pointer<T>(address);
 }
+
+// Room for the sums of an op: the caller's, or of host ops that get none, memory of the core's own.
+class Workspace {
+ public:
+  Workspace(const Target& target, const Shapes& shapes, int num_sums, std::uintptr_t address)
+      : address_(Pointer<void>(address)) {
+    if (address != 0) return;
+    if (target.ops != &CpuOps()) throw std::invalid_argument("workspace has no memory (address 0)");
+    own_.reset(new double[shapes.WorkspaceBytes(num_sums) / sizeof(double)]);
+    address_ = own_.get();
+  }
+
+  void* address() const { return address_; }
+
+ private:
+  std::unique_ptr<double[]> own_;
+  void* address_;
+};
 
 // A number that Python gave, or a float32 in the memory that the op works on.
 Scalar ScalarOf(float value, std::uintptr_t address) {
@@ -198,11 +220,12 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
       .def("gradients", &TensorReader::Gradients, py::arg("candidates"), py::arg("params"),
            py::arg("known"))
       .def("state", &TensorReader::State, py::arg("state"), py::arg("params"), py::arg("name"),
-           py::arg("like"));
+           py::arg("like"), py::arg("numbers") = false);
 
   m.def(
       "workspace_bytes",
       [](const Target& target, const TensorList& list, int num_sums) {
+        if (target.ops == &CpuOps()) return int64_t{0};  // see Workspace
         const int64_t num_chunks = list.Plan(target.ops->chunk_size)->num_chunks();
         return WorkspaceBytes(num_chunks, list.size(), num_sums);
       },
@@ -265,10 +288,11 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   m.def("norms", [](const Target& target, const TensorList& x, const TensorList* weights,
                     std::uintptr_t workspace, std::uintptr_t per_tensor, std::uintptr_t total) {
     const Shapes shapes("x", x, *target.ops);
+    const Workspace room(target, shapes, kNormsSums, workspace);
     const NormsArgs args = {shapes.tensors(),
                             shapes.List("x", x),
                             shapes.Optional("weights", weights),
-                            Required<void>("workspace", workspace),
+                            room.address(),
                             Required<float>("per_tensor", per_tensor),
                             Required<float>("total", total)};
     py::gil_scoped_release release;
@@ -383,11 +407,12 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
            const TensorList& weights, std::uintptr_t workspace, std::uintptr_t sums,
            std::uintptr_t per_tensor, std::uintptr_t total) {
           const Shapes shapes("first_grads", first_grads, *target.ops);
+          const Workspace room(target, shapes, kCompareSums, workspace);
           const CompareArgs args = {shapes.tensors(),
                                     shapes.List("first_grads", first_grads),
                                     shapes.List("second_grads", second_grads),
                                     shapes.List("weights", weights),
-                                    Required<void>("workspace", workspace),
+                                    room.address(),
                                     Required<double>("sums", sums),
                                     Required<float>("per_tensor", per_tensor),
                                     Required<float>("total", total)};

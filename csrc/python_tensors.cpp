@@ -268,12 +268,13 @@ TensorReader::TensorReader(py::type tensor, py::type parameter)
     : tensor_(std::move(tensor)),
       parameter_(std::move(parameter)),
       grad_("grad"),
-      is_neg_("is_neg"),
+      is_neg_(tensor_.attr("is_neg")),
       exchange_api_(ExchangeApiOf(tensor_)) {}
 
 bool TensorReader::IsNegated(py::handle tensor) const {
+  PyObject* const self = tensor.ptr();
   const auto is_neg =
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), is_neg_.ptr()));
+      py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), &self, 1, nullptr));
   if (!is_neg) throw py::error_already_set();
   return is_neg.ptr() != Py_False;
 }
@@ -287,17 +288,17 @@ py::object TensorReader::Gradients(py::handle candidates, const py::list& params
   py::list grads(params.size());
   AlikeReader of_params(*known), of_grads(*known);
   size_t found = 0;
-  for (const py::handle item : py::reinterpret_borrow<py::list>(candidates)) {
-    const auto param = py::reinterpret_borrow<py::object>(item);
+  // CPython's own functions: this loop is most of what the host does in a step.
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(candidates.ptr()); ++i) {
+    PyObject* const param = PyList_GET_ITEM(candidates.ptr(), i);
     if (!IsPlain(param)) return py::none();
-    py::object grad = param.attr(grad_);
+    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_.ptr()));
+    if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
-    if (found == params.size() || param.ptr() != PyList_GET_ITEM(params.ptr(), found)) {
-      return py::none();
-    }
+    if (found == params.size() || param != PyList_GET_ITEM(params.ptr(), found)) return py::none();
     if (!IsPlain(grad) || IsNegated(grad)) return py::none();
     if (!of_params.Add(api, param) || !of_grads.Add(api, grad)) return py::none();
-    PyList_SET_ITEM(grads.ptr(), found++, grad.release().ptr());
+    PyList_SET_ITEM(grads.ptr(), found++, grad.inc_ref().ptr());
   }
   if (found != params.size()) return py::none();
   const bool stayed = of_params.addresses() == known->addresses();
@@ -305,13 +306,14 @@ py::object TensorReader::Gradients(py::handle candidates, const py::list& params
 }
 
 py::object TensorReader::State(py::handle state, const py::list& params, const py::str& name,
-                               const TensorList& like) const {
+                               const TensorList& like, bool numbers) const {
   const auto* api = static_cast<const dlpack::ExchangeApi*>(exchange_api_);
   if (api == nullptr || params.size() != like.size() || !PyDict_Check(state.ptr())) {
     return py::none();
   }
   py::list tensors(params.size());
   AlikeReader of_tensors(like);
+  ListBuilder of_numbers(numbers ? like.size() : 0);
   // As a rule the states of a group lie one after the other, in the order of its parameters.
   // Looking them up would take longer: Tensor.__hash__ is Python.
   Py_ssize_t position = 0;
@@ -328,11 +330,28 @@ py::object TensorReader::State(py::handle state, const py::list& params, const p
       tensor = PyDict_GetItemWithError(of_param, name.ptr());
     }
     if (PyErr_Occurred()) throw py::error_already_set();
-    if (tensor == nullptr || !IsPlain(tensor) || !of_tensors.Add(api, tensor)) return py::none();
+    if (tensor == nullptr || !IsPlain(tensor)) return py::none();
+    if (numbers) {
+      View view;
+      if (!Read(api, tensor, &view)) {
+        PyErr_Clear();
+        return py::none();
+      }
+      if (view.ndim != 0 || !(view.kind.IsFloat(32) || view.kind.IsFloat(64)) ||
+          !view.kind.IsBeside(like.layout()->kinds[i])) {
+        return py::none();
+      }
+      of_numbers.Add(view);
+    } else if (!of_tensors.Add(api, tensor)) {
+      return py::none();
+    }
     Py_INCREF(tensor);
     PyList_SET_ITEM(tensors.ptr(), i, tensor);
   }
-  return py::make_tuple(tensors, of_tensors.Take());
+  auto list = numbers ? std::make_shared<TensorList>(std::move(of_numbers.addresses),
+                                                     std::move(of_numbers.layout))
+                      : of_tensors.Take();
+  return py::make_tuple(tensors, std::move(list));
 }
 
 }  // namespace samkernels

@@ -88,10 +88,11 @@ class TensorReader {
   pybind11::object Gradients(pybind11::handle candidates, const pybind11::list& params,
                              const std::shared_ptr<TensorList>& known) const;
 
-  // state[p][name] of every p in params, state being a dict as torch.optim keeps it, if they are
-  // laid out as `like`: (list of tensors, TensorList).
+  // state[p][name] of every p in params, state being a dict as torch.optim keeps it:
+  // (list of tensors, TensorList). They have to be laid out as `like`; or, if they are numbers, to
+  // be float32 or float64 of shape () on its device.
   pybind11::object State(pybind11::handle state, const pybind11::list& params,
-                         const pybind11::str& name, const TensorList& like) const;
+                         const pybind11::str& name, const TensorList& like, bool numbers) const;
 
  private:
   bool IsPlain(pybind11::handle tensor) const {
@@ -103,7 +104,8 @@ class TensorReader {
   bool IsNegated(pybind11::handle tensor) const;
 
   pybind11::type tensor_, parameter_;
-  pybind11::str grad_, is_neg_;
+  pybind11::str grad_;
+  pybind11::object is_neg_;   // Tensor.is_neg
   const void* exchange_api_;  // or null
 };
 

@@ -19,7 +19,12 @@ class TensorReader:
         self, candidates: object, params: list[Tensor], known: TensorList
     ) -> tuple[list[Tensor], TensorList, TensorList] | None: ...
     def state(
-        self, state: object, params: list[Tensor], name: str, like: TensorList
+        self,
+        state: object,
+        params: list[Tensor],
+        name: str,
+        like: TensorList,
+        numbers: bool = False,
     ) -> tuple[list[Tensor], TensorList] | None: ...
 
 class Recombination:

@@ -6,8 +6,8 @@ bfloat16, float16 and float64. Arithmetic is in float32 (float64 for float64 ten
 when it is stored; norms are float32 (float64). Nothing here makes the host wait for the device.
 
 Every function takes `backend`: "auto" (the fastest that can serve), "native", "triton", "foreach"
-or "reference"; and `validate`: False skips the checks of the tensors, for callers that have made
-them.
+or "reference". Checks and a backend is all that an op is: whoever has checked lists may go to a
+backend straight, as the optimizers do.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ GRANULARITIES = ("element", "tensor", "global")
 ROUNDINGS = ("nearest", "stochastic")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EPS = 1e-12  # added to norms that divide, unless another one is given
 
 
 class GradientStatistics(NamedTuple):
@@ -93,7 +94,6 @@ def norms(
     weights: TensorList | None = None,
     *,
     backend: str = "auto",
-    validate: bool = True,
 ) -> Norms:
     """L2 norms of all tensors together and of each one.
 
@@ -109,19 +109,19 @@ def norms(
         TypeError, ValueError: see `perturb_`.
     """
     lists = {"tensors": tensors} if weights is None else {"tensors": tensors, "weights": weights}
-    chosen = _backend_for(backend, lists, (), validate)
+    chosen = _backend_for(backend, lists, ())
     return chosen.norms(tensors) if weights is None else chosen.weighted_norms(tensors, weights)[0]
 
 
 def weighted_norms(
-    tensors: TensorList, weights: TensorList, *, backend: str = "auto", validate: bool = True
+    tensors: TensorList, weights: TensorList, *, backend: str = "auto"
 ) -> tuple[Norms, Norms]:
     """norms(tensors, weights) and norms(tensors); the tensors are read once for both.
 
     Args, errors: see `norms`.
     """
     lists = {"tensors": tensors, "weights": weights}
-    return _backend_for(backend, lists, (), validate).weighted_norms(tensors, weights)
+    return _backend_for(backend, lists, ()).weighted_norms(tensors, weights)
 
 
 def total_norm(parts: TensorList) -> Tensor:
@@ -271,11 +271,10 @@ def perturb_(
     norm: Tensor | None = None,
     adaptive: bool = False,
     maximize: bool = False,
-    eps: float = 1e-12,
+    eps: float = EPS,
     rounding: str = "nearest",
     journal: list[bool] | None = None,
     backend: str = "auto",
-    validate: bool = True,
 ) -> Tensor:
     """Save w in old_params, then move each parameter to w + e(w), in place.
 
@@ -317,25 +316,25 @@ def perturb_(
     if not isinstance(rho, Tensor):
         _check_non_negative("rho", rho)
     lists = {"params": params, "grads": grads, "old_params": old_params}
-    chosen = _backend_for(backend, lists, ("params", "old_params"), validate)
-    rho = hyperparameter("rho", rho, params[0])
+    chosen = _backend_for(backend, lists, ("params", "old_params"))
+    rho = signed_rho(rho, maximize, like=params[0])
     if norm is None:
         norms = chosen.weighted_norms(grads, params)[0] if adaptive else chosen.norms(grads)
         norm = norms.total
-    elif validate:
+    else:
         _check_norm("norm", norm, params, ())
-    signed_rho = -rho if maximize else rho
     chosen.perturb_(
         params,
         grads,
         old_params,
         norm=norm,
-        rho=signed_rho,
+        rho=rho,
         adaptive=adaptive,
         eps=eps,
         rounds_at_random=rounding == "stochastic",
         journal=journal,
     )
+    torch.autograd.graph.increment_version(old_params)  # left out by backends
     return norm
 
 
@@ -345,7 +344,6 @@ def restore_(
     old_params: TensorList,
     *,
     backend: str = "auto",
-    validate: bool = True,
 ) -> None:
     """params = old_params, bit for bit, in place.
 
@@ -353,7 +351,7 @@ def restore_(
         TypeError, ValueError, RuntimeError: see `perturb_`.
     """
     lists = {"params": params, "old_params": old_params}
-    _backend_for(backend, lists, ("params",), validate).restore_(params, old_params)
+    _backend_for(backend, lists, ("params",)).restore_(params, old_params)
 
 
 @torch.no_grad()
@@ -368,9 +366,8 @@ def recombine_(
     ascent_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    eps: float = 1e-12,
+    eps: float = EPS,
     backend: str = "auto",
-    validate: bool = True,
 ) -> None:
     """Overwrite g2 (`grads`) with u, which takes the gradient's place in the base optimizer.
 
@@ -399,8 +396,8 @@ def recombine_(
     lists = {"grads": grads}
     if first_grads is not None:
         lists["first_grads"] = first_grads
-    chosen = _backend_for(backend, lists, ("grads",), validate)
-    recombination = _recombination(
+    chosen = _backend_for(backend, lists, ("grads",))
+    recombined = _checked_recombination(
         chosen,
         grads,
         first_grads,
@@ -412,11 +409,10 @@ def recombine_(
         grad_scale=grad_scale,
         found_inf=found_inf,
         eps=eps,
-        validate=validate,
     )
     if rule != "sam" or any(x is not None for x in (ascent_norm, grad_scale, found_inf)):
         # else u is g2 already
-        chosen.recombine_(grads, recombination)
+        chosen.recombine_(grads, recombined)
 
 
 @torch.no_grad()
@@ -441,9 +437,8 @@ def sgd_(
     ascent_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    eps: float = 1e-12,
+    eps: float = EPS,
     backend: str = "auto",
-    validate: bool = True,
 ) -> None:
     """Restore, recombine and update in one pass: torch.optim.SGD from w with u for its gradient.
 
@@ -487,8 +482,8 @@ def sgd_(
         momentum_buffers = None
     if momentum_buffers is not None:
         lists["momentum_buffers"] = momentum_buffers
-    chosen = _backend_for(backend, lists, ("params", "momentum_buffers"), validate)
-    recombination = _recombination(
+    chosen = _backend_for(backend, lists, ("params", "momentum_buffers"))
+    recombined = _checked_recombination(
         chosen,
         grads,
         first_grads,
@@ -500,7 +495,6 @@ def sgd_(
         grad_scale=grad_scale,
         found_inf=found_inf,
         eps=eps,
-        validate=validate,
     )
     options = SgdOptions(
         lr=hyperparameter("lr", lr, params[0]),
@@ -511,7 +505,7 @@ def sgd_(
         maximize=maximize,
         init_momentum=init_momentum,
     )
-    chosen.sgd_(params, old_params, momentum_buffers, recombination, options)
+    chosen.sgd_(params, old_params, momentum_buffers, recombined, options)
 
 
 @torch.no_grad()
@@ -530,7 +524,6 @@ def sgd_hess_(
     maximize: bool = False,
     init_momentum: bool = False,
     backend: str = "auto",
-    validate: bool = True,
 ) -> None:
     """torch.optim.SGD with each gradient scaled by the curvature there, in one pass.
 
@@ -575,7 +568,7 @@ def sgd_hess_(
     lists = {"params": params, "grads": grads, "hessian_products": hessian_products}
     if momentum_buffers is not None:
         lists["momentum_buffers"] = momentum_buffers
-    chosen = _backend_for(backend, lists, ("params", "momentum_buffers"), validate)
+    chosen = _backend_for(backend, lists, ("params", "momentum_buffers"))
     rho = hyperparameter("rho", rho, params[0])
     options = SgdOptions(
         lr=hyperparameter("lr", lr, params[0]),
@@ -586,6 +579,19 @@ def sgd_hess_(
         maximize=maximize,
         init_momentum=init_momentum,
     )
+    sgd_hess_with(chosen, params, grads, hessian_products, momentum_buffers, rho, options)
+
+
+def sgd_hess_with(
+    chosen: Backend,
+    params: TensorList,
+    grads: TensorList,
+    hessian_products: TensorList,
+    momentum_buffers: TensorList | None,
+    rho: float | Tensor,
+    options: SgdOptions,
+) -> None:
+    """`sgd_hess_` by a backend, without checks; what backends do not take goes to the reference."""
     odd = [i for i, p in enumerate(params) if positions_of(p) is None]
     if not odd:
         chosen.sgd_hess_(params, grads, hessian_products, momentum_buffers, rho, options)
@@ -623,9 +629,8 @@ def adam_(
     ascent_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    norm_eps: float = 1e-12,
+    norm_eps: float = EPS,
     backend: str = "auto",
-    validate: bool = True,
 ) -> None:
     """Restore, recombine and update in one pass: torch.optim.Adam from w with u for its gradient,
     or torch.optim.AdamW with decoupled_weight_decay.
@@ -669,10 +674,9 @@ def adam_(
     if first_grads is not None:
         lists["first_grads"] = first_grads
     lists |= {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    chosen = _backend_for(backend, lists, ("params", "exp_avgs", "exp_avg_sqs"), validate)
-    if validate:
-        _check_steps(steps, params)
-    recombination = _recombination(
+    chosen = _backend_for(backend, lists, ("params", "exp_avgs", "exp_avg_sqs"))
+    _check_steps(steps, params)
+    recombined = _checked_recombination(
         chosen,
         grads,
         first_grads,
@@ -684,7 +688,6 @@ def adam_(
         grad_scale=grad_scale,
         found_inf=found_inf,
         eps=norm_eps,
-        validate=validate,
     )
     options = AdamOptions(
         lr=hyperparameter("lr", lr, params[0]),
@@ -695,7 +698,7 @@ def adam_(
         decoupled=decoupled_weight_decay,
         maximize=maximize,
     )
-    chosen.adam_(params, old_params, exp_avgs, exp_avg_sqs, steps, recombination, options)
+    chosen.adam_(params, old_params, exp_avgs, exp_avg_sqs, steps, recombined, options)
 
 
 @torch.no_grad()
@@ -705,7 +708,6 @@ def compare(
     weights: TensorList,
     *,
     backend: str = "auto",
-    validate: bool = True,
 ) -> Comparison:
     """Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0] and w^2, all read
     once.
@@ -714,7 +716,7 @@ def compare(
         TypeError, ValueError, RuntimeError: see `perturb_`.
     """
     lists = {"first_grads": first_grads, "second_grads": second_grads, "weights": weights}
-    return _backend_for(backend, lists, (), validate).compare(first_grads, second_grads, weights)
+    return _backend_for(backend, lists, ()).compare(first_grads, second_grads, weights)
 
 
 def gradient_statistics(
@@ -790,6 +792,12 @@ def check_sgd_options(
         raise ValueError("nesterov=True: momentum must be above 0 and dampening 0")
 
 
+def signed_rho(rho: float | Tensor, maximize: bool, *, like: Tensor) -> float | Tensor:
+    """rho as backends take it: negative to go against the gradient. Raises as `hyperparameter`."""
+    rho = hyperparameter("rho", rho, like)
+    return -rho if maximize else rho
+
+
 def check_adam_options(
     *,
     lr: float | Tensor,
@@ -847,7 +855,35 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(stride_a == stride_b or size == 1 for stride_a, stride_b, size in pairs)
 
 
-def _recombination(
+def of_rule(
+    recombination: Recombination,
+    first_grads: TensorList | None,
+    *,
+    rule: str,
+    granularity: str,
+    first_norm: Tensor | None,
+    second_norm: Tensor | None,
+    backend: Backend,
+) -> Recombination:
+    """The recombination of a rule of `recombine_`, from one that takes g2 as it is. Norms that are
+    missing are measured; nothing is checked."""
+    if rule == "sam":
+        return recombination
+    assert first_grads is not None
+    grads = recombination.magnitude
+    g1_stays = rule == "sammagnitude"  # else its magnitude does
+    if granularity == "element":
+        magnitude, sign = (grads, first_grads) if g1_stays else (first_grads, grads)
+        return recombination._replace(magnitude=magnitude, sign=sign)
+    field = "total" if granularity == "global" else "per_tensor"
+    n1 = first_norm if first_norm is not None else getattr(backend.norms(first_grads), field)
+    n2 = second_norm if second_norm is not None else getattr(backend.norms(grads), field)
+    if g1_stays:
+        return recombination._replace(magnitude=first_grads, numerator=n2, denominator=n1)
+    return recombination._replace(numerator=n1, denominator=n2)
+
+
+def _checked_recombination(
     chosen: Backend,
     grads: TensorList,
     first_grads: TensorList | None,
@@ -860,48 +896,36 @@ def _recombination(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     eps: float,
-    validate: bool,
 ) -> Recombination:
     check_choice("rule", rule, RULES)
     check_choice("granularity", granularity, GRANULARITIES)
     _check_non_negative("eps", eps)
-    scalars: dict[str, Any] = {
-        "ascent_norm": ascent_norm,
-        "grad_scale": grad_scale,
-        "found_inf": found_inf,
-    }
-    if validate:
-        for name, scalar in scalars.items():
-            if scalar is not None:
-                _check_norm(name, scalar, grads, ())
-    if rule == "sam":
-        return Recombination(grads, **scalars)
-    if first_grads is None:
+    if rule != "sam" and first_grads is None:
         raise ValueError(f'first_grads is missing: rule="{rule}" needs the first gradients')
-    if granularity == "element":
-        magnitude, sign = (first_grads, grads) if rule == "samdirection" else (grads, first_grads)
-        return Recombination(magnitude, sign, **scalars)
+    scalars = {"ascent_norm": ascent_norm, "grad_scale": grad_scale, "found_inf": found_inf}
+    measured = {"first_norm": first_norm, "second_norm": second_norm}
+    shape = (len(grads),) if granularity == "tensor" else ()
+    takes_norms = rule != "sam" and granularity != "element"
+    for name, number in (scalars | measured).items():
+        if number is not None and (name in scalars or takes_norms):
+            _check_norm(name, number, grads, () if name in scalars else shape)
+    return of_rule(
+        Recombination(
+            grads, eps=eps, ascent_norm=ascent_norm, grad_scale=grad_scale, found_inf=found_inf
+        ),
+        first_grads,
+        rule=rule,
+        granularity=granularity,
+        first_norm=first_norm,
+        second_norm=second_norm,
+        backend=chosen,
+    )
 
-    if validate:
-        shape = () if granularity == "global" else (len(grads),)
-        for name, norm in (("first_norm", first_norm), ("second_norm", second_norm)):
-            if norm is not None:
-                _check_norm(name, norm, grads, shape)
-    field = "total" if granularity == "global" else "per_tensor"
-    n1 = first_norm if first_norm is not None else getattr(chosen.norms(first_grads), field)
-    n2 = second_norm if second_norm is not None else getattr(chosen.norms(grads), field)
-    if rule == "samdirection":
-        return Recombination(grads, None, n1, n2, eps, **scalars)
-    return Recombination(first_grads, None, n2, n1, eps, **scalars)
 
-
-def _backend_for(
-    backend: str, lists: Mapping[str, TensorList], written: Sequence[str], validate: bool
-) -> Backend:
+def _backend_for(backend: str, lists: Mapping[str, TensorList], written: Sequence[str]) -> Backend:
     backends.check_name(backend)
-    if validate:
-        _check_lists(lists, written)
-    dense = not validate or all(is_dense(t) for tensors in lists.values() for t in tensors)
+    _check_lists(lists, written)
+    dense = all(is_dense(t) for tensors in lists.values() for t in tensors)
     first = next(iter(lists.values()))[0]
     return backends.choose(backend, first.device, first.dtype, dense)[1]
 

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,12 +60,11 @@ def backend(core: Any, cuda: bool = True) -> ModuleType:
     emulated CUDA kernels, or with those for the CPU."""
     module = _load("samkernels.backends.emulated", Path(native.__file__))
 
-    @contextlib.contextmanager
-    def on_the_emulated_device(device: torch.device) -> Iterator[Any]:
+    def run_on_the_emulated_device(device: torch.device, function: Any, *args: Any) -> None:
         assert device.type == "cpu"
-        yield core.cuda(0) if cuda else core.cpu(torch.get_num_threads())
+        function(core.cuda(0) if cuda else core.cpu(torch.get_num_threads()), *args)
 
-    vars(module).update(_C=core, _target=on_the_emulated_device)
+    vars(module).update(_C=core, _run=run_on_the_emulated_device)
     return module
 
 

@@ -1,4 +1,5 @@
-"""What callgrind watches for test_instructions.py: the two halves of a step on tiny tensors.
+"""What callgrind watches for test_instructions.py: the two halves of a step on tiny tensors, and a
+step of the base optimizer itself beside them.
 
 So all that counts is the way from Python to the kernels. Gradients are given outside.
 
@@ -10,41 +11,66 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from samkernels import SAM, SAMDirection
 
 STEPS = 3
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
-CASES: dict[str, tuple[int, Any]] = {
-    "SAM, 62 tensors": (62, lambda params: SAM(params, backend="native", **SGD)),
-    "SAM, 1 tensor": (1, lambda params: SAM(params, backend="native", **SGD)),
+ADAMW: dict[str, Any] = {"lr": 1e-3}
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, fused=True, **SGD)
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, fused=True, **ADAMW)
+
+
+def sam(params: Any) -> SAM:
+    return SAM(params, backend="native", **SGD)
+
+
+# Tensors, parameter groups, and who makes steps with them.
+CASES: dict[str, tuple[int, int, Callable[[Any], torch.optim.Optimizer]]] = {
+    "SGD, 62 tensors": (62, 1, sgd),
+    "SGD, 1 tensor": (1, 1, sgd),
+    "SGD, 62 tensors in 2 groups": (62, 2, sgd),
+    "AdamW, 62 tensors": (62, 1, adamw),
+    "SAM, 62 tensors": (62, 1, sam),
+    "SAM, 1 tensor": (1, 1, sam),
+    "SAM, 62 tensors in 2 groups": (62, 2, sam),
+    "SAMDirection, 62 tensors": (
+        62, 1, lambda params: SAMDirection(params, backend="native", **SGD),
+    ),
     "SAMDirection, tensor, 62 tensors": (
-        62,
-        lambda params: SAMDirection(params, backend="native", granularity="tensor", **SGD),
+        62, 1, lambda params: SAMDirection(params, backend="native", granularity="tensor", **SGD),
     ),
     "SAM, AdamW, 62 tensors": (
-        62,
-        lambda params: SAM(params, torch.optim.AdamW, backend="native", lr=1e-3),
+        62, 1, lambda params: SAM(params, torch.optim.AdamW, backend="native", **ADAMW),
     ),
-}
+}  # fmt: skip
 
 
 def main() -> None:
     callgrind = ctypes.CDLL(sys.argv[1])
     torch.set_num_threads(1)
-    for name, (tensors, make) in CASES.items():
+    for name, (tensors, groups, make) in CASES.items():
         params = [torch.nn.Parameter(torch.ones(3)) for _ in range(tensors)]
         grads = [[torch.ones(3) for _ in params] for _ in range(2)]
-        optimizer = make(params)
+        size = tensors // groups
+        optimizer = make([{"params": params[i * size : (i + 1) * size]} for i in range(groups)])
+        halves: list[Callable[[], Any]] = [optimizer.step]
+        if isinstance(optimizer, SAM):
+            halves = [optimizer.first_step, optimizer.second_step]
         for i in range(2 + STEPS):  # the first ones make state and fill caches
-            for half, given in zip(
-                (optimizer.first_step, optimizer.second_step), grads, strict=True
-            ):
-                for p, grad in zip(params, given, strict=True):
-                    p.grad = grad
+            for half, given in zip(halves, grads, strict=False):
+                give(params, given)
                 if i >= 2:
                     callgrind.start()
                 half()
@@ -53,6 +79,11 @@ def main() -> None:
         callgrind.dump(name.encode())
     sys.stdout.flush()
     os._exit(0)  # taking torch apart would take long
+
+
+def give(params: list[torch.nn.Parameter], grads: list[Tensor]) -> None:
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
 
 
 if __name__ == "__main__":

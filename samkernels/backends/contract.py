@@ -7,8 +7,7 @@ are written overlap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,8 +41,7 @@ class Comparison(NamedTuple):
     second_norms: Norms
 
 
-@dataclass(frozen=True)
-class Recombination:
+class Recombination(NamedTuple):
     """What takes the gradient's place in the update.
 
     u = |magnitude| * sign(sign)                                   if `sign` is given, else
@@ -71,13 +69,11 @@ class Recombination:
         return self.found_inf == 0 if takes is None else takes & (self.found_inf == 0)
 
 
-@dataclass(frozen=True)
-class SgdOptions:
+class SgdOptions(NamedTuple):
     """The hyperparameters of torch.optim.SGD; init_momentum: the buffers hold nothing yet."""
 
-    lr: (
-        float | Tensor
-    )  # a tensor of shape () on the lists' device, float32 (float64), is read there
+    # A tensor of shape () on the lists' device, float32 (float64), is read there.
+    lr: float | Tensor
     momentum: float
     dampening: float
     weight_decay: float
@@ -86,8 +82,7 @@ class SgdOptions:
     init_momentum: bool
 
 
-@dataclass(frozen=True)
-class AdamOptions:
+class AdamOptions(NamedTuple):
     """The hyperparameters of torch.optim.Adam and AdamW."""
 
     lr: float | Tensor  # as in SgdOptions
@@ -114,6 +109,22 @@ class Backend(Protocol):
         """Whether tensor i of all lists has the same dtype, device, shape and order in memory.
         False may also mean that strides differ where it does not matter."""
 
+    def gradients_of(
+        self, candidates: list[Tensor], params: TensorList
+    ) -> tuple[TensorList, TensorList] | None:
+        """`params`, a prepared list of the last step, as it is now; and the gradients, prepared.
+
+        None if anything but addresses may have changed: `params` are not just those of `candidates`
+        that have a gradient, a tensor is of a subclass, a gradient is laid out in another way than
+        its parameter. Whoever asks looks at each of them then."""
+
+    def state_of(
+        self, state: dict[Tensor, Any], params: TensorList, name: str, *, numbers: bool = False
+    ) -> TensorList | None:
+        """state[p][name] of all params, prepared; None if one is missing, of a subclass or laid out
+        in another way than its parameter: or, if they are numbers, not of shape (), not float32 or
+        float64 or on another device."""
+
     def norms(self, tensors: TensorList) -> Norms: ...
 
     def weighted_norms(self, tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]: ...
@@ -131,7 +142,9 @@ class Backend(Protocol):
         rounds_at_random: bool,  # bfloat16 parameters: see rounding.py
         journal: list[bool] | None,
     ) -> None:
-        """Appends True to the journal when all of old_params holds w: before the first parameter
+        """Need not tell autograd that old_params were written: optimizers keep them to themselves.
+
+        Appends True to the journal when all of old_params holds w: before the first parameter
         moves, or in one go with that. Whoever is interrupted knows then whether to restore."""
 
     def restore_(self, params: TensorList, old_params: TensorList) -> None: ...
@@ -200,6 +213,20 @@ def are_alike(first: TensorList, *others: TensorList) -> bool:
     """Backend.are_alike in Python."""
     layouts = [_layout(t) for t in first]
     return all(layouts == [_layout(t) for t in other] for other in others)
+
+
+def gradients_of(
+    candidates: list[Tensor], params: TensorList
+) -> tuple[TensorList, TensorList] | None:
+    """Backend.gradients_of of a backend that has no quick way to read tensors."""
+    return None
+
+
+def state_of(
+    state: dict[Tensor, Any], params: TensorList, name: str, *, numbers: bool = False
+) -> TensorList | None:
+    """Backend.state_of, likewise."""
+    return None
 
 
 def _layout(t: Tensor) -> tuple[object, ...]:

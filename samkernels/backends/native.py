@@ -7,10 +7,10 @@ autograd notices that a tensor it saved was overwritten.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,13 +71,17 @@ def _why_no_cuda(device: torch.device) -> str | None:
 class PreparedList(list[Tensor]):
     """A list of tensors that the core has read: good until one of them gets other memory."""
 
-    def __init__(self, tensors: TensorList) -> None:
-        super().__init__(tensors)
-        self.core = _C.TensorList(self)
+    core: _C.TensorList
+
+
+def _prepared(tensors: TensorList, core: _C.TensorList) -> PreparedList:
+    prepared = PreparedList(tensors)
+    prepared.core = core
+    return prepared
 
 
 def prepare(tensors: TensorList) -> TensorList:
-    return PreparedList(tensors)
+    return _prepared(tensors, _C.TensorList(list(tensors)))
 
 
 def are_alike(first: TensorList, *others: TensorList) -> bool:
@@ -85,35 +89,60 @@ def are_alike(first: TensorList, *others: TensorList) -> bool:
     return all(core.is_alike(_core(other)) for other in others)
 
 
+def gradients_of(
+    candidates: list[Tensor], params: TensorList
+) -> tuple[TensorList, TensorList] | None:
+    if type(params) is not PreparedList:
+        return None
+    read = _reader().gradients(candidates, params, params.core)
+    if read is None:
+        return None
+    grads, core_of_grads, core_of_params = read
+    if core_of_params is not params.core:
+        params = _prepared(params, core_of_params)
+    return params, _prepared(grads, core_of_grads)
+
+
+def state_of(
+    state: dict[Tensor, Any], params: TensorList, name: str, *, numbers: bool = False
+) -> TensorList | None:
+    if type(params) is not PreparedList:
+        return None
+    read = _reader().state(state, params, name, params.core, numbers)
+    return None if read is None else _prepared(*read)
+
+
+@lru_cache(maxsize=1)
+def _reader() -> _C.TensorReader:
+    return _C.TensorReader(Tensor, torch.nn.Parameter)
+
+
 def norms(tensors: TensorList) -> Norms:
-    per_tensor = torch.empty(len(tensors), dtype=torch.float32, device=tensors[0].device)
-    total = torch.empty((), dtype=torch.float32, device=tensors[0].device)
-    _measure(tensors, None, per_tensor, total)
+    device = tensors[0].device
+    per_tensor = torch.empty(len(tensors), dtype=torch.float32, device=device)
+    total = torch.empty((), dtype=torch.float32, device=device)
+    _run(device, _norms, tensors, None, per_tensor, total)
     return Norms(total, per_tensor)
 
 
 def weighted_norms(tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]:
-    per_tensor = torch.empty(2, len(tensors), dtype=torch.float32, device=tensors[0].device)
-    total = torch.empty(2, dtype=torch.float32, device=tensors[0].device)
-    _measure(tensors, weights, per_tensor, total)
+    device = tensors[0].device
+    per_tensor = torch.empty(2, len(tensors), dtype=torch.float32, device=device)
+    total = torch.empty(2, dtype=torch.float32, device=device)
+    _run(device, _norms, tensors, _core(weights), per_tensor, total)
     return Norms(total[0], per_tensor[0]), Norms(total[1], per_tensor[1])
 
 
-def _measure(
-    tensors: TensorList, weights: TensorList | None, per_tensor: Tensor, total: Tensor
+def _norms(
+    target: _C.Target,
+    tensors: TensorList,
+    weights: _C.TensorList | None,
+    per_tensor: Tensor,
+    total: Tensor,
 ) -> None:
-    device = tensors[0].device
     x = _core(tensors)
-    with _target(device) as target:
-        workspace = _workspace(target, x, _C.NORMS_SUMS, device)
-        _C.norms(
-            target,
-            x,
-            None if weights is None else _core(weights),
-            workspace.data_ptr(),
-            per_tensor.data_ptr(),
-            total.data_ptr(),
-        )
+    workspace = _workspace(target, x, _C.NORMS_SUMS, total.device)
+    _C.norms(target, x, weights, _address(workspace), per_tensor.data_ptr(), total.data_ptr())
 
 
 def perturb_(
@@ -128,31 +157,29 @@ def perturb_(
     rounds_at_random: bool,
     journal: list[bool] | None,
 ) -> None:
-    with _target(params[0].device) as target:
-        _C.perturb(
-            target,
-            _core(params),
-            _core(grads),
-            _core(old_params),
-            norm.data_ptr(),
-            *_scalar(rho),
-            eps,
-            adaptive,
-            rounds_at_random,
-            journal,
-        )
-    _mark_written(params, old_params)
+    _run(
+        params[0].device,
+        _C.perturb,
+        _core(params),
+        _core(grads),
+        _core(old_params),
+        norm.data_ptr(),
+        *_scalar(rho),
+        eps,
+        adaptive,
+        rounds_at_random,
+        journal,
+    )
+    _mark_written(params)
 
 
 def restore_(params: TensorList, old_params: TensorList) -> None:
-    with _target(params[0].device) as target:
-        _C.restore(target, _core(params), _core(old_params))
+    _run(params[0].device, _C.restore, _core(params), _core(old_params))
     _mark_written(params)
 
 
 def recombine_(out: TensorList, recombination: Recombination) -> None:
-    with _target(out[0].device) as target:
-        _C.recombine(target, _core_recombination(recombination), _core(out))
+    _run(out[0].device, _C.recombine, _core_recombination(recombination), _core(out))
     _mark_written(out)
 
 
@@ -163,16 +190,16 @@ def sgd_(
     recombination: Recombination,
     options: SgdOptions,
 ) -> None:
-    with _target(params[0].device) as target:
-        _C.sgd(
-            target,
-            _core_recombination(recombination),
-            _core(params),
-            _core(old_params),
-            None if momentum_buffers is None else _core(momentum_buffers),
-            _core_sgd_options(options, momentum_buffers is not None),
-        )
-    _mark_written(params, momentum_buffers or ())
+    _run(
+        params[0].device,
+        _C.sgd,
+        _core_recombination(recombination),
+        _core(params),
+        _core(old_params),
+        None if momentum_buffers is None else _core(momentum_buffers),
+        _core_sgd_options(options, momentum_buffers is not None),
+    )
+    _mark_written(params, momentum_buffers)
 
 
 def sgd_hess_(
@@ -183,18 +210,18 @@ def sgd_hess_(
     rho: float | Tensor,
     options: SgdOptions,
 ) -> None:
-    with _target(params[0].device) as target:
-        _C.sgd_hess(
-            target,
-            _core(params),
-            _core(grads),
-            _core(hessian_products),
-            None if momentum_buffers is None else _core(momentum_buffers),
-            [positions_of(p) for p in params],
-            *_scalar(rho),
-            _core_sgd_options(options, momentum_buffers is not None),
-        )
-    _mark_written(params, momentum_buffers or ())
+    _run(
+        params[0].device,
+        _C.sgd_hess,
+        _core(params),
+        _core(grads),
+        _core(hessian_products),
+        None if momentum_buffers is None else _core(momentum_buffers),
+        [positions_of(p) for p in params],
+        *_scalar(rho),
+        _core_sgd_options(options, momentum_buffers is not None),
+    )
+    _mark_written(params, momentum_buffers)
 
 
 def adam_(
@@ -206,32 +233,20 @@ def adam_(
     recombination: Recombination,
     options: AdamOptions,
 ) -> None:
-    lr, lr_address = _scalar(options.lr)
     device = params[0].device
-    with _target(device) as target:
-        bias_corrections = torch.empty(len(params), 2, dtype=torch.float32, device=device)
-        _C.adam(
-            target,
-            _core_recombination(recombination),
-            _core(params),
-            _core(old_params),
-            _core(exp_avgs),
-            _core(exp_avg_sqs),
-            _core(steps),
-            bias_corrections.data_ptr(),
-            _C.AdamOptions(
-                lr=lr,
-                lr_address=lr_address,
-                beta1=options.beta1,
-                one_minus_beta1=1 - options.beta1,
-                beta2=options.beta2,
-                one_minus_beta2=1 - options.beta2,
-                eps=options.eps,
-                weight_decay=options.weight_decay,
-                gradient_sign=-1.0 if options.maximize else 1.0,
-                decoupled=options.decoupled,
-            ),
-        )
+    bias_corrections = torch.empty(len(params), 2, dtype=torch.float32, device=device)
+    _run(
+        device,
+        _C.adam,
+        _core_recombination(recombination),
+        _core(params),
+        _core(old_params),
+        _core(exp_avgs),
+        _core(exp_avg_sqs),
+        _core(steps),
+        bias_corrections.data_ptr(),
+        _core_adam_options(options),
+    )
     _mark_written(params, exp_avgs, exp_avg_sqs, steps)
 
 
@@ -240,35 +255,50 @@ def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorLi
     sums = torch.empty(_C.COMPARE_SUMS, dtype=torch.float64, device=device)
     per_tensor = torch.empty(len(first_grads), dtype=torch.float32, device=device)
     total = torch.empty((), dtype=torch.float32, device=device)
-    first = _core(first_grads)
-    with _target(device) as target:
-        workspace = _workspace(target, first, _C.COMPARE_SUMS, device)
-        _C.compare(
-            target,
-            first,
-            _core(second_grads),
-            _core(weights),
-            workspace.data_ptr(),
-            sums.data_ptr(),
-            per_tensor.data_ptr(),
-            total.data_ptr(),
-        )
+    args = _core(first_grads), _core(second_grads), _core(weights), sums, per_tensor, total
+    _run(device, _compare, *args)
     numel = sum(map(Tensor.numel, first_grads))
     return Comparison(sums, numel, Norms(total, per_tensor))
 
 
-@contextlib.contextmanager
-def _target(device: torch.device) -> Iterator[_C.Target]:
-    """Where to run: PyTorch's number of threads, or the current stream of the tensors' device."""
+def _compare(
+    target: _C.Target,
+    first_grads: _C.TensorList,
+    second_grads: _C.TensorList,
+    weights: _C.TensorList,
+    sums: Tensor,
+    per_tensor: Tensor,
+    total: Tensor,
+) -> None:
+    workspace = _workspace(target, first_grads, _C.COMPARE_SUMS, sums.device)
+    _C.compare(
+        target,
+        first_grads,
+        second_grads,
+        weights,
+        _address(workspace),
+        sums.data_ptr(),
+        per_tensor.data_ptr(),
+        total.data_ptr(),
+    )
+
+
+def _run(device: torch.device, function: Callable[..., None], *args: Any) -> None:
+    """function(target, *args); target: PyTorch's number of threads, or the current stream of the
+    device."""
     if device.type == "cpu":
-        yield _C.cpu(torch.get_num_threads())
-    else:
-        with torch.cuda.device(device):
-            yield _C.cuda(torch.cuda.current_stream(device).cuda_stream)
+        function(_C.cpu(torch.get_num_threads()), *args)
+        return
+    with torch.cuda.device(device):
+        function(_C.cuda(torch.cuda.current_stream(device).cuda_stream), *args)
 
 
 def _core(tensors: TensorList) -> _C.TensorList:
-    return tensors.core if isinstance(tensors, PreparedList) else _C.TensorList(list(tensors))
+    return tensors.core if type(tensors) is PreparedList else _C.TensorList(list(tensors))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _scalar(x: float | Tensor) -> tuple[float, int]:
@@ -278,28 +308,33 @@ def _scalar(x: float | Tensor) -> tuple[float, int]:
 
 def _workspace(
     target: _C.Target, tensors: _C.TensorList, num_sums: int, device: torch.device
-) -> Tensor:
+) -> Tensor | None:
+    """Room for the sums of an op; None if it makes its own, as on the CPU."""
     num_bytes = _C.workspace_bytes(target, tensors, num_sums)
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device) if num_bytes else None
 
 
 def _core_recombination(recombination: Recombination) -> _C.Recombination:
-    numerator, denominator = recombination.numerator, recombination.denominator
+    magnitude, sign, numerator, denominator, eps, ascent_norm, grad_scale, found_inf = recombination
     return _C.Recombination(
-        _core(recombination.magnitude),
-        None if recombination.sign is None else _core(recombination.sign),
-        0 if numerator is None else numerator.data_ptr(),
-        0 if denominator is None else denominator.data_ptr(),
+        _core(magnitude),
+        None if sign is None else _core(sign),
+        _address(numerator),
+        _address(denominator),
         numerator is not None and numerator.dim() == 1,
-        recombination.eps,
-        *(
-            0 if x is None else x.data_ptr()
-            for x in (recombination.ascent_norm, recombination.grad_scale, recombination.found_inf)
-        ),
+        eps,
+        _address(ascent_norm),
+        _address(grad_scale),
+        _address(found_inf),
     )
 
 
 def _core_sgd_options(options: SgdOptions, has_momentum: bool) -> _C.SgdOptions:
+    make = _new_sgd_options if isinstance(options.lr, Tensor) else _kept_sgd_options
+    return make(options, has_momentum)
+
+
+def _new_sgd_options(options: SgdOptions, has_momentum: bool) -> _C.SgdOptions:
     lr, lr_address = _scalar(options.lr)
     return _C.SgdOptions(
         lr=lr,
@@ -314,6 +349,33 @@ def _core_sgd_options(options: SgdOptions, has_momentum: bool) -> _C.SgdOptions:
     )
 
 
-def _mark_written(*lists: TensorList) -> None:
+def _core_adam_options(options: AdamOptions) -> _C.AdamOptions:
+    make = _new_adam_options if isinstance(options.lr, Tensor) else _kept_adam_options
+    return make(options)
+
+
+def _new_adam_options(options: AdamOptions) -> _C.AdamOptions:
+    lr, lr_address = _scalar(options.lr)
+    return _C.AdamOptions(
+        lr=lr,
+        lr_address=lr_address,
+        beta1=options.beta1,
+        one_minus_beta1=1 - options.beta1,
+        beta2=options.beta2,
+        one_minus_beta2=1 - options.beta2,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        gradient_sign=-1.0 if options.maximize else 1.0,
+        decoupled=options.decoupled,
+    )
+
+
+# An lr in memory is not kept: it may lie elsewhere the next time.
+_kept_sgd_options = lru_cache(maxsize=256)(_new_sgd_options)
+_kept_adam_options = lru_cache(maxsize=256)(_new_adam_options)
+
+
+def _mark_written(*lists: TensorList | None) -> None:
     for tensors in lists:
-        torch.autograd.graph.increment_version(tensors)
+        if tensors is not None:
+            torch.autograd.graph.increment_version(tensors)

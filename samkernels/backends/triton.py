@@ -30,7 +30,9 @@ from samkernels.backends.contract import (
     positions_of,
 )
 from samkernels.backends.contract import are_alike as are_alike
+from samkernels.backends.contract import gradients_of as gradients_of
 from samkernels.backends.contract import prepare as prepare
+from samkernels.backends.contract import state_of as state_of
 
 # To the names of Triton's dtypes.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -3,8 +3,9 @@ kernel can serve, and what it is called with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from samkernels import ops
-from samkernels.backends import TensorList
+from samkernels.backends import AdamOptions, Recombination, SgdOptions, TensorList
 from samkernels.optim import _shards
-from samkernels.optim._lists import Bucket, fits, laid_out_like
+from samkernels.optim._lists import Bucket, fits, laid_out_like, refuse_capture
 
 State = dict[str, Any]  # of one parameter
 
@@ -24,30 +25,19 @@ class Update:
     """A call of a fused op, not made yet: all that may be wrong with it has been found."""
 
     bucket: Bucket
-    op: Callable[..., None]
-    lists: tuple[TensorList | None, ...]  # of the op, behind the gradients
-    options: dict[str, Any]
-    states: list[State]  # of the parameters, after the call
+    op: str  # of the backend
+    lists: tuple[TensorList | None, ...]  # of the op, behind the weights
+    options: SgdOptions | AdamOptions
+    new_states: dict[Tensor, State]  # to be stored after the call
 
     def run(
-        self,
-        old_params: TensorList,
-        recombination: dict[str, Any],
-        state: dict[Tensor, State],
+        self, old_params: TensorList, recombination: Recombination, state: dict[Tensor, State]
     ) -> None:
         bucket = self.bucket
-        self.op(
-            bucket.params,
-            old_params,
-            bucket.grads,
-            *self.lists,
-            **self.options,
-            **recombination,
-            **bucket.options,
-        )
-        for slot, of_param in zip(bucket.slots, self.states, strict=True):
-            if of_param:  # or SGD without momentum would have empty ones
-                state[slot.param].update(of_param)
+        op = getattr(bucket.ops, self.op)
+        op(bucket.params, old_params, *self.lists, recombination, self.options)
+        for p, of_param in self.new_states.items():
+            state[p].update(of_param)
 
 
 class FusedBase(Protocol):
@@ -78,14 +68,12 @@ class Sgd:
         return {"momentum_buffer": torch.zeros_like(p, requires_grad=False)}
 
     def updates(self, bucket: Bucket, state: dict[Tensor, State]) -> list[Update]:
-        group = bucket.group
-        options = {name: group[name] for name in ("lr", "nesterov", "maximize")}
-        for name in ("momentum", "dampening", "weight_decay"):
-            options[name] = _number(group[name])
-        ops.check_sgd_options(**options)
-        options["lr"] = ops.hyperparameter("lr", options["lr"], bucket.params[0])
-        if options["momentum"] == 0:
-            return [Update(bucket, ops.sgd_, (None,), options, [{} for _ in bucket.params])]
+        options = bucket.checked(sgd_options, *_SGD_VALUES(bucket.group))
+        if options.momentum == 0:
+            return [Update(bucket, "sgd_", (None,), options, {})]
+        buffers = bucket.ops.state_of(state, bucket.params, "momentum_buffer")
+        if buffers is not None:
+            return [Update(bucket, "sgd_", (buffers,), options, {})]
 
         # Parameters that have no momentum yet, and those that have.
         new = {slot for slot in bucket.slots if state[slot.param].get("momentum_buffer") is None}
@@ -95,6 +83,8 @@ class Sgd:
             if not part.slots:
                 continue
             init = part.slots[0] in new
+            if init:
+                refuse_capture()
             states = [
                 {"momentum_buffer": torch.empty_like(slot.param, requires_grad=False)}
                 if init
@@ -102,9 +92,40 @@ class Sgd:
                 for slot in part.slots
             ]
             buffers = _laid_out(part, states, "momentum_buffer")
-            of_part = {**options, "init_momentum": init}
-            updates.append(Update(part, ops.sgd_, (buffers,), of_part, states))
+            of_part = options._replace(init_momentum=init)
+            params = [slot.param for slot in part.slots]
+            new_states = dict(zip(params, states, strict=True)) if init else {}
+            updates.append(Update(part, "sgd_", (buffers,), of_part, new_states))
         return updates
+
+
+_SGD_VALUES = itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
+
+def sgd_options(
+    lr: float | Tensor,
+    momentum: float | Tensor,
+    dampening: float | Tensor,
+    weight_decay: float | Tensor,
+    nesterov: bool,
+    maximize: bool,
+    *,
+    like: Tensor,
+) -> SgdOptions:
+    """As backends take what a group says, for lists of tensors like one.
+
+    Raises:
+        TypeError, ValueError: an option is no hyperparameter of SGD.
+    """
+    options = {
+        "momentum": _number(momentum),
+        "dampening": _number(dampening),
+        "weight_decay": _number(weight_decay),
+        "nesterov": nesterov,
+        "maximize": maximize,
+    }
+    ops.check_sgd_options(lr=lr, **options)
+    return SgdOptions(ops.hyperparameter("lr", lr, like), **options, init_momentum=False)
 
 
 class Adam:
@@ -124,21 +145,36 @@ class Adam:
     def updates(self, bucket: Bucket, state: dict[Tensor, State]) -> list[Update]:
         group = bucket.group
         decoupled = group.get("decoupled_weight_decay", self._decoupled_weight_decay)
-        options = {
-            "lr": group["lr"],
-            "betas": tuple(map(_number, group["betas"])),
-            "eps": _number(group["eps"]),
-            "weight_decay": _number(group["weight_decay"]),
-            "decoupled_weight_decay": decoupled,
-            "maximize": group["maximize"],
-        }
-        ops.check_adam_options(**options)
-        options["lr"] = ops.hyperparameter("lr", options["lr"], bucket.params[0])
-        params = [slot.param for slot in bucket.slots]
-        states = [state.get(p) or self.new_state(group, p) for p in params]
-        moments = [_laid_out(bucket, states, name) for name in self.tensors]
-        device = bucket.place.device
-        for p, of_param in zip(params, states, strict=True):
+        options = bucket.checked(_adam_options, *_ADAM_VALUES(group), decoupled)
+        lists = self._known(bucket, state)
+        new_states: dict[Tensor, State] = {}
+        if lists is None:
+            states, new_states = self._states(bucket, state)
+            moments = [_laid_out(bucket, states, name) for name in self.tensors]
+            lists = [*moments, [of_param["step"] for of_param in states]]
+        return [Update(bucket, "adam_", tuple(lists), options, new_states)]
+
+    def _known(self, bucket: Bucket, state: dict[Tensor, State]) -> list[TensorList] | None:
+        """Moments and steps, if nothing about them is new."""
+        lists: list[TensorList] = []
+        for name in self.needed:
+            found = bucket.ops.state_of(state, bucket.params, name, numbers=name == "step")
+            if found is None:
+                return None
+            lists.append(found)
+        return lists
+
+    def _states(
+        self, bucket: Bucket, state: dict[Tensor, State]
+    ) -> tuple[list[State], dict[Tensor, State]]:
+        """Of all parameters, with steps beside them; and of those that had none, by parameter."""
+        states, new_states = [], {}
+        for slot in bucket.slots:
+            p = slot.param
+            of_param = state.get(p)
+            if not of_param:
+                refuse_capture()
+                of_param = new_states[p] = self.new_state(bucket.group, p)
             if not isinstance(of_param["step"], Tensor):
                 raise TypeError(
                     f"the step of a parameter of shape {tuple(p.shape)} is {of_param['step']!r}: "
@@ -146,11 +182,11 @@ class Adam:
                 )
             # torch.optim keeps it on the host, unless capturable or fused. Here the device may skip
             # a step, which must not count.
-            if of_param["step"].device != device:
-                of_param["step"] = of_param["step"].to(device, non_blocking=True)
+            if of_param["step"].device != bucket.place.device:
+                of_param["step"] = of_param["step"].to(bucket.place.device, non_blocking=True)
             ops.check_step("step in the state", of_param["step"], p)
-        steps = [of_param["step"] for of_param in states]
-        return [Update(bucket, ops.adam_, (*moments, steps), options, states)]
+            states.append(of_param)
+        return states, new_states
 
     def new_state(self, group: dict[str, Any], p: Tensor) -> State:
         """Layout and order of torch.optim's."""
@@ -159,6 +195,32 @@ class Adam:
             "exp_avg": torch.zeros_like(p, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
         }
+
+
+_ADAM_VALUES = itemgetter("lr", "betas", "eps", "weight_decay", "maximize")
+
+
+def _adam_options(
+    lr: float | Tensor,
+    betas: tuple[float | Tensor, float | Tensor],
+    eps: float | Tensor,
+    weight_decay: float | Tensor,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+    *,
+    like: Tensor,
+) -> AdamOptions:
+    options = {
+        "eps": _number(eps),
+        "weight_decay": _number(weight_decay),
+        "decoupled_weight_decay": decoupled_weight_decay,
+        "maximize": maximize,
+    }
+    numbers = tuple(map(_number, betas))
+    ops.check_adam_options(lr=lr, betas=numbers, **options)
+    options["decoupled"] = options.pop("decoupled_weight_decay")
+    beta1, beta2 = numbers
+    return AdamOptions(ops.hyperparameter("lr", lr, like), beta1, beta2, **options)
 
 
 # By their exact class: a subclass may have changed anything.
@@ -172,7 +234,10 @@ FUSED_BASES: dict[type[Optimizer], FusedBase] = {
 def _are_on_device(values: Iterable[object]) -> bool:
     """lr and rho may lie on the device. What else lies there is left to the base optimizer: reading
     it here would make the host wait."""
-    return any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values)
+    for value in values:
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            return True
+    return False
 
 
 def _number(value: Any) -> Any:
@@ -192,8 +257,8 @@ def _laid_out(bucket: Bucket, states: list[State], name: str) -> TensorList:
             )
         tensors.append(tensor)
     tensors = _shards.locals_of(tensors)
-    prepared = bucket.place.prepare(tensors)
-    if bucket.place.are_alike(bucket.old, prepared):
+    prepared = bucket.ops.prepare(tensors)
+    if bucket.ops.are_alike(bucket.old, prepared):
         return prepared
     for i, (slot, of_param) in enumerate(zip(bucket.slots, states, strict=True)):
         if not fits(tensors[i], slot.local):

@@ -4,18 +4,22 @@ steps."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from samkernels import backends, ops
-from samkernels.backends import TensorList
+from samkernels.backends import Backend, TensorList
 from samkernels.optim import _shards
 from samkernels.optim._ranks import Exchange
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -28,11 +32,8 @@ class Place:
     backend: str
     process_groups: tuple[Any, ...] = ()  # that parameters here are sharded over
 
-    def prepare(self, tensors: TensorList) -> TensorList:
-        return backends.get(self.backend).prepare(tensors)
-
-    def are_alike(self, first: TensorList, *others: TensorList) -> bool:
-        return backends.get(self.backend).are_alike(first, *others)
+    def __post_init__(self) -> None:
+        self.ops = backends.get(self.backend)
 
 
 @dataclass(eq=False)
@@ -60,11 +61,11 @@ class Bucket:
     params: TensorList  # local, as is all below
     grads: TensorList
     old: TensorList  # of the slots
+    # What was made of options of the group, and of which values.
+    made: dict[Callable[..., Any], tuple[tuple[Any, ...], Any]]
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """For the ops: who serves, and that the lists were checked when they were made."""
-        return {"backend": self.place.backend, "validate": False}
+    def __post_init__(self) -> None:
+        self.ops: Backend = self.place.ops  # these lists were checked when they were made
 
     @property
     def granularity(self) -> str:
@@ -81,6 +82,8 @@ class Bucket:
         if norm is None:
             return None
         dtype = torch.float64 if self.place.dtype is torch.float64 else torch.float32
+        if norm.dtype is dtype and norm.dim() == 0 and norm.device == self.place.device:
+            return norm
         return norm.reshape(()).to(self.place.device, dtype, non_blocking=True)
 
     def select(self, keep: Callable[[Slot], bool]) -> Bucket:
@@ -91,6 +94,23 @@ class Bucket:
         slots = [self.slots[i] for i in indices]
         return bucket_of(self.group, self.place, slots, [self.grads[i] for i in indices])
 
+    def checked(self, make: Callable[..., T], *values: Any) -> T:
+        """make(*values, like=params[0]), which checks options of the group; for values that are
+        plain and the very same as in the last step, what it made then."""
+        # Compared by identity: True is not 1, and tensors may change.
+        known = self.made.get(make)
+        if known is not None and all(map(operator.is_, values, known[0])):
+            return known[1]
+        made = make(*values, like=self.params[0])
+        if all(map(_is_plain, values)):
+            self.made[make] = values, made
+        return made
+
+    def without_gradients(self) -> Bucket:
+        """What the next step may begin with. FSDP2 may make parameters' parts anew until then."""
+        params = [] if self.place.process_groups else self.params
+        return replace(self, params=params, grads=[])
+
 
 @dataclass
 class Perturbation:
@@ -98,7 +118,7 @@ class Perturbation:
 
     # Buckets of the first step while it is under way, each with its journal: not empty if it moved.
     moving: list[tuple[Bucket, list[bool]]] = field(default_factory=list)
-    slots: dict[Slot, None] = field(default_factory=dict)  # exactly those that moved, in order
+    moved: list[list[Slot]] = field(default_factory=list)  # exactly those that did, by bucket
     first_grads: dict[Slot, Tensor] = field(default_factory=dict)  # empty if nobody reads g1
     ascent_norm: Tensor | None = None  # n
     first_norm: Tensor | None = None  # n1 over all parameters, if a granularity needs it
@@ -117,10 +137,17 @@ class Perturbation:
 
     def settle(self) -> None:
         """At the end of the first step, or when it was interrupted: take in what has moved."""
-        for bucket, journal in self.moving:
-            if journal:
-                self.slots.update(dict.fromkeys(bucket.slots))
+        self.moved += [bucket.slots for bucket, journal in self.moving if journal]
         self.moving.clear()  # and with it the gradients, which nobody may need any more
+
+    @cached_property
+    def slots(self) -> dict[Slot, None]:
+        """Those that moved, in order, once that is settled; a restore takes them out."""
+        return dict.fromkeys(chain.from_iterable(self.moved))
+
+    def moved_just(self, buckets: list[Bucket]) -> bool:
+        """Whether these are the buckets that moved, as a look at them tells; False may be wrong."""
+        return [id(bucket.slots) for bucket in buckets] == [id(slots) for slots in self.moved]
 
     def forget_first_norms(self) -> None:
         """They were of another g1 than the update is made with."""
@@ -129,9 +156,28 @@ class Perturbation:
 
     def old_of(self, bucket: Bucket) -> TensorList:
         """w; of a parameter that was not perturbed, for want of g1, w is the parameter itself."""
+        for slots in self.moved:
+            if slots is bucket.slots:
+                return bucket.old
         if all(map(self.slots.__contains__, bucket.slots)):
             return bucket.old
         return [slot.old if slot in self.slots else slot.local for slot in bucket.slots]
+
+
+def _is_plain(value: object) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in (float, int, bool)
+
+
+def refuse_capture() -> None:
+    """Raise RuntimeError while a CUDA graph is captured: a replay would make anew what is made now,
+    such as momentum, and lose what it held."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and this step makes memory and state of the optimizer "
+            "that every replay would make anew: make one step before the capture"
+        )
 
 
 def norms_of(slots: list[Slot], measured: list[tuple[list[Slot], ops.Norms]]) -> ops.Norms | None:
@@ -160,7 +206,7 @@ class Slots:
         self._backend = backend
         self._places: dict[tuple[Any, ...], Place] = {}
         self._slots: dict[Tensor, Slot] = {}
-        # Per group the buckets of the last step, without parameters and gradients.
+        # Per group the buckets of the last step, without gradients.
         self._last: dict[int, list[Bucket]] = {}
 
     def serves(self, slot: Slot) -> bool:
@@ -186,30 +232,42 @@ class Slots:
         return self._places[key]
 
     def buckets(
-        self, groups: list[dict[str, Any]], perturbed: Container[Slot] = ()
+        self, groups: list[dict[str, Any]], perturbation: Perturbation | None = None
     ) -> list[Bucket]:
         """All parameters that have a gradient. Of a gradient in another layout there is a copy in
         its parameter's, and a parameter that was cast, moved or laid out anew gets a new slot.
 
         Raises:
-            RuntimeError: a parameter whose slot is in `perturbed` would get a new one.
+            RuntimeError: a parameter that the perturbation moved would get a new slot.
             ValueError: a gradient is sparse.
         """
         buckets: list[Bucket] = []
         for index, group in enumerate(groups):
-            params = [p for p in group["params"] if p.grad is not None]
-            grads = [p.grad for p in params]
-            if not params:
-                continue
-            current = _unchanged(self._last.get(index, []), group, params, grads)
+            current = self._as_before(index, group)
             if current is None:
-                current = self._look_closely(index, group, perturbed)
-                self._last[index] = [replace(bucket, params=[], grads=[]) for bucket in current]
+                current = self._look_closely(index, group, perturbation)
+                if not current:
+                    continue
+                self._last[index] = [bucket.without_gradients() for bucket in current]
             buckets += current
         return buckets
 
+    def _as_before(self, index: int, group: dict[str, Any]) -> list[Bucket] | None:
+        """The buckets of the last step with the gradients of now, if nothing else differs."""
+        last = self._last.get(index, [])
+        if len(last) != 1:  # none, or more than one place in a group
+            return None
+        (bucket,) = last
+        read = bucket.ops.gradients_of(group["params"], bucket.params)
+        if read is None:
+            read = _read_alike(bucket, group)
+        if read is None:
+            return None
+        params, grads = read
+        return [Bucket(group, bucket.place, bucket.slots, params, grads, bucket.old, bucket.made)]
+
     def _look_closely(
-        self, index: int, group: dict[str, Any], perturbed: Container[Slot]
+        self, index: int, group: dict[str, Any], perturbation: Perturbation | None
     ) -> list[Bucket]:
         """The buckets of one group, parameter by parameter."""
         by_place: dict[Place, tuple[list[Slot], list[Tensor]]] = {}
@@ -221,11 +279,12 @@ class Slots:
                 ops.check_tensor(f"params[{i}].grad of parameter group {index}", grad)
             slot = self._slots.get(p)
             if slot is None or not self.serves(slot):
-                if slot in perturbed:
+                if perturbation is not None and slot in perturbation.slots:
                     raise RuntimeError(
                         f"a parameter of shape {tuple(p.shape)} changed its shape, dtype, device "
                         "or layout between first_step and second_step. The weights were restored."
                     )
+                refuse_capture()
                 here = _shards.local(p)
                 ops.check_tensor(f"params[{i}] of parameter group {index}", here)
                 slot = Slot(p, self.place_of(p), torch.empty_like(here, requires_grad=False))
@@ -239,31 +298,25 @@ class Slots:
         return [bucket_of(group, place, *lists) for place, lists in by_place.items()]
 
 
-def _unchanged(
-    last: list[Bucket], group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
-) -> list[Bucket] | None:
-    """The buckets of the last step with the gradients of this one, if nothing else differs."""
-    if len(last) != 1:  # none, or more than one place in a group
-        return None
-    (bucket,) = last
+def _read_alike(bucket: Bucket, group: dict[str, Any]) -> tuple[TensorList, TensorList] | None:
+    """Backend.gradients_of for all backends, and for shards."""
+    params = [p for p in group["params"] if p.grad is not None]
     if len(params) != len(bucket.slots):
         return None
     if not all(map(operator.is_, params, map(_param_of, bucket.slots))):
         return None
-    here = _shards.local_pairs(params, grads)
+    here = _shards.local_pairs(params, [p.grad for p in params])
     if here is None:
         return None
     params, grads = here
     if any(map(Tensor.is_neg, grads)):
         return None
-    place = bucket.place
+    backend = bucket.ops
     try:
-        prepared = place.prepare(params), place.prepare(grads)
-        if not place.are_alike(bucket.old, *prepared):
-            return None
+        prepared = backend.prepare(params), backend.prepare(grads)
+        return prepared if backend.are_alike(bucket.old, *prepared) else None
     except (RuntimeError, TypeError):  # a tensor without memory; the closer look finds words for it
         return None
-    return [Bucket(group, place, bucket.slots, *prepared, bucket.old)]
 
 
 _param_of = operator.attrgetter("param")
@@ -277,9 +330,9 @@ def _place_key(p: Tensor) -> tuple[torch.device, torch.dtype, bool, tuple[Any, .
 def bucket_of(
     group: dict[str, Any], place: Place, slots: list[Slot], grads: list[Tensor]
 ) -> Bucket:
-    params = place.prepare([slot.local for slot in slots])
-    old = place.prepare([slot.old for slot in slots])
-    return Bucket(group, place, slots, params, place.prepare(grads), old)
+    params = place.ops.prepare([slot.local for slot in slots])
+    old = place.ops.prepare([slot.old for slot in slots])
+    return Bucket(group, place, slots, params, place.ops.prepare(grads), old, {})
 
 
 def fits(tensor: Tensor, p: Tensor) -> bool:

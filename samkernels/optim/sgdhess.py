@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from samkernels import backends, ops
+from samkernels.backends import SgdOptions
 from samkernels.optim import _shards
-from samkernels.optim._lists import Place, Slots, fits, laid_out_like
+from samkernels.optim._bases import sgd_options
+from samkernels.optim._lists import Place, Slots, fits, laid_out_like, refuse_capture
 
 SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 # The same in all parameter groups: there is one v for all of them.
@@ -25,7 +27,8 @@ class Part:
     """Parameters of one group in one place that all have momentum buffers, or all have none yet."""
 
     place: Place
-    options: dict[str, Any]
+    rho: float | Tensor
+    options: SgdOptions
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     products: list[Tensor] = field(default_factory=list)
@@ -371,14 +374,14 @@ class SGDHess(Optimizer):
         # All groups before the first one is updated: what is wrong is found here.
         parts = [part for group in self.param_groups for part in self._parts(group, grads, is_due)]
         for part in parts:
-            ops.sgd_hess_(
+            ops.sgd_hess_with(
+                part.place.ops,
                 part.params,
                 part.grads,
                 part.products,
                 part.buffers or None,
-                **part.options,
-                backend=part.place.backend,
-                validate=False,
+                part.rho,
+                part.options,
             )
             for p, buffer in zip(part.params, part.buffers, strict=False):
                 self.state[p]["momentum_buffer"] = buffer
@@ -405,10 +408,11 @@ class SGDHess(Optimizer):
             buffer = state.get("momentum_buffer")
             key = (self._slots.place_of(p), buffer is None)
             if key not in parts:
-                options = {name: group[name] for name in SGD_OPTIONS}
-                for name in ("lr", "rho"):
-                    options[name] = ops.hyperparameter(name, group[name], p)
-                parts[key] = Part(key[0], {**options, "init_momentum": buffer is None})
+                if buffer is None and group["momentum"] != 0:
+                    refuse_capture()
+                options = sgd_options(*[group[name] for name in SGD_OPTIONS], like=p)
+                options = options._replace(init_momentum=buffer is None)
+                parts[key] = Part(key[0], ops.hyperparameter("rho", group["rho"], p), options)
             part = parts[key]
             part.params.append(p)
             part.grads.append(_fitting(grads[p].detach(), p))
