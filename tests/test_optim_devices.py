@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, backends
+from samkernels.optim import _lists
 from tests.helpers import DEVICES
 from tests.optim_helpers import (
     VARIANTS,
@@ -258,3 +259,56 @@ def test_wrong_steps_are_rejected() -> None:
         SAM(params, rho=rho, lr=0.05, backend="reference").first_step()
     with pytest.raises(AssertionError):
         assert_near(right, wrong)
+
+
+# Streams. What a stream of a GPU does with it: tests/test_cuda.py.
+
+
+class Streams:
+    """In place of CUDA's, on CPU tensors: the current stream, and what was recorded on which."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = "A"
+        self.recorded: list[tuple[int, str]] = []
+        monkeypatch.setattr(_lists, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(
+            Tensor, "record_stream", lambda t, stream: self.recorded.append((t.data_ptr(), stream))
+        )
+
+
+@pytest.mark.parametrize("ends_with", ["second_step", "restore"])
+@pytest.mark.parametrize("other", ["A", "B"])
+@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+def test_what_the_first_step_left_is_recorded_on_another_stream(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    other: str,
+    ends_with: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or the allocator would hand it out anew while that stream still reads it."""
+    params = [nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2, 3))]
+    optimizer = cls(params, lr=0.1, momentum=0.9, **variant)
+    take_step(optimizer, 0)
+    streams = Streams(monkeypatch)
+    set_gradients(params, 1)
+    first = [p.grad for p in params]
+    optimizer.first_step()
+    perturbation = optimizer._perturbation
+    assert perturbation is not None and perturbation.ascent_norm is not None
+    left = [perturbation.ascent_norm, *(slot.old for slot in perturbation.slots)]
+    if cls is not SAM:
+        left += [g for g in first if g is not None]
+    if variant.get("granularity", "element") != "element":
+        left += [norms.per_tensor for _, norms in perturbation.first_norms]
+        left += [x for x in [perturbation.first_norm] if x is not None]
+    assert not streams.recorded
+    streams.current = other
+    if ends_with == "second_step":
+        set_gradients(params, 2)
+        optimizer.second_step()
+    else:
+        optimizer.restore()
+    expected = {(t.data_ptr(), "B") for t in left} if other == "B" else set()
+    assert expected <= set(streams.recorded)
+    assert other == "B" or not streams.recorded

@@ -129,6 +129,7 @@ class Perturbation:
     divisor: Tensor | None = None  # of u: GradScaler's scale, and what clips
     hook: RemovableHandle | None = None  # see SAM._spread_overflow
     exchange: Exchange | None = None  # where g1 and n of all ranks replace those of this one
+    streams: dict[torch.device, Any] = field(default_factory=dict)  # of the first step
 
     def remove_hook(self) -> None:
         if self.hook is not None:
@@ -148,6 +149,26 @@ class Perturbation:
     def moved_just(self, buckets: list[Bucket]) -> bool:
         """Whether these are the buckets that moved, as a look at them tells; False may be wrong."""
         return [id(bucket.slots) for bucket in buckets] == [id(slots) for slots in self.moved]
+
+    def note_streams(self, buckets: list[Bucket]) -> None:
+        for bucket in buckets:
+            device = bucket.place.device
+            if device not in self.streams:
+                self.streams[device] = current_stream(device)
+
+    def record_streams(self) -> None:
+        """Before the second step or a restore. Memory goes back to the stream that it was allocated
+        on as soon as nobody holds it: where another one reads it now, the allocator has to know."""
+        for device, stream in self.streams.items():
+            current = current_stream(device)
+            if current == stream:
+                continue
+            tensors = [*self.first_grads.values(), *(slot.old for slot in self.slots)]
+            tensors += [x for x in (self.ascent_norm, self.first_norm) if x is not None]
+            tensors += [x for _, n in self.first_norms for x in (n.total, n.per_tensor)]
+            for tensor in tensors:
+                if tensor.device == device:
+                    tensor.record_stream(current)
 
     def forget_first_norms(self) -> None:
         """They were of another g1 than the update is made with."""
@@ -178,6 +199,11 @@ def refuse_capture() -> None:
             "a CUDA graph is being captured, and this step makes memory and state of the optimizer "
             "that every replay would make anew: make one step before the capture"
         )
+
+
+def current_stream(device: torch.device) -> Any:
+    """None where there are no streams."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def norms_of(slots: list[Slot], measured: list[tuple[list[Slot], ops.Norms]]) -> ops.Norms | None:

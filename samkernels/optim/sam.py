@@ -270,6 +270,7 @@ class SAM(Optimizer):
                 "zero_grad() between the two"
             )
         perturbation = self._measure(buckets)
+        perturbation.note_streams(buckets)
         keeps_first_grads = self._needs_first_grads
         try:
             self._perturbation = perturbation
@@ -387,6 +388,7 @@ class SAM(Optimizer):
             return
         perturbation.remove_hook()
         perturbation.settle()
+        perturbation.record_streams()
         try:
             self._restore(perturbation.slots)
         finally:
@@ -749,6 +751,7 @@ class SAM(Optimizer):
                 if slot.param in exchange.first_grads
             }
             perturbation.forget_first_norms()
+        perturbation.record_streams()
         return buckets
 
     @_without_grad
