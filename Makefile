@@ -9,13 +9,17 @@ BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
 CXX_FILES := $(wildcard bench/*.cpp csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: quickstart test bench check docs format clean
+.PHONY: quickstart test emulation bench check docs format clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/python -m train.study quickstart
 
-test: $(VENV)/.test
+test: emulation
 	$(BIN)/python -m pytest
+
+# The CUDA kernels for the host, once, before pytest starts: no test builds them.
+emulation: $(VENV)/.test
+	$(BIN)/python -m tests.emulated
 
 bench: $(VENV)/.test
 	mkdir -p runs/bench

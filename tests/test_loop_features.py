@@ -17,14 +17,11 @@ from samkernels import SAM, SAMDirection, SAMMagnitude, frozen_batchnorm_stats
 from tests.optim_helpers import (
     ConvNet,
     images,
-    one_thread,
     parameters_of,
     plain_sam_step,
     snapshot,
     unchanged,
 )
-
-__all__ = ["one_thread"]
 
 STEPS = 12
 RHO = 0.1

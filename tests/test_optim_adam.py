@@ -22,7 +22,6 @@ from tests.optim_helpers import (
     ConvNet,
     count_calls,
     linear,
-    one_thread,
     parameter,
     set_gradients,
     snapshot,
@@ -30,8 +29,6 @@ from tests.optim_helpers import (
     through_a_file,
     unchanged,
 )
-
-__all__ = ["one_thread"]
 
 ADAM, ADAMW = torch.optim.Adam, torch.optim.AdamW
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.99)}

@@ -26,7 +26,6 @@ from tests.optim_helpers import (
     ConvNet,
     images,
     linear,
-    one_thread,
     parameter,
     parameters_of,
     set_gradients,
@@ -35,8 +34,6 @@ from tests.optim_helpers import (
     through_a_file,
     unchanged,
 )
-
-__all__ = ["one_thread"]
 
 SGD_OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

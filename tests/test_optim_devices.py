@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, backends
-from tests.helpers import DEVICES
+from tests.helpers import DEVICES, serves
 from tests.optim_helpers import (
     VARIANTS,
-    one_thread,
     same_bits,
     set_gradients,
     snapshot,
@@ -22,13 +21,11 @@ from tests.optim_helpers import (
     unchanged,
 )
 
-__all__ = ["one_thread"]
-
 PLACES = [
     pytest.param(device, backend, id=f"{device}-{backend}")
     for device in DEVICES
     for backend in backends.BACKENDS
-    if backend != "auto" and backends.why_unavailable(backend, torch.device(device)) is None
+    if backend != "auto" and serves(backend, device, torch.float32)
 ]
 everywhere = pytest.mark.parametrize(("device", "backend"), PLACES)
 SGD_OPTIONS: dict[str, dict[str, Any]] = {

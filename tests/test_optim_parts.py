@@ -18,7 +18,6 @@ from tests.optim_helpers import (
     VARIANTS,
     bits,
     linear,
-    one_thread,
     parameter,
     parameters_of,
     set_gradients,
@@ -26,8 +25,6 @@ from tests.optim_helpers import (
     take_step,
     unchanged,
 )
-
-__all__ = ["one_thread"]
 
 NAMES = {SAM: "SAM", SAMDirection: "SAMDirection", SAMMagnitude: "SAMMagnitude"}
 

@@ -21,7 +21,6 @@ from tests.optim_helpers import (
     VARIANTS,
     count_calls,
     linear,
-    one_thread,
     parameter,
     parameters_of,
     set_gradients,
@@ -29,8 +28,6 @@ from tests.optim_helpers import (
     take_step,
     unchanged,
 )
-
-__all__ = ["one_thread"]
 
 BASES = [
     pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="SGD"),

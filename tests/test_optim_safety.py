@@ -21,7 +21,6 @@ from tests.optim_helpers import (
     ConvNet,
     images,
     linear,
-    one_thread,
     parameter,
     parameters_of,
     same_bits,
@@ -30,8 +29,6 @@ from tests.optim_helpers import (
     take_step,
     unchanged,
 )
-
-__all__ = ["one_thread"]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05})

@@ -47,7 +47,6 @@ from torch.optim.optimizer import (
 
 from samkernels import SAM, SAMDirection, SAMMagnitude
 from tests.optim_helpers import (
-    one_thread,
     parameters_of,
     set_gradients,
     snapshot,
@@ -56,10 +55,7 @@ from tests.optim_helpers import (
     unchanged,
 )
 
-__all__ = ["one_thread"]
-
 pytest.importorskip("expecttest")  # which torch.testing._internal needs
-
 
 # Its import would freeze the flags of torch.backends for everybody else: nobody could set
 # torch.backends.cudnn.deterministic any more.

@@ -24,7 +24,6 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, ops
-from tests import interpreted
 from tests.optim_helpers import (
     BACKENDS,
     OPTIMIZERS,
@@ -32,17 +31,12 @@ from tests.optim_helpers import (
     ConvNet,
     images,
     linear,
-    one_thread,
     parameters_of,
     set_gradients,
     snapshot,
     through_a_file,
     unchanged,
 )
-
-__all__ = ["one_thread"]
-
-interpreted.register()
 
 STEPS = 50
 EPS = 1e-12

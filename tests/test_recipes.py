@@ -12,22 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tests.optim_helpers import one_thread, snapshot, unchanged
+from tests.optim_helpers import snapshot, unchanged
 from tests.recipes import (
     BLOCKS,
     SHARED,
     assert_close,
     by_hand,
     execute,
-    fresh_accelerate,
     loss_of,
     run,
     sam_of,
     weights,
 )
-
-__all__ = ["fresh_accelerate", "one_thread"]
-
 
 # -- what is expected of each snippet --------------------------------------------------------------
 
