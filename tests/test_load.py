@@ -15,7 +15,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,6 +30,7 @@ from tests.optim_helpers import (
     take_step,
     unchanged,
 )
+from tests.optimizers import ALL_VARIANTS, OPTIMIZER_TABLE, Variant
 
 # -- 10,000 steps ----------------------------------------------------------------------------------
 
@@ -84,19 +85,29 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, maps me
 
 @linux
 @pytest.mark.parametrize(
-    ("cls", "base", "options", "steps"),
+    ("variant", "base", "options", "steps"),
     [
-        (SAM, torch.optim.SGD, {"momentum": 0.9}, 10_000),
-        (SAMMagnitude, torch.optim.AdamW, {**STATISTICS, "granularity": "global"}, 2_000),
-        (SAMDirection, torch.optim.AdamW, {**STATISTICS, "amsgrad": True}, 1_500),
+        (Variant(info, info.variants[-1]), *how)
+        for info, how in zip(
+            OPTIMIZER_TABLE,
+            cycle(
+                [
+                    (torch.optim.SGD, {"momentum": 0.9}, 10_000),
+                    (torch.optim.AdamW, {**STATISTICS, "amsgrad": True}, 1_500),
+                    (torch.optim.AdamW, STATISTICS, 2_000),
+                ]
+            ),
+            strict=False,
+        )
     ],
-    ids=["fused SGD", "fused AdamW", "another base"],
+    ids=str,
 )
 def test_thousands_of_steps_take_no_more_memory_than_some(
-    cls: type[SAM], base: type[torch.optim.Optimizer], options: dict[str, Any], steps: int
+    variant: Variant, base: type[torch.optim.Optimizer], options: dict[str, Any], steps: int
 ) -> None:
     model = linear()
-    optimizer = cls(model.parameters(), base, lr=1e-4, **options)
+    own = {**variant.options, **options}
+    optimizer = variant.info.cls(model.parameters(), base, lr=1e-4, **own)
     step = training_step(optimizer, model)
     assert_no_growth(growth(step, steps))
     assert all(p.isfinite().all() for p in model.parameters())
@@ -128,28 +139,24 @@ SLOTS = [Slot((i % 9,), offset=i % 4) for i in range(2000)]
 
 
 @pytest.mark.parametrize(
-    ("backend", "cls", "variant"),
-    [
-        ("native", SAM, {}),
-        ("native", SAMDirection, {}),
-        ("native", SAMMagnitude, {"granularity": "tensor"}),
-        ("emulated", SAM, {}),
-    ],
+    ("backend", "variant"),
+    [*(("native", variant) for variant in ALL_VARIANTS), ("emulated", ALL_VARIANTS[0])],
+    ids=str,
 )
-def test_two_thousand_tensors(backend: str, cls: type[SAM], variant: dict[str, Any]) -> None:
+def test_two_thousand_tensors(backend: str, variant: Variant) -> None:
     results = []
     for name in (backend, "reference"):
         memory = make_list(SLOTS, torch.float32)
         params = [nn.Parameter(w) for w in memory]
-        options = {"lr": 0.125, "momentum": 0.5, "weight_decay": 0.125, **variant}
-        optimizer = cls(params, rho=0.25, backend=name, **options)
+        options = {"lr": 0.125, "momentum": 0.5, "weight_decay": 0.125}
+        optimizer = variant(params, rho=0.25, backend=name, **options)
         assert optimizer.backends == {"cpu float32": name}
         for step in range(1 if backend == "emulated" else 2):  # which takes its time
             take_step(optimizer, step)
         memory.assert_intact()
         results.append(snapshot(params))
     assert not unchanged(results[0], list(make_list(SLOTS, torch.float32)))
-    if not variant:
+    if not variant.options:
         assert unchanged(*results)
     for a, b in zip(*results, strict=True):
         # Two steps of a coefficient that is two norms' roundings off, and weights of order 1.

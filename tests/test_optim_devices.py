@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from samkernels import SAM, SAMDirection, SAMMagnitude, backends
 from tests.helpers import DEVICES, serves
 from tests.optim_helpers import (
-    VARIANTS,
     same_bits,
     set_gradients,
     snapshot,
     take_step,
     through_a_file,
     unchanged,
+)
+from tests.optimizers import (
+    each_cls_and_variant,
 )
 
 PLACES = [
@@ -57,7 +59,7 @@ def assert_near(ours: list[Tensor], theirs: list[Tensor]) -> None:
 @everywhere
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_steps_are_those_of_the_reference_on_the_cpu(
     cls: type[SAM],
     variant: dict[str, Any],
@@ -98,7 +100,7 @@ def test_other_base_optimizers(
 
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_restore_is_exact(
     cls: type[SAM], variant: dict[str, Any], dtype: torch.dtype, device: str, backend: str
 ) -> None:
