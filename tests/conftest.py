@@ -28,7 +28,6 @@ MARKERS = {
     "test_traffic": "emulated",
     "test_on_gpu": "emulated",
     "test_cuda_build": "build",
-    "test_packaging": "build",
     "test_sanitizers": "build",
     "test_fsdp": "processes",
     "test_optim_ranks": "processes",
@@ -37,6 +36,7 @@ MARKERS = {
     "test_load": "load",
 }
 FIXTURES = {"emulated_core": "emulated", "interpreted_kernels": "interpreted"}
+LEFT_TO_TEST_ALL = {"build", "frameworks", "load"}
 # Whose cases look at what was done once for all of them: every combination is as good as free.
 SHARED_WORK = {"build", "processes"}
 # Whose fixtures are made once for the module: by one worker.
@@ -130,13 +130,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def markers_of(item: pytest.Item) -> set[str]:
-    """The stand-ins that a test runs on, and the kind of its module."""
+    """The stand-ins that a test runs on, the kind of its module, and whether `make test` leaves it
+    to `make test-all`."""
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
     names = [getattr(value, "backend", value) for value in values]
     markers = {name for name in names if isinstance(name, str) and name in stand_ins.STAND_INS}
     markers |= {FIXTURES[name] for name in FIXTURES if name in item.fixturenames}
     module = module_of(item.nodeid)
-    return markers | ({MARKERS[module]} if module in MARKERS else set())
+    if module in MARKERS:
+        markers.add(MARKERS[module])
+    elif item.get_closest_marker("frameworks"):
+        markers.add("frameworks")
+    return markers | ({"full"} if markers & LEFT_TO_TEST_ALL else set())
 
 
 def module_of(nodeid: str) -> str:
@@ -188,6 +193,7 @@ def values_of(item: pytest.Item) -> list[tuple[Any, ...]]:
 # -- who runs them: pytest-xdist -------------------------------------------------------------------
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
