@@ -41,7 +41,7 @@ LEFT_TO_TEST_ALL = {"build", "frameworks", "load"}
 SHARED_WORK = {"build", "processes"}
 # Whose fixtures are made once for the module: by one worker.
 ONE_WORKER = {name for name, marker in MARKERS.items() if marker in SHARED_WORK}
-ONE_WORKER |= {"test_bench", "test_train_checkpoints", "test_train_sharpness"}
+ONE_WORKER |= {"test_bench", "test_instructions", "test_train_checkpoints", "test_train_sharpness"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
