@@ -25,22 +25,22 @@ MISSING = stand_ins.register()  # before any module of tests asks which backends
 
 # Of modules, beside what parameters and fixtures say.
 MARKERS = {
-    "test_traffic": "emulated",
-    "test_on_gpu": "emulated",
-    "test_cuda_build": "build",
-    "test_sanitizers": "build",
-    "test_fsdp": "processes",
-    "test_optim_ranks": "processes",
-    "test_train_distributed": "processes",
-    "test_frameworks": "frameworks",
-    "test_load": "load",
+    "test_traffic": {"emulated"},
+    "test_on_gpu": {"emulated", "load"},
+    "test_cuda_build": {"build"},
+    "test_sanitizers": {"build"},
+    "test_fsdp": {"processes"},
+    "test_optim_ranks": {"processes"},
+    "test_train_distributed": {"processes"},
+    "test_frameworks": {"frameworks"},
+    "test_load": {"load"},
 }
 FIXTURES = {"emulated_core": "emulated", "interpreted_kernels": "interpreted"}
-LEFT_TO_TEST_ALL = {"build", "frameworks", "load"}
+LEFT_TO_TEST_ALL = {"build", "frameworks", "load", "processes"}
 # Whose cases look at what was done once for all of them: every combination is as good as free.
 SHARED_WORK = {"build", "processes"}
 # Whose fixtures are made once for the module: by one worker.
-ONE_WORKER = {name for name, marker in MARKERS.items() if marker in SHARED_WORK}
+ONE_WORKER = {name for name, markers in MARKERS.items() if markers & SHARED_WORK}
 ONE_WORKER |= {"test_bench", "test_instructions", "test_train_checkpoints", "test_train_sharpness"}
 
 
@@ -53,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = {name: why for name, why in MISSING.items() if why != stand_ins.SWITCHED_OFF}
     if missing and os.environ.get("CI") == "true":
         raise pytest.UsageError(f"CI is set, and tests would be skipped: {missing}")
+
+
+def pytest_sessionstart() -> None:
+    # What a test starts is no worker of pytest-xdist; pytest-benchmark would not measure there.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
 # -- fixtures --------------------------------------------------------------------------------------
@@ -137,10 +142,8 @@ def markers_of(item: pytest.Item) -> set[str]:
     markers = {name for name in names if isinstance(name, str) and name in stand_ins.STAND_INS}
     markers |= {FIXTURES[name] for name in FIXTURES if name in item.fixturenames}
     module = module_of(item.nodeid)
-    if module in MARKERS:
-        markers.add(MARKERS[module])
-    elif item.get_closest_marker("frameworks"):
-        markers.add("frameworks")
+    markers |= MARKERS.get(module, set())
+    markers |= {mark.name for mark in item.iter_markers("frameworks")}
     return markers | ({"full"} if markers & LEFT_TO_TEST_ALL else set())
 
 
