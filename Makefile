@@ -1,21 +1,60 @@
 # make quickstart   train with every optimizer on a small real data set, checked against the reference
-# make test         the tests;  make check: lint, format and types;  make bench: the benchmarks
+# make test         the tests for every day;  make test-all: the full matrix, as CI runs it
+# make check        lint, format and types;  make bench: the benchmarks
+# make versions     the oldest Python and torch that are served: $(PYTHON310) and torch $(OLDEST_TORCH)
 # make docs         the documentation site, in build/site; warnings are errors
 # Everything runs in the virtual environment $(VENV), which is made when it is missing.
 
 PYTHON ?= python3
+PYTHON310 ?= python3.10
 VENV ?= .venv
 BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
 CXX_FILES := $(wildcard bench/*.cpp csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-.PHONY: quickstart test bench check docs format clean
+OLDEST_TORCH := 2.6
+OLDEST := build/oldest
+# One thread for each of as many workers as there are cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+.PHONY: quickstart test test-rest test-all frameworks emulation versions bench check docs format clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/python -m train.study quickstart
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest
+test: emulation
+	$(PYTEST) -m "not full"
+
+test-all: emulation
+	$(PYTEST)
+
+# What is in test-all and not in test: in two parts.
+test-rest: emulation
+	$(PYTEST) -m "full and not frameworks"
+
+frameworks: emulation
+	$(PYTEST) -m "full and frameworks"
+
+# The CUDA kernels for the host, once, before pytest starts: no test builds them.
+emulation: $(VENV)/.test
+	$(BIN)/python -m tests.emulated
+
+# Built, and a part of the tests. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes torch
+# without CUDA, which is much smaller.
+versions: $(OLDEST)/.built
+	$(OLDEST)/bin/python -m samkernels
+	OMP_NUM_THREADS=1 SAMKERNELS_NO_EMULATION=1 $(OLDEST)/bin/python -m pytest -n auto -m "not full" \
+	    $(PYTEST_ARGS) $(addprefix tests/test_,backends.py reference.py ops.py ops_adam.py ops_sgd_hess.py \
+	    optim_protocol.py optim_safety.py optim_checkpoints.py optim_adam.py optim_sgdhess.py batchnorm.py)
+
+$(OLDEST)/.built: $(CORE)
+	@command -v $(PYTHON310) > /dev/null || { echo "PYTHON310=$(PYTHON310): not found"; exit 1; }
+	$(PYTHON310) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(OLDEST_TORCH).*" \
+	    numpy pytest pytest-xdist hypothesis "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13"
+	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" SAMKERNELS_CUDA=OFF \
+	    $(OLDEST)/bin/python setup.py --quiet build_ext --inplace
+	touch $@
 
 bench: $(VENV)/.test
 	mkdir -p runs/bench

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tests.optim_helpers import linear, snapshot
+from tests.optimizers import VARIANT, norm_of
 
 STEPS = 3
 SIZE = 3  # of a rank's share
@@ -23,25 +24,6 @@ def share(step: int, part: int, dtype: torch.dtype = torch.float64) -> tuple[Ten
     generator = torch.Generator().manual_seed(100 * step + part)
     x = torch.randn(SIZE, 4, generator=generator, dtype=torch.float64)
     return x.to(dtype), torch.randint(2, (SIZE,), generator=generator)
-
-
-def norm_of(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.flatten() for t in tensors]).norm()
-
-
-def recombined(variant: str, first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
-    """u, by the formulas of the docstrings."""
-    name, _, granularity = variant.partition("-")
-    if name == "SAM":
-        return second
-    magnitude, direction = (first, second) if name == "SAMDirection" else (second, first)
-    if granularity == "element":
-        return [m.abs() * d.sign() for m, d in zip(magnitude, direction, strict=True)]
-    if granularity == "global":
-        factor = norm_of(magnitude) / (norm_of(direction) + 1e-12)
-        return [factor * d for d in direction]
-    pairs = zip(magnitude, direction, strict=True)
-    return [m.norm() / (d.norm() + 1e-12) * d for m, d in pairs]
 
 
 def means(gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -100,7 +82,7 @@ def by_hand(
         perturbed.append(at)
         all_first.append(means(firsts))
         all_second.append(means(seconds))
-        u = recombined(variant, all_first[-1], all_second[-1])
+        u = VARIANT[variant].u(all_first[-1], all_second[-1])
         for p, of_param in zip(params, u, strict=True):
             p.grad = of_param
         if step != skipped:

@@ -1,11 +1,15 @@
 """The CUDA kernels as a backend on CPU tensors: built for the host on csrc/emulation, registered as
-"emulated"."""
+"emulated".
+
+    python -m tests.emulated      builds the core, as `make emulation` does; nothing else does
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +22,8 @@ from samkernels.backends import native
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "emulation"
+SOURCES = ("CMakeLists.txt", "cmake/*", "csrc/*", "csrc/*/*")
+MODULE = "_emulated" + sysconfig.get_config_var("EXT_SUFFIX")  # of this Python
 
 
 def build(folder: Path = BUILD, *options: str) -> Path:
@@ -46,8 +52,19 @@ def build(folder: Path = BUILD, *options: str) -> Path:
         )
         if result.returncode != 0:
             raise RuntimeError(f"the emulated core cannot be built:\n{result.stdout}")
-    (path,) = folder.glob("_emulated*.so")
-    return path
+    (folder / "built").touch()  # the module itself is only written if something has changed
+    return folder / MODULE
+
+
+def why_missing() -> str | None:
+    """Why there is no module to load, or None."""
+    if not (BUILD / MODULE).exists():
+        return "the emulated core is not built for this Python: make emulation"
+    built = (BUILD / "built").stat().st_mtime
+    for path in (path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        if path.is_file() and path.stat().st_mtime > built:
+            return f"the emulated core is older than {path.relative_to(ROOT)}: make emulation"
+    return None
 
 
 def load(path: Path) -> Any:
@@ -69,12 +86,18 @@ def backend(core: Any, cuda: bool = True) -> ModuleType:
 
 
 def register() -> None:
-    """Make `backend="emulated"` known to samkernels. The last one: "auto" never takes it."""
+    """Make `backend="emulated"` known to samkernels. The last one: "auto" never takes it.
+
+    Raises:
+        RuntimeError: it is not built, or older than its sources.
+    """
     if "emulated" not in backends.BACKENDS:
-        add("emulated", backend(load(build())))
+        if reason := why_missing():
+            raise RuntimeError(reason)
+        add("emulated", backend(load(BUILD / MODULE)))
 
 
-def add(name: str, module: ModuleType) -> None:
+def add(name: str, module: Any) -> None:
     """Make a backend known to samkernels, behind all others."""
     backends._MODULES[name] = module
     backends.BACKENDS = (*backends.BACKENDS, name)
@@ -86,3 +109,7 @@ def _load(name: str, path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+if __name__ == "__main__":
+    print(build())

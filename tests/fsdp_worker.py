@@ -36,16 +36,10 @@ from samkernels import SAM, SAMDirection, SAMMagnitude, SGDHess, ops
 from samkernels.optim import _shards
 from tests import recipes
 from tests.optim_helpers import count_calls
+from tests.optimizers import ALL_VARIANTS, OPTIMIZERS
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05, "rho": 0.3}
-VARIANTS: list[tuple[type[SAM], dict[str, Any]]] = [
-    (SAM, {}),
-    *(
-        (cls, {"granularity": granularity})
-        for cls in (SAMDirection, SAMMagnitude)
-        for granularity in ("element", "tensor", "global")
-    ),
-]
+VARIANTS = [(v.info.cls, v.options) for v in ALL_VARIANTS]
 FEW_VARIANTS = [VARIANTS[0], VARIANTS[1], VARIANTS[2], VARIANTS[6]]  # each granularity once
 # Sums in another order: an ulp of the norms in each step, and what training makes of it.
 TOLERANCE = {
@@ -285,7 +279,7 @@ def check_a_missing_reduction_is_noticed(world: World) -> None:
 def check_bit_equal_without_a_norm(world: World) -> None:
     """With rho=0 no sum enters an elementwise rule: the fused kernels see the same numbers, cut
     another way. All processes have the same batch, so that the mean of their gradients is exact."""
-    for cls in (SAM, SAMDirection, SAMMagnitude):
+    for cls in OPTIMIZERS:
         for options in ({"nesterov": True}, {"momentum": 0.0, "maximize": True}):
             net, twin = sharded(world, Net(dtype=torch.float32)), Net(dtype=torch.float32)
             results = []

@@ -7,7 +7,6 @@ between their elements: `GuardedList.assert_intact` finds a write that went astr
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,11 +15,7 @@ import torch
 from torch import Tensor
 
 from samkernels import backends
-from tests import emulated, interpreted
-
-if not os.environ.get("SAMKERNELS_NO_EMULATION"):  # where the real ones run, say
-    emulated.register()
-interpreted.register()
+from tests import stand_ins
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -47,13 +42,21 @@ class Setting(NamedTuple):
         return f"{self.device}-{self.backend}-{str(self.dtype).removeprefix('torch.')}"
 
 
+def serves(backend: str, device: str, dtype: torch.dtype) -> bool:
+    """Also if the stand-in is missing here: its tests are skipped, and say so."""
+    if backend in stand_ins.STAND_INS:
+        return device == "cpu" and dtype in stand_ins.DTYPES
+    return backends.why_unavailable(backend, torch.device(device), dtype) is None
+
+
+stand_ins.register()
 SETTINGS = [
     Setting(device, backend, dtype)
     for device in DEVICES
     for backend in backends.BACKENDS
     if backend != "auto"
     for dtype in DTYPES
-    if backends.why_unavailable(backend, torch.device(device), dtype) is None
+    if serves(backend, device, dtype)
 ]
 
 

@@ -41,9 +41,8 @@ def backend() -> ModuleType:
 
 
 def register() -> None:
-    """Make `backend="interpreted"` known to samkernels. One of the last: "auto" never takes it. Not
-    where the real kernels run: SAMKERNELS_NO_EMULATION."""
-    if "interpreted" not in backends.BACKENDS and not os.environ.get("SAMKERNELS_NO_EMULATION"):
+    """Make `backend="interpreted"` known to samkernels. One of the last: "auto" never takes it."""
+    if "interpreted" not in backends.BACKENDS:
         backends._MODULES["interpreted"] = backend()
         backends.BACKENDS = (*backends.BACKENDS, "interpreted")
 

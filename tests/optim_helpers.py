@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from samkernels import SAM, SAMDirection, SAMMagnitude
-
-BACKENDS = ("native", "foreach", "reference")
-OPTIMIZERS = (SAM, SAMDirection, SAMMagnitude)
-
-# Every optimizer with each of its granularities, as (class, keyword arguments).
-VARIANTS = [
-    pytest.param(SAM, {}, id="SAM"),
-    *(
-        pytest.param(cls, {"granularity": granularity}, id=f"{cls.__name__}-{granularity}")
-        for cls in (SAMDirection, SAMMagnitude)
-        for granularity in ("element", "tensor", "global")
-    ),
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For tests of tiny models: with more threads than idle cores, they would wait all the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+from samkernels import SAM
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

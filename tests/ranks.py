@@ -24,15 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from samkernels import SAM, SAMDirection, SAMMagnitude, frozen_batchnorm_stats
 from tests.by_hand import RHO, SGD, STEPS, share
 from tests.optim_helpers import ConvNet, images, linear, snapshot
+from tests.optimizers import ALL_VARIANTS
 
-VARIANTS: dict[str, tuple[type[SAM], dict[str, Any]]] = {
-    "SAM": (SAM, {}),
-    **{
-        f"{cls.__name__}-{granularity}": (cls, {"granularity": granularity})
-        for cls in (SAMDirection, SAMMagnitude)
-        for granularity in ("element", "tensor", "global")
-    },
-}
+VARIANTS = {str(v): (v.info.cls, v.options) for v in ALL_VARIANTS}
 PERTURBATIONS = ("global", "local", "group")
 
 

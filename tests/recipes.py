@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -133,13 +132,3 @@ def forget_accelerate() -> None:
         return
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-@pytest.fixture
-def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # to be compared with loops on the CPU
-    # A Trainer in bfloat16 sets it, for everything that comes after.
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    forget_accelerate()
-    yield
-    forget_accelerate()

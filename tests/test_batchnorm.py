@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from samkernels import SAM, frozen_batchnorm_stats
-from tests.optim_helpers import ConvNet, images, one_thread, same_bits
-
-__all__ = ["one_thread"]
+from tests.optim_helpers import ConvNet, images, same_bits
 
 X = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
 

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, backends, ops
 from tests.helpers import assert_same_bits
-from tests.optim_helpers import VARIANTS, parameters_of, same_bits, snapshot, unchanged
+from tests.optim_helpers import (
+    parameters_of,
+    same_bits,
+    snapshot,
+    unchanged,
+)
+from tests.optimizers import (
+    each_cls_and_variant,
+)
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -28,7 +36,6 @@ BACKENDS = [
 ]
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 KERNELS = [name for name in BACKENDS if name != "foreach"]
-every_variant = pytest.mark.parametrize(("cls", "variant"), VARIANTS)
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 every_base = pytest.mark.parametrize(
     ("base", "options"),
@@ -82,7 +89,7 @@ def test_the_native_backend_is_there() -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@every_variant
+@each_cls_and_variant
 def test_twenty_runs_give_the_same_bits(
     cls: type[SAM], variant: dict[str, Any], dtype: torch.dtype, backend: str
 ) -> None:
@@ -116,7 +123,7 @@ def test_norms_do_not_depend_on_what_else_the_device_does() -> None:
 
 
 @on_every_backend
-@every_variant
+@each_cls_and_variant
 def test_steps_are_queued_on_the_current_stream(
     cls: type[SAM], variant: dict[str, Any], backend: str
 ) -> None:
@@ -165,7 +172,7 @@ def test_tensors_of_another_device_than_the_current_one(backend: str) -> None:
     ("backend", "lr_on_device"), [*((name, False) for name in BACKENDS), ("native", True)]
 )
 @every_base
-@every_variant
+@each_cls_and_variant
 def test_no_step_makes_the_host_wait(
     cls: type[SAM],
     variant: dict[str, Any],
@@ -259,7 +266,7 @@ class Training:
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("rho_on_device", [False, True])
 @every_base
-@every_variant
+@each_cls_and_variant
 def test_a_captured_step_replays_bit_for_bit(
     cls: type[SAM],
     variant: dict[str, Any],

@@ -19,10 +19,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from samkernels import SAM, SAMDirection, frozen_batchnorm_stats
-from tests.optim_helpers import one_thread, snapshot, unchanged
-from tests.recipes import forget_accelerate, fresh_accelerate, run, weights
-
-__all__ = ["fresh_accelerate", "one_thread"]
+from tests.optim_helpers import snapshot, unchanged
+from tests.recipes import forget_accelerate, run, weights
 
 pytestmark = [
     # What the frameworks say of themselves, of small data, and of a machine without a GPU.

@@ -18,9 +18,6 @@ if not hasattr(torch.distributed.fsdp, "fully_shard"):
 
 from tests import fsdp_worker
 from tests.fsdp_worker import ALL_STEPS, BASES, SAVED_AFTER, TOLERANCE, Net, all_of, train
-from tests.optim_helpers import one_thread
-
-__all__ = ["one_thread"]
 
 ROOT = Path(__file__).parent.parent
 SIZES = (2, 4)

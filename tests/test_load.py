@@ -15,24 +15,22 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from samkernels import SAM, SAMDirection, SAMMagnitude, backends, ops
+from samkernels import SAM, SAMDirection, SAMMagnitude, ops
 from tests.helpers import Slot, assert_same_bits, copies, make_list
 from tests.optim_helpers import (
     linear,
-    one_thread,
     snapshot,
     take_step,
     unchanged,
 )
-
-__all__ = ["one_thread"]
+from tests.optimizers import ALL_VARIANTS, OPTIMIZER_TABLE, Variant
 
 # -- 10,000 steps ----------------------------------------------------------------------------------
 
@@ -87,19 +85,29 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, maps me
 
 @linux
 @pytest.mark.parametrize(
-    ("cls", "base", "options", "steps"),
+    ("variant", "base", "options", "steps"),
     [
-        (SAM, torch.optim.SGD, {"momentum": 0.9}, 10_000),
-        (SAMMagnitude, torch.optim.AdamW, {**STATISTICS, "granularity": "global"}, 2_000),
-        (SAMDirection, torch.optim.AdamW, {**STATISTICS, "amsgrad": True}, 1_500),
+        (Variant(info, info.variants[-1]), *how)
+        for info, how in zip(
+            OPTIMIZER_TABLE,
+            cycle(
+                [
+                    (torch.optim.SGD, {"momentum": 0.9}, 10_000),
+                    (torch.optim.AdamW, {**STATISTICS, "amsgrad": True}, 1_500),
+                    (torch.optim.AdamW, STATISTICS, 2_000),
+                ]
+            ),
+            strict=False,
+        )
     ],
-    ids=["fused SGD", "fused AdamW", "another base"],
+    ids=str,
 )
 def test_thousands_of_steps_take_no_more_memory_than_some(
-    cls: type[SAM], base: type[torch.optim.Optimizer], options: dict[str, Any], steps: int
+    variant: Variant, base: type[torch.optim.Optimizer], options: dict[str, Any], steps: int
 ) -> None:
     model = linear()
-    optimizer = cls(model.parameters(), base, lr=1e-4, **options)
+    own = {**variant.options, **options}
+    optimizer = variant.info.cls(model.parameters(), base, lr=1e-4, **own)
     step = training_step(optimizer, model)
     assert_no_growth(growth(step, steps))
     assert all(p.isfinite().all() for p in model.parameters())
@@ -124,11 +132,6 @@ def test_one_tensor_per_step_is_noticed() -> None:
     assert grown.blocks > MAX_BLOCKS and grown.resident > MAX_BYTES
 
 
-def need(backend: str) -> None:
-    if backend not in backends.BACKENDS:
-        pytest.skip(f"without the backend {backend}")
-
-
 # -- thousands of tensors --------------------------------------------------------------------------
 
 # More than one launch of any kernel can take: csrc/cuda/multi_tensor_apply.cuh.
@@ -136,29 +139,24 @@ SLOTS = [Slot((i % 9,), offset=i % 4) for i in range(2000)]
 
 
 @pytest.mark.parametrize(
-    ("backend", "cls", "variant"),
-    [
-        ("native", SAM, {}),
-        ("native", SAMDirection, {}),
-        ("native", SAMMagnitude, {"granularity": "tensor"}),
-        ("emulated", SAM, {}),
-    ],
+    ("backend", "variant"),
+    [*(("native", variant) for variant in ALL_VARIANTS), ("emulated", ALL_VARIANTS[0])],
+    ids=str,
 )
-def test_two_thousand_tensors(backend: str, cls: type[SAM], variant: dict[str, Any]) -> None:
-    need(backend)
+def test_two_thousand_tensors(backend: str, variant: Variant) -> None:
     results = []
     for name in (backend, "reference"):
         memory = make_list(SLOTS, torch.float32)
         params = [nn.Parameter(w) for w in memory]
-        options = {"lr": 0.125, "momentum": 0.5, "weight_decay": 0.125, **variant}
-        optimizer = cls(params, rho=0.25, backend=name, **options)
+        options = {"lr": 0.125, "momentum": 0.5, "weight_decay": 0.125}
+        optimizer = variant(params, rho=0.25, backend=name, **options)
         assert optimizer.backends == {"cpu float32": name}
         for step in range(1 if backend == "emulated" else 2):  # which takes its time
             take_step(optimizer, step)
         memory.assert_intact()
         results.append(snapshot(params))
     assert not unchanged(results[0], list(make_list(SLOTS, torch.float32)))
-    if not variant:
+    if not variant.options:
         assert unchanged(*results)
     for a, b in zip(*results, strict=True):
         # Two steps of a coefficient that is two norms' roundings off, and weights of order 1.
@@ -175,22 +173,15 @@ OF_LAYER += [4 * WIDTH, 4 * WIDTH**2, WIDTH]
 BILLION = [50_304 * WIDTH, 2048 * WIDTH, *(OF_LAYER * LAYERS), WIDTH, WIDTH]
 
 
-def core() -> Any:
-    """The compiled kernels for CUDA, on the emulation."""
-    need("emulated")
-    emulated: Any = backends.get("emulated")
-    return emulated._C
-
-
 def tensor_without_memory(numel: int) -> Tensor:
     """One element, as often as needed: the core only reads its size."""
     return torch.zeros(1).expand(numel)
 
 
-def num_chunks(target: Any, sizes: list[int]) -> int:
+def num_chunks(core: Any, target: Any, sizes: list[int]) -> int:
     """How many chunks the core plans for tensors of these sizes: WorkspaceBytes of csrc/ops.h."""
-    tensors = core().TensorList([tensor_without_memory(numel) for numel in sizes])
-    num_bytes = [core().workspace_bytes(target, tensors, sums) for sums in (1, 2)]
+    tensors = core.TensorList([tensor_without_memory(numel) for numel in sizes])
+    num_bytes = [core.workspace_bytes(target, tensors, sums) for sums in (1, 2)]
     per_sum = (num_bytes[1] - num_bytes[0]) // 8
     assert num_bytes[0] == 8 * (per_sum + len(sizes) + 1)
     return per_sum - len(sizes)
@@ -199,46 +190,46 @@ def num_chunks(target: Any, sizes: list[int]) -> int:
 @pytest.mark.parametrize(
     ("device", "chunk_size"), [("cuda", CUDA_CHUNK_SIZE), ("cpu", CPU_CHUNK_SIZE)]
 )
-def test_chunks_of_a_billion_parameters(device: str, chunk_size: int) -> None:
+def test_chunks_of_a_billion_parameters(device: str, chunk_size: int, emulated_core: Any) -> None:
     assert 1.0e9 < sum(BILLION) < 1.1e9
-    target = core().cuda(0) if device == "cuda" else core().cpu(1)
+    core = emulated_core
+    target = core.cuda(0) if device == "cuda" else core.cpu(1)
     expected = sum(math.ceil(numel / chunk_size) for numel in BILLION)
-    assert num_chunks(target, BILLION) == expected
+    assert num_chunks(core, target, BILLION) == expected
     # The sums of the norms are all that a step takes beside its lists: 2 MB at most.
-    tensors = core().TensorList([tensor_without_memory(numel) for numel in BILLION])
-    num_bytes = core().workspace_bytes(target, tensors, core().NORMS_SUMS)
+    tensors = core.TensorList([tensor_without_memory(numel) for numel in BILLION])
+    num_bytes = core.workspace_bytes(target, tensors, core.NORMS_SUMS)
     assert num_bytes == 8 * (2 * expected + 3 * len(BILLION) + 1) < 2 << 20
 
 
 @pytest.mark.parametrize("sizes", [[2**31 + 1], [2**33] * 3, [2**45, 1], [5, 2**44, 0, 2**44]])
-def test_chunks_are_counted_in_64_bits(sizes: list[int]) -> None:
+def test_chunks_are_counted_in_64_bits(sizes: list[int], emulated_core: Any) -> None:
     expected = sum(math.ceil(numel / CUDA_CHUNK_SIZE) for numel in sizes)
-    assert num_chunks(core().cuda(0), sizes) == expected
+    assert num_chunks(emulated_core, emulated_core.cuda(0), sizes) == expected
 
 
-def test_more_chunks_than_a_launch_can_number_are_refused() -> None:
-    lists = [core().TensorList([tensor_without_memory(2**44 + 1)]) for _ in range(2)]
+def test_more_chunks_than_a_launch_can_number_are_refused(emulated_core: Any) -> None:
+    lists = [emulated_core.TensorList([tensor_without_memory(2**44 + 1)]) for _ in range(2)]
     with pytest.raises(ValueError, match="more than 2\\^44 elements in one launch"):
-        core().restore(core().cuda(0), *lists)
+        emulated_core.restore(emulated_core.cuda(0), *lists)
 
 
 @pytest.mark.parametrize(
     ("cls", "launches", "num_bytes"), [(SAM, 3, 40), (SAMDirection, 3, 44), (SAMMagnitude, 3, 44)]
 )
 def test_launches_and_bytes_of_a_billion_parameters(
-    cls: type[SAM], launches: int, num_bytes: int
+    cls: type[SAM], launches: int, num_bytes: int, emulated_core: Any
 ) -> None:
     """Launches depend on the number of tensors, and bytes on that of elements: counted for as many
     tensors, 2^-15 times as large."""
     sizes = [max(1, numel >> 15) for numel in BILLION]
     params = [nn.Parameter(torch.randn(numel)) for numel in sizes]
-    need("emulated")
     optimizer = cls(params, lr=0.1, momentum=0.9, backend="emulated")
     take_step(optimizer, 0)  # which makes the momentum buffers
-    core().take_launches(), core().take_traffic()
+    emulated_core.take_launches(), emulated_core.take_traffic()
     take_step(optimizer, 1)
-    assert core().take_launches() == launches
-    per_parameter = sum(core().take_traffic()) / sum(sizes)
+    assert emulated_core.take_launches() == launches
+    per_parameter = sum(emulated_core.take_traffic()) / sum(sizes)
     assert per_parameter == num_bytes
     # On paper: 41 GB a step for SAM, and 4 GB beside weights, gradients and momentum.
     assert 40e9 < per_parameter * sum(BILLION) < 46e9
@@ -246,18 +237,17 @@ def test_launches_and_bytes_of_a_billion_parameters(
     assert sum(old.nbytes for old in scratch) == 4 * sum(sizes)
 
 
-def test_one_more_tensor_is_at_most_one_more_launch_of_each_kernel() -> None:
+def test_one_more_tensor_is_at_most_one_more_launch_of_each_kernel(emulated_core: Any) -> None:
     """Cost grows with the number of tensors without a step larger than a launch."""
-    need("emulated")
     launches = []
     counts = [1, 2, 50, 51, *range(70, 200), 400, 600, *range(640, 660), 2000]
     for count in counts:
         lists = [[torch.ones(1) for _ in range(count)] for _ in range(4)]
-        core().take_launches()
+        emulated_core.take_launches()
         w, g, old, buf = lists
         ops.perturb_(w, g, old, rho=0.1, backend="emulated")  # with the norm
         ops.sgd_(w, old, g, buf, lr=0.1, momentum=0.9, backend="emulated")
-        launches.append(core().take_launches())
+        launches.append(emulated_core.take_launches())
     assert launches[0] == 3
     for (before, after), (n, m) in zip(pairwise(launches), pairwise(counts), strict=True):
         assert before <= after and (m > n + 1 or after <= before + 3)

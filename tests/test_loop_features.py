@@ -17,14 +17,15 @@ from samkernels import SAM, SAMDirection, SAMMagnitude, frozen_batchnorm_stats
 from tests.optim_helpers import (
     ConvNet,
     images,
-    one_thread,
     parameters_of,
     plain_sam_step,
     snapshot,
     unchanged,
 )
-
-__all__ = ["one_thread"]
+from tests.optimizers import (
+    INFO,
+    Variant,
+)
 
 STEPS = 12
 RHO = 0.1
@@ -145,11 +146,12 @@ BASES = {
     "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
     "AdamW": (torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.1}),
 }
-U = {
-    SAM: lambda g1, g2: g2,
-    SAMDirection: lambda g1, g2: g1.abs() * g2.sign(),
-    SAMMagnitude: lambda g1, g2: g2.abs() * g1.sign(),
-}
+
+
+def element_of(cls: type[SAM]) -> Callable[[Tensor, Tensor], Tensor]:
+    """u of one parameter, with the options that an optimizer has if none are given."""
+    variant = Variant(INFO[cls], INFO[cls].variants[0])
+    return lambda g1, g2: variant.u([g1], [g2])[0]
 
 
 def train(
@@ -182,7 +184,7 @@ def train(
             optimizer.step()
             model.zero_grad()
         else:
-            plain_sam_step(model, optimizer, compute, RHO, U[cls])
+            plain_sam_step(model, optimizer, compute, RHO, element_of(cls))
         after(step, losses[0])
     return model, optimizer
 

@@ -6,7 +6,7 @@ backend found, and the norm is compared on its own.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -78,15 +78,6 @@ on_cuda = pytest.mark.parametrize("setting", [s for s in SETTINGS if s.device ==
 may_debug_synchronisation = pytest.mark.filterwarnings(
     "ignore:Synchronization debug mode is a prototype:UserWarning"
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads; the tests below that are about threads set them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Lists:
@@ -495,14 +486,6 @@ def test_kernels_update_as_the_reference_bit_for_bit(
         )
         results.append(lists.params + lists.momentum_buffers)
     assert_equal(*results)
-
-
-@pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @native_on_cpu

@@ -43,15 +43,11 @@ from tests.test_ops import (
     native_on_cpu,
     norm_roundings,
     on_cuda,
-    one_thread,
     plant,
     scalar,
-    threads,
     total_numel,
     with_negative_zeros,
 )
-
-__all__ = ["one_thread", "threads"]
 
 LR, BETAS, EPS = 0.1, (0.9, 0.999), 1e-3
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -14,10 +14,7 @@ from tests.test_ops import (
     SGD_OPTIONS,
     check_perturb,
     check_sgd,
-    one_thread,
 )
-
-__all__ = ["one_thread"]
 
 pytest.importorskip("hypothesis")  # no CUDA machine need have it
 

@@ -33,11 +33,7 @@ from tests.test_ops import (
     every_setting,
     in_setting_and_in_reference,
     native_on_cpu,
-    one_thread,
-    threads,
 )
-
-__all__ = ["one_thread", "threads"]
 
 RHO = 0.5
 # rho, rho * D, 1 +, g *; D: one for each position, and the division.

@@ -16,13 +16,9 @@ from torch import Tensor, nn
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, ops
 from tests.optim_helpers import (
-    BACKENDS,
-    OPTIMIZERS,
-    VARIANTS,
     ConvNet,
     count_calls,
     linear,
-    one_thread,
     parameter,
     set_gradients,
     snapshot,
@@ -30,8 +26,12 @@ from tests.optim_helpers import (
     through_a_file,
     unchanged,
 )
-
-__all__ = ["one_thread"]
+from tests.optimizers import (
+    BACKENDS,
+    INFO,
+    each_cls_and_variant,
+    each_optimizer,
+)
 
 ADAM, ADAMW = torch.optim.Adam, torch.optim.AdamW
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.99)}
@@ -172,7 +172,7 @@ def test_parameters_without_a_gradient_in_some_steps(
 
 @every_backend
 @pytest.mark.parametrize("spoiled", [0, 1, 2])
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_a_skipped_step_is_as_if_it_had_not_been(
     cls: type[SAM], variant: dict[str, Any], spoiled: int, backend: str
 ) -> None:
@@ -382,7 +382,7 @@ def test_any_real_number_is_a_learning_rate() -> None:
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_base
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_layout_is_that_of_torch(
     cls: type[SAM], base: type[torch.optim.Optimizer], dtype: torch.dtype, backend: str
 ) -> None:
@@ -393,7 +393,7 @@ def test_layout_is_that_of_torch(
         take_step(optimizer, step)
         plain_step(alone, twin.parameters(), step)
     ours, theirs = optimizer.state_dict(), alone.state_dict()
-    own_options = {"rho", "adaptive"} | (set() if cls is SAM else {"granularity"})
+    own_options = INFO[cls].group_options
     for group, their_group in zip(ours["param_groups"], theirs["param_groups"], strict=True):
         assert {k: v for k, v in group.items() if k not in own_options} == their_group
     assert ours["state"].keys() == theirs["state"].keys()

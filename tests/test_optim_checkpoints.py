@@ -18,15 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
-from samkernels import SAM, SAMDirection, SAMMagnitude
+from samkernels import SAM, SAMMagnitude
 from tests.optim_helpers import (
-    BACKENDS,
-    OPTIMIZERS,
-    VARIANTS,
     ConvNet,
     images,
     linear,
-    one_thread,
     parameter,
     parameters_of,
     set_gradients,
@@ -35,8 +31,15 @@ from tests.optim_helpers import (
     through_a_file,
     unchanged,
 )
-
-__all__ = ["one_thread"]
+from tests.optimizers import (
+    BACKENDS,
+    INFO,
+    Variant,
+    each_backend,
+    each_cls_and_variant,
+    each_optimizer,
+    each_variant,
+)
 
 SGD_OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -69,8 +72,8 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("options", [SGD_OPTIONS, {"lr": 0.1}], ids=["momentum", "plain"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_backend
+@each_optimizer
 def test_layout_is_that_of_torch_sgd(
     cls: type[SAM], backend: str, options: dict[str, float]
 ) -> None:
@@ -84,7 +87,7 @@ def test_layout_is_that_of_torch_sgd(
         sgd.step()
     ours, theirs = optimizer.state_dict(), sgd.state_dict()
     assert ours.keys() == theirs.keys()
-    own_options = {"rho", "adaptive"} | (set() if cls is SAM else {"granularity"})
+    own_options = INFO[cls].group_options
     for group, their_group in zip(ours["param_groups"], theirs["param_groups"], strict=True):
         assert {k: v for k, v in group.items() if k not in own_options} == their_group
         assert own_options <= group.keys()
@@ -96,7 +99,7 @@ def test_layout_is_that_of_torch_sgd(
         assert not buffer.requires_grad
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_a_checkpoint_is_as_large_as_that_of_torch_sgd(cls: type[SAM]) -> None:
     model = nn.Linear(100, 100)
     optimizer = cls(model.parameters(), **SGD_OPTIONS)
@@ -151,7 +154,7 @@ class Training:
 
 
 @pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_resuming_is_bit_exact(
     cls: type[SAM],
     variant: dict[str, Any],
@@ -192,7 +195,7 @@ def test_without_the_momentum_resuming_is_not_exact() -> None:
 @pytest.mark.parametrize(("base", "options"), [BASES[0], BASES[2]])
 @pytest.mark.parametrize("after", BACKENDS)
 @pytest.mark.parametrize("before", BACKENDS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_loading_across_backends(
     cls: type[SAM],
     variant: dict[str, Any],
@@ -236,7 +239,7 @@ def test_resuming_in_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("after", DTYPES, ids=str)
 @pytest.mark.parametrize("before", DTYPES, ids=str)
 @pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_loading_across_dtypes(
     cls: type[SAM],
     base: type[torch.optim.Optimizer],
@@ -328,8 +331,8 @@ def test_a_torch_sgd_checkpoint(backend: str, nesterov: bool, options: dict[str,
 
 
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}, {"nesterov": True}])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_cls_and_variant
 def test_a_torch_sgd_checkpoint_in_each_optimizer(
     cls: type[SAM], variant: dict[str, Any], backend: str, flags: dict[str, Any]
 ) -> None:
@@ -355,10 +358,10 @@ def test_a_torch_sgd_checkpoint_in_each_optimizer(
             torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_a_torch_sgd_checkpoint_keeps_the_options_that_it_does_not_know(cls: type[SAM]) -> None:
     sgd = torch.optim.SGD(linear().parameters(), **SGD_OPTIONS)
-    variant = {} if cls is SAM else {"granularity": "global"}
+    variant = INFO[cls].variants[-1]
     optimizer = cls(linear().parameters(), rho=0.7, adaptive=True, lr=9.0, **variant)
     optimizer.load_state_dict(through_a_file(sgd.state_dict()))
     expected = {"rho": 0.7, "adaptive": True, **variant, **SGD_OPTIONS}
@@ -397,23 +400,21 @@ def test_a_sam_checkpoint_in_torch_sgd() -> None:
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("granularity", ["element", "tensor", "global"])
-@pytest.mark.parametrize("cls", [SAMDirection, SAMMagnitude])
-def test_a_sam_checkpoint_in_another_optimizer(cls: type[SAMDirection], granularity: str) -> None:
+@each_variant
+def test_a_sam_checkpoint_in_another_optimizer(variant: Variant) -> None:
     """rho and momentum are taken over; how u is made is the new optimizer's."""
     model = linear()
     sam = SAM(model.parameters(), rho=0.3, adaptive=True, **SGD_OPTIONS)
     take_step(sam, 0)
     checkpoint = through_a_file(sam.state_dict())
     twins = [copy.deepcopy(model), copy.deepcopy(model)]
-    loaded = cls(twins[0].parameters(), rho=7.0, lr=9.0, granularity=granularity)
+    loaded = variant(twins[0].parameters(), rho=7.0, lr=9.0)
     loaded.load_state_dict(checkpoint)
     group = loaded.param_groups[0]
-    assert (group["rho"], group["adaptive"], group["granularity"]) == (0.3, True, granularity)
+    expected = {"rho": 0.3, "adaptive": True, **variant.options}
+    assert {name: group[name] for name in expected} == expected
 
-    by_hand = cls(
-        twins[1].parameters(), rho=0.3, adaptive=True, granularity=granularity, **SGD_OPTIONS
-    )
+    by_hand = variant(twins[1].parameters(), **SGD_OPTIONS, rho=0.3, adaptive=True)
     for p, q in zip(twins[1].parameters(), model.parameters(), strict=True):
         by_hand.state[p]["momentum_buffer"] = sam.state[q]["momentum_buffer"].clone()
     for optimizer in (loaded, by_hand):
@@ -423,8 +424,8 @@ def test_a_sam_checkpoint_in_another_optimizer(cls: type[SAMDirection], granular
 
 
 @pytest.mark.parametrize("flags", [{}, {"amsgrad": True}, {"foreach": True}, {"fused": True}])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_cls_and_variant
 def test_an_adamw_checkpoint(
     cls: type[SAM], variant: dict[str, Any], backend: str, flags: dict[str, Any]
 ) -> None:
@@ -466,7 +467,7 @@ def test_an_adamw_checkpoint(
     ],
 )
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_nothing_is_saved_or_loaded_while_perturbed(
     cls: type[SAM],
     base: type[torch.optim.Optimizer],
@@ -528,7 +529,7 @@ def group_option(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (group_option("granularity", "layer"), ValueError, "granularity of parameter group 1"),
     ],
 )
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_checkpoints_that_do_not_fit(
     cls: type[SAM],
     spoil: Callable[[dict[str, Any]], None],
@@ -567,7 +568,7 @@ def test_loading_does_not_keep_a_hold_on_the_checkpoint() -> None:
 
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_distributed_checkpoint_of_a_new_optimizer(
     cls: type[SAM], base: type[torch.optim.Optimizer], options: dict[str, Any], flat: bool
 ) -> None:

@@ -9,10 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samkernels import SAM, SAMDirection, SAMMagnitude
-from tests.optim_helpers import VARIANTS, snapshot, unchanged
-
-every_variant = pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+from samkernels import SAM, SAMMagnitude
+from tests.optim_helpers import (
+    snapshot,
+    unchanged,
+)
+from tests.optimizers import (
+    ALL_VARIANTS,
+    each_cls_and_variant,
+)
 
 
 def network() -> nn.Module:
@@ -57,7 +62,7 @@ def test_these_gradients_are_larger() -> None:
     assert norm > 4 * MAX_NORM
 
 
-@every_variant
+@each_cls_and_variant
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "foreach"])
 def test_the_update_has_the_norm(
@@ -72,7 +77,7 @@ def test_the_update_has_the_norm(
 
 
 @pytest.mark.parametrize(
-    ("cls", "variant"), [case for case in VARIANTS if case.values[0] is not SAMDirection]
+    ("cls", "variant"), [(v.info.cls, v.options) for v in ALL_VARIANTS if v.info.has_the_norm_of_g2]
 )
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
 @pytest.mark.parametrize("track_statistics", [False, True])
@@ -97,7 +102,7 @@ def test_it_is_clip_grad_norm_of_g2(
         assert optimizer.statistics.second_grad_norm > 2 * MAX_NORM
 
 
-@every_variant
+@each_cls_and_variant
 def test_smaller_gradients_are_left_alone(cls: type[SAM], variant: dict[str, Any]) -> None:
     plain, _ = train(cls, **variant)
     bounded, _ = train(cls, max_grad_norm=100.0, **variant)

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, backends
 from samkernels.optim import _lists
-from tests.helpers import DEVICES
+from tests.helpers import DEVICES, serves
 from tests.optim_helpers import (
-    VARIANTS,
-    one_thread,
     same_bits,
     set_gradients,
     snapshot,
@@ -22,14 +20,13 @@ from tests.optim_helpers import (
     through_a_file,
     unchanged,
 )
-
-__all__ = ["one_thread"]
+from tests.optimizers import each_cls_and_variant
 
 PLACES = [
     pytest.param(device, backend, id=f"{device}-{backend}")
     for device in DEVICES
     for backend in backends.BACKENDS
-    if backend != "auto" and backends.why_unavailable(backend, torch.device(device)) is None
+    if backend != "auto" and serves(backend, device, torch.float32)
 ]
 everywhere = pytest.mark.parametrize(("device", "backend"), PLACES)
 SGD_OPTIONS: dict[str, dict[str, Any]] = {
@@ -61,7 +58,7 @@ def assert_near(ours: list[Tensor], theirs: list[Tensor]) -> None:
 @everywhere
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_steps_are_those_of_the_reference_on_the_cpu(
     cls: type[SAM],
     variant: dict[str, Any],
@@ -102,7 +99,7 @@ def test_other_base_optimizers(
 
 @everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_restore_is_exact(
     cls: type[SAM], variant: dict[str, Any], dtype: torch.dtype, device: str, backend: str
 ) -> None:
@@ -278,7 +275,7 @@ class Streams:
 
 @pytest.mark.parametrize("ends_with", ["second_step", "restore"])
 @pytest.mark.parametrize("other", ["A", "B"])
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_what_the_first_step_left_is_recorded_on_another_stream(
     cls: type[SAM],
     variant: dict[str, Any],

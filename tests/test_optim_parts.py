@@ -14,11 +14,8 @@ from torch.nn.functional import cross_entropy
 from samkernels import SAM, SAMDirection, SAMMagnitude, ops
 from tests.by_hand import RHO, SGD, STEPS, by_hand, close, loss_of_share
 from tests.optim_helpers import (
-    BACKENDS,
-    VARIANTS,
     bits,
     linear,
-    one_thread,
     parameter,
     parameters_of,
     set_gradients,
@@ -26,10 +23,14 @@ from tests.optim_helpers import (
     take_step,
     unchanged,
 )
-
-__all__ = ["one_thread"]
-
-NAMES = {SAM: "SAM", SAMDirection: "SAMDirection", SAMMagnitude: "SAMMagnitude"}
+from tests.optimizers import (
+    OPTIMIZER_TABLE,
+    OPTIMIZERS,
+    Variant,
+    each_backend,
+    each_cls_and_variant,
+    each_variant,
+)
 
 
 def take_parts(optimizer: SAM, seeds: range) -> list[list[list[Tensor]]]:
@@ -45,11 +46,11 @@ def take_parts(optimizer: SAM, seeds: range) -> list[list[list[Tensor]]]:
 
 
 @pytest.mark.parametrize("m", [1, 3])
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
-def test_against_steps_by_hand(cls: type[SAM], variant: dict[str, Any], m: int) -> None:
+@each_variant
+def test_against_steps_by_hand(variant: Variant, m: int) -> None:
     model = linear(torch.float64)
-    optimizer = cls(model.parameters(), rho=RHO, **variant, **SGD)
-    name = "-".join([NAMES[cls], *variant.values()])
+    optimizer = variant(model.parameters(), rho=RHO, **SGD)
+    name = str(variant)
     expected = by_hand(name, [[part] for part in range(m)])
     for step in range(STEPS):
         for part in optimizer.parts(range(m)):
@@ -64,8 +65,8 @@ def test_against_steps_by_hand(cls: type[SAM], variant: dict[str, Any], m: int) 
     assert (m == 1) == torch.allclose(whole[0], expected["weights"][-1][0], rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_cls_and_variant
 def test_one_part_is_the_usual_step(cls: type[SAM], variant: dict[str, Any], backend: str) -> None:
     """Bit for bit, and in no more memory: nothing is averaged."""
     results = []
@@ -78,7 +79,7 @@ def test_one_part_is_the_usual_step(cls: type[SAM], variant: dict[str, Any], bac
     assert unchanged(*results)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
 def test_backends_and_bases(backend: str, base: type[torch.optim.Optimizer]) -> None:
     """SAM of parts is the base optimizer with the mean of g2."""
@@ -199,7 +200,7 @@ def test_a_gradient_that_is_missing_in_a_part_is_zero(
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("part", [0, 1, 2])
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_a_part_whose_first_gradient_overflows(
     cls: type[SAM], variant: dict[str, Any], part: int, value: float
 ) -> None:
@@ -272,7 +273,7 @@ def test_the_scale_of_a_scaler_is_taken_out() -> None:
 # -- order, exceptions, checkpoints ----------------------------------------------------------------
 
 
-@pytest.fixture(params=[SAM, SAMDirection, SAMMagnitude])
+@pytest.fixture(params=OPTIMIZERS)
 def optimizer(request: pytest.FixtureRequest) -> SAM:
     return request.param(linear().parameters(), rho=RHO, **SGD)
 
@@ -404,9 +405,9 @@ def test_checkpoints(optimizer: SAM) -> None:
     optimizer.state_dict()
 
 
-def test_the_second_backward_writes_over_the_first(optimizer: SAM) -> None:
-    if type(optimizer) is SAM:
-        pytest.skip("SAM does not keep g1")
+@pytest.mark.parametrize("cls", [i.cls for i in OPTIMIZER_TABLE if i.keeps_first_grads])
+def test_the_second_backward_writes_over_the_first(cls: type[SAM]) -> None:
+    optimizer = cls(linear().parameters(), rho=RHO, **SGD)
     params = parameters_of(optimizer)
     before = snapshot(params)
     with pytest.raises(RuntimeError, match="was written over the first one"):

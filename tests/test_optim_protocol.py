@@ -16,12 +16,8 @@ from torch.optim import lr_scheduler
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, ops
 from tests.optim_helpers import (
-    BACKENDS,
-    OPTIMIZERS,
-    VARIANTS,
     count_calls,
     linear,
-    one_thread,
     parameter,
     parameters_of,
     set_gradients,
@@ -29,8 +25,14 @@ from tests.optim_helpers import (
     take_step,
     unchanged,
 )
-
-__all__ = ["one_thread"]
+from tests.optimizers import (
+    BACKENDS,
+    INFO,
+    OPTIMIZERS,
+    each_backend,
+    each_cls_and_variant,
+    each_optimizer,
+)
 
 BASES = [
     pytest.param(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, id="SGD"),
@@ -50,7 +52,7 @@ def loss_of(model: nn.Module) -> Tensor:
 # -- construction ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_positional_order_is_that_of_davda54(cls: type[SAM]) -> None:
     optimizer = cls(linear().parameters(), torch.optim.AdamW, 0.7, True, lr=0.3, betas=(0.5, 0.6))
     assert type(optimizer.base_optimizer) is torch.optim.AdamW
@@ -71,13 +73,13 @@ def test_davda54_keywords() -> None:
     assert optimizer.param_groups[0]["rho"] == 2.0
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_defaults(cls: type[SAM]) -> None:
     optimizer = cls(linear().parameters(), lr=0.1)
     assert type(optimizer.base_optimizer) is torch.optim.SGD
     (group,) = optimizer.param_groups
     assert (group["rho"], group["adaptive"]) == (0.05, False)
-    assert ("granularity" in group) == (cls is not SAM)
+    assert INFO[cls].group_options <= group.keys()
     assert group.get("granularity", "element") == "element"
     assert optimizer.statistics is None and not optimizer.track_statistics
 
@@ -89,9 +91,13 @@ def test_backend_and_granularity_are_no_positional_arguments() -> None:
         SAMDirection(linear().parameters(), torch.optim.SGD, 0.05, False, "global", lr=0.1)  # type: ignore[misc]
 
 
-def test_sam_has_no_granularity() -> None:
+@each_optimizer
+def test_granularity_is_an_option_of_mixtures_only(cls: type[SAM]) -> None:
+    if "granularity" in INFO[cls].group_options:
+        assert cls(linear().parameters(), granularity="global", lr=0.1)  # type: ignore[call-arg]
+        return
     with pytest.raises(TypeError, match="granularity"):
-        SAM(linear().parameters(), granularity="global", lr=0.1)
+        cls(linear().parameters(), granularity="global", lr=0.1)  # type: ignore[call-arg]
 
 
 def test_options_that_the_base_optimizer_does_not_know() -> None:
@@ -99,7 +105,7 @@ def test_options_that_the_base_optimizer_does_not_know() -> None:
         SAM(linear().parameters(), torch.optim.SGD, lr=0.1, betas=(0.9, 0.99))
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_is_a_torch_optimizer(cls: type[SAM]) -> None:
     optimizer = cls(linear().parameters(), lr=0.1)
     assert isinstance(optimizer, torch.optim.Optimizer)
@@ -126,7 +132,7 @@ def test_generators_tensors_and_named_groups() -> None:
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_backends_tells_who_serves(backend: str) -> None:
     params = [parameter(1.0), parameter(1.0, dtype=torch.bfloat16)]
     optimizer = SAM(params, lr=0.1, backend=backend)
@@ -226,7 +232,7 @@ def test_is_perturbed(optimizer: SAM) -> None:
 
 
 @pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_all_ways_to_step_are_the_same(
     cls: type[SAM],
     variant: dict[str, Any],
@@ -319,7 +325,7 @@ def test_closure_is_called_once_with_gradients(zero_grad: bool) -> None:
 
 
 @pytest.mark.parametrize("who", ["closure", "body"])
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_closure_after_first_step_is_called_once(cls: type[SAM], who: str) -> None:
     """At w + e(w). Lightning's wrapper passes a closure always, if need be one that does nothing:
     then the gradients that are there are g2."""
@@ -464,7 +470,7 @@ def test_first_step_takes_the_gradients_over(optimizer: SAM, zero_grad: bool) ->
 
 @pytest.mark.parametrize("between", ["nothing", "zero_grad", "set_to_none=False", "model"])
 @pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_zero_grad_between_the_passes_makes_no_difference(
     cls: type[SAM],
     variant: dict[str, Any],
@@ -572,7 +578,7 @@ def test_schedulers_without_a_warning(
     assert len(seen) > 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
 def test_a_scheduled_lr_is_the_lr_of_the_update(
     base: type[torch.optim.Optimizer], backend: str
@@ -876,7 +882,7 @@ def test_changed_lr_after_load_state_dict(base: type[torch.optim.Optimizer]) -> 
     assert p.item() == pytest.approx(-0.25, rel=1e-6)
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_added_groups_get_the_defaults(cls: type[SAM]) -> None:
     first = cls([parameter(1.0)], rho=0.3, adaptive=True, lr=0.1, momentum=0.9)
     first.add_param_group({"params": [parameter(1.0)]})
@@ -897,7 +903,7 @@ def test_each_group_has_its_own_rho() -> None:
     assert [p.item() for p in (one, two, three)] == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_granularity_may_differ_between_groups(backend: str) -> None:
     """The norms of "global" are over all groups, those of "tensor" over one tensor."""
     params = [parameter(0.0, 0.0) for _ in range(3)]
@@ -950,7 +956,7 @@ def test_a_group_that_is_no_dict() -> None:
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_statistics(
     cls: type[SAM],
     variant: dict[str, Any],

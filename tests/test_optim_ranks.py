@@ -18,10 +18,8 @@ from torch.nn.functional import cross_entropy
 from samkernels import SAM, frozen_batchnorm_stats
 from tests import ranks
 from tests.by_hand import RHO, SGD, STEPS, by_hand, close, is_far, loss_of_share, norm_of, share
-from tests.optim_helpers import ConvNet, images, linear, one_thread, snapshot, unchanged
+from tests.optim_helpers import ConvNet, images, linear, snapshot, unchanged
 from tests.ranks import PERTURBATIONS, VARIANTS
-
-__all__ = ["one_thread"]
 
 ROOT = Path(__file__).parent.parent
 Results = list[dict[str, Any]]  # of each rank

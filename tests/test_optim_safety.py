@@ -6,6 +6,7 @@ import copy
 import pickle
 import weakref
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -15,13 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from samkernels import SAM, SAMDirection, SAMMagnitude
 from tests.optim_helpers import (
-    BACKENDS,
-    OPTIMIZERS,
-    VARIANTS,
     ConvNet,
     images,
     linear,
-    one_thread,
     parameter,
     parameters_of,
     same_bits,
@@ -30,16 +27,24 @@ from tests.optim_helpers import (
     take_step,
     unchanged,
 )
-
-__all__ = ["one_thread"]
+from tests.optimizers import (
+    ADAM,
+    ADAMW,
+    AMSGRAD,
+    BACKENDS,
+    BASES,
+    OPTIMIZER_TABLE,
+    SGD,
+    Base,
+    Variant,
+    each_backend,
+    each_base,
+    each_fused_base,
+    each_optimizer,
+    each_variant,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05})
-ADAM = (torch.optim.Adam, {"lr": 0.1, "weight_decay": 0.05})
-FUSED = [pytest.param(*SGD, id="SGD"), pytest.param(*ADAM, id="Adam")]
-# Makes its own step: there is no fused one with amsgrad.
-AMSGRAD = (torch.optim.Adam, {"lr": 0.1, "weight_decay": 0.05, "amsgrad": True})
-BASES = [*FUSED, pytest.param(*AMSGRAD, id="Adam, amsgrad")]
 
 
 def two_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -56,14 +61,14 @@ def state_of(optimizer: SAM) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_variant
 def test_second_step_without_lr_brings_back_every_bit(
-    cls: type[SAM], variant: dict[str, Any], backend: str, dtype: torch.dtype
+    variant: Variant, backend: str, dtype: torch.dtype
 ) -> None:
     model = linear(dtype)
     options = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.1}
-    optimizer = cls(two_groups(model), backend=backend, **variant, **options)
+    optimizer = variant(two_groups(model), backend=backend, **options)
     before = snapshot(model.parameters())
     for step in range(3):
         set_gradients(model.parameters(), step)
@@ -74,13 +79,19 @@ def test_second_step_without_lr_brings_back_every_bit(
         assert unchanged(model.parameters(), before)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (backend, dtype)
+        for backend in BACKENDS
+        for dtype in (*DTYPES, torch.float64)
+        if not (backend == "native" and dtype is torch.float64)  # it has none, and says so
+    ],
+    ids=str,
+)
+@each_optimizer
 def test_restore_brings_back_every_bit(cls: type[SAM], backend: str, dtype: torch.dtype) -> None:
     """Also of numbers that arithmetic would not keep: nan, -0.0, subnormals, infinities."""
-    if dtype is torch.float64 and backend == "native":
-        pytest.skip("the compiled core has no float64, and says so")
     info = torch.finfo(dtype)
     odd = [float("nan"), -0.0, info.smallest_normal / 4, float("inf"), -float("inf"), info.max]
     params = [nn.Parameter(torch.tensor(odd * 3, dtype=dtype)), parameter(1.0, dtype=dtype)]
@@ -98,16 +109,15 @@ class Interrupted(BaseException):
 
 
 @pytest.mark.parametrize("error", [ValueError, Interrupted])
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_base
+@each_optimizer
 def test_an_exception_in_the_second_forward(
     cls: type[SAM],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    base: Base,
     error: type[BaseException],
 ) -> None:
     model = linear()
-    optimizer = cls(model.parameters(), base, 0.5, **options)
+    optimizer = cls(model.parameters(), base.cls, rho=0.5, **base.options)
     take_step(optimizer, 0)
     before = snapshot(model.parameters())
     state = copy.deepcopy(optimizer.state_dict())
@@ -177,7 +187,7 @@ def negative_lr_in_the_second_group(params: list[Tensor], optimizer: SAM) -> Non
     optimizer.param_groups[1]["lr"] = -1.0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize(
     ("base", "prepare", "error", "text"),
     [
@@ -197,7 +207,7 @@ def negative_lr_in_the_second_group(params: list[Tensor], optimizer: SAM) -> Non
         ),
     ],
 )
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_a_second_step_that_fails(
     cls: type[SAM],
     base: type[torch.optim.Optimizer],
@@ -218,8 +228,8 @@ def test_a_second_step_that_fails(
     assert unchanged(params, before) and not optimizer.is_perturbed
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_backend
+@each_optimizer
 def test_a_first_step_that_fails_halfway(cls: type[SAM], backend: str) -> None:
     model = linear()
     optimizer = cls(two_groups(model), lr=0.1, backend=backend)
@@ -233,18 +243,16 @@ def test_a_first_step_that_fails_halfway(cls: type[SAM], backend: str) -> None:
     assert unchanged([p.grad for p in params], grads), "g1 can be used once rho is right"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_base
+@each_variant
 def test_addresses_never_change(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
     backend: str,
 ) -> None:
     model = linear()
-    optimizer = cls(two_groups(model), base, backend=backend, **variant, **options)
+    optimizer = variant(two_groups(model), base, backend=backend)
     params = list(model.parameters())
     addresses = [p.data_ptr() for p in params]
     state_addresses: set[tuple[int, ...]] = set()
@@ -271,21 +279,19 @@ def test_addresses_never_change(
 
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 @pytest.mark.parametrize("started", [False, True], ids=["first step", "later step"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("base", "options"), FUSED)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_fused_base
+@each_variant
 def test_g1_that_is_not_finite_skips_the_step(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
     backend: str,
     started: bool,
     value: float,
 ) -> None:
     """One bad element in one group: nothing moves in any group, and the step does not count."""
     model = linear()
-    optimizer = cls(two_groups(model), base, backend=backend, **variant, **options)
+    optimizer = variant(two_groups(model), base, backend=backend)
     if started:
         take_step(optimizer, 0)
     params = list(model.parameters())
@@ -310,23 +316,13 @@ def test_g1_that_is_not_finite_skips_the_step(
     assert all(p.isfinite().all() for p in params)
 
 
-@pytest.mark.parametrize("granularity", ["element", "tensor", "global"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
-@pytest.mark.parametrize(("base", "options"), FUSED)
-def test_everything_not_finite(
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
-    cls: type[SAM],
-    backend: str,
-    granularity: str,
-) -> None:
+@each_backend
+@each_variant
+@each_fused_base
+def test_everything_not_finite(base: Base, variant: Variant, backend: str) -> None:
     """Both gradients, all elements, statistics on."""
-    variant = {} if cls is SAM else {"granularity": granularity}
     model = linear()
-    optimizer = cls(
-        model.parameters(), base, backend=backend, track_statistics=True, **variant, **options
-    )
+    optimizer = variant(model.parameters(), base, backend=backend, track_statistics=True)
     params = list(model.parameters())
     before = snapshot(params)
     for _ in range(2):
@@ -341,15 +337,14 @@ def test_everything_not_finite(
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_variant
 def test_g1_that_is_not_finite_gives_other_optimizers_zeros(
-    cls: type[SAM], variant: dict[str, Any], backend: str, value: float
+    variant: Variant, backend: str, value: float
 ) -> None:
     model, twin = linear(), linear()
-    base, options = AMSGRAD
-    optimizer = cls(model.parameters(), base, backend=backend, **variant, **options)
-    alone = base(twin.parameters(), **options)
+    optimizer = variant(model.parameters(), AMSGRAD, backend=backend)
+    alone = AMSGRAD.cls(twin.parameters(), **AMSGRAD.options)
     params = list(model.parameters())
     before = snapshot(params)
 
@@ -367,13 +362,11 @@ def test_g1_that_is_not_finite_gives_other_optimizers_zeros(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
-def test_zero_g1_perturbs_nothing(
-    cls: type[SAM], variant: dict[str, Any], backend: str, dtype: torch.dtype
-) -> None:
+@each_backend
+@each_variant
+def test_zero_g1_perturbs_nothing(variant: Variant, backend: str, dtype: torch.dtype) -> None:
     model = linear(dtype)
-    optimizer = cls(two_groups(model), backend=backend, lr=0.5, **variant)
+    optimizer = variant(two_groups(model), backend=backend, lr=0.5)
     params = list(model.parameters())
     before = snapshot(params)
     for p in params:
@@ -383,17 +376,17 @@ def test_zero_g1_perturbs_nothing(
     grads = set_gradients(params, 0)
     optimizer.second_step()
     for p, old, g2 in zip(params, before, grads, strict=True):
-        # Both halves of u need g1: a zero magnitude, or a direction that is none.
-        u = g2 if cls is SAM else torch.zeros_like(g2)
-        expected = (old.double() - 0.5 * u.double()).to(dtype)
+        # Both halves of a mixture need g1: a zero magnitude, or a direction that is none.
+        (u,) = variant.u([torch.zeros_like(g2).double()], [g2.double()])
+        expected = (old.double() - 0.5 * u).to(dtype)
         torch.testing.assert_close(p.detach(), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
-def test_zero_g2(cls: type[SAM], variant: dict[str, Any], backend: str) -> None:
+@each_backend
+@each_variant
+def test_zero_g2(variant: Variant, backend: str) -> None:
     model = linear()
-    optimizer = cls(two_groups(model), backend=backend, lr=0.5, **variant)
+    optimizer = variant(two_groups(model), backend=backend, lr=0.5)
     params = list(model.parameters())
     before = snapshot(params)
     set_gradients(params, 0)
@@ -404,7 +397,7 @@ def test_zero_g2(cls: type[SAM], variant: dict[str, Any], backend: str) -> None:
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_float16_norms_do_not_overflow(backend: str) -> None:
     p = nn.Parameter(torch.zeros(64, dtype=torch.float16))
     optimizer = SAM([p], rho=8.0, lr=0.1, backend=backend)
@@ -426,20 +419,18 @@ def freeze(p: nn.Parameter) -> None:
 
 
 @pytest.mark.parametrize("change", [lose, freeze])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_base
+@each_variant
 def test_parameters_that_lose_their_gradient_are_restored(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
     backend: str,
     change: Callable[[nn.Parameter], None],
 ) -> None:
     """Restored, and left alone: no weight decay, no momentum."""
     model = linear()
-    optimizer = cls(two_groups(model), base, backend=backend, **variant, **options)
+    optimizer = variant(two_groups(model), base, backend=backend)
     params = list(model.parameters())
     before = snapshot(params)
     for step in range(3):
@@ -455,20 +446,18 @@ def test_parameters_that_lose_their_gradient_are_restored(
     assert not any(same_bits(params[i], before[i]) for i in others)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_base
+@each_variant
 def test_parameters_with_g2_only(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
     backend: str,
 ) -> None:
     """SAM's u is g2; SAMDirection and SAMMagnitude have no u without g1."""
     model, twin = linear(), linear()
-    optimizer = cls(two_groups(model), base, backend=backend, **variant, **options)
-    alone = base(twin.parameters(), **options)
+    optimizer = variant(two_groups(model), base, backend=backend)
+    alone = base.cls(twin.parameters(), **base.options)
     params, twins = list(model.parameters()), list(twin.parameters())
     before = snapshot(params)
     for step in range(3):
@@ -481,7 +470,7 @@ def test_parameters_with_g2_only(
         optimizer.second_step(zero_grad=True)
         twins[2].grad = grads[2]
         alone.step()
-    if cls is SAM:
+    if not variant.info.keeps_first_grads:
         torch.testing.assert_close(params[2], twins[2])
         assert not same_bits(params[2], before[2])
     else:
@@ -489,12 +478,10 @@ def test_parameters_with_g2_only(
         assert not optimizer.state.get(params[2])
 
 
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
-def test_parameters_removed_and_added_between_the_steps(
-    cls: type[SAM], variant: dict[str, Any]
-) -> None:
+@each_variant
+def test_parameters_removed_and_added_between_the_steps(variant: Variant) -> None:
     model = linear()
-    optimizer = cls(two_groups(model), lr=0.1, **variant)
+    optimizer = variant(two_groups(model), lr=0.1)
     params = list(model.parameters())
     before = snapshot(params)
     set_gradients(params, 0)
@@ -505,16 +492,16 @@ def test_parameters_removed_and_added_between_the_steps(
     set_gradients([*params, late], 1)
     optimizer.second_step()
     assert removed is params[3] and same_bits(removed, before[3])
-    assert same_bits(late, torch.tensor([1.0, 2.0])) == (cls is not SAM)
+    assert same_bits(late, torch.tensor([1.0, 2.0])) == variant.info.keeps_first_grads
 
 
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
-def test_gradients_replaced_between_the_steps(cls: type[SAM], variant: dict[str, Any]) -> None:
+@each_variant
+def test_gradients_replaced_between_the_steps(variant: Variant) -> None:
     """What counts is `.grad` when a step is made, whoever put it there."""
     results = []
     for replace in (False, True):
         model = linear()
-        optimizer = cls(two_groups(model), lr=0.1, **variant)
+        optimizer = variant(two_groups(model), lr=0.1)
         params = list(model.parameters())
         set_gradients(params, 0)
         optimizer.first_step()
@@ -528,21 +515,24 @@ def test_gradients_replaced_between_the_steps(cls: type[SAM], variant: dict[str,
     assert unchanged(results[0], results[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *((backend, torch.float16) for backend in (*BACKENDS, "auto")),
+        *((backend, torch.float64) for backend in ("foreach", "reference", "auto")),
+    ],
+    ids=str,
+)
+@each_base
+@each_optimizer
 def test_a_cast_between_the_steps(
     cls: type[SAM],
     backend: str,
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    base: Base,
     dtype: torch.dtype,
 ) -> None:
-    if backend == "native" and dtype is torch.float64:
-        pytest.skip("the compiled core has no float64, and says so")
     model = linear()
-    optimizer = cls(model.parameters(), base, 0.5, backend=backend, **options)
+    optimizer = cls(model.parameters(), base.cls, rho=0.5, backend=backend, **base.options)
     before = [w.to(dtype) for w in snapshot(model.parameters())]
     set_gradients(model.parameters(), 0)
     optimizer.first_step()
@@ -566,10 +556,8 @@ def test_another_layout_between_the_steps() -> None:
     assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
 
 
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
-def test_another_dtype_or_layout_between_whole_steps(
-    cls: type[SAM], variant: dict[str, Any]
-) -> None:
+@each_variant
+def test_another_dtype_or_layout_between_whole_steps(variant: Variant) -> None:
     """Nothing that is kept from step to step, momentum included, may be in the way."""
     results = []
     for dtype, layout in (
@@ -577,7 +565,7 @@ def test_another_dtype_or_layout_between_whole_steps(
         (torch.float64, torch.channels_last),
     ):
         model = ConvNet()
-        optimizer = cls(model.parameters(), rho=0.3, **SGD[1], **variant)
+        optimizer = variant(model.parameters(), SGD, rho=0.3)
         take_step(optimizer, 0)
         model.to(memory_format=layout)
         take_step(optimizer, 1)
@@ -590,7 +578,7 @@ def test_another_dtype_or_layout_between_whole_steps(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_another_shape_between_the_steps(cls: type[SAM]) -> None:
     """Its old values fit nowhere, but those of all other parameters come back."""
     first, second = parameter(1.0, 2.0, 3.0), parameter(4.0)
@@ -604,22 +592,17 @@ def test_another_shape_between_the_steps(cls: type[SAM]) -> None:
     assert second.item() == 4.0 and not optimizer.is_perturbed
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("base", "options"),
-    [*BASES, pytest.param(torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.5}, id="AdamW")],
-)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
-def test_unused_parameters_are_untouched(
-    cls: type[SAM], base: type[torch.optim.Optimizer], options: dict[str, Any], backend: str
-) -> None:
+@each_backend
+@pytest.mark.parametrize("base", [*BASES, ADAMW], ids=str)
+@each_optimizer
+def test_unused_parameters_are_untouched(cls: type[SAM], base: Base, backend: str) -> None:
     model = linear()
     unused = nn.Parameter(torch.randn(7))
     frozen = nn.Parameter(torch.randn(7), requires_grad=False)
     before = snapshot([unused, frozen])
     groups = [*two_groups(model), {"params": [unused]}]
     groups[0]["params"].append(frozen)
-    optimizer = cls(groups, base, backend=backend, **options)
+    optimizer = cls(groups, base.cls, backend=backend, **base.options)
     for step in range(3):
         set_gradients(model.parameters(), step)
         optimizer.first_step()
@@ -646,8 +629,8 @@ def perturbation_of(optimizer: SAM, seed: int, scale: float = 1.0) -> tuple[Tens
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_backend
+@each_optimizer
 def test_size_of_the_perturbation(cls: type[SAM], backend: str, scale: float) -> None:
     """||e(w)|| = rho over all groups together, whatever the size of the gradient."""
     model = linear()
@@ -659,8 +642,8 @@ def test_size_of_the_perturbation(cls: type[SAM], backend: str, scale: float) ->
     assert (e @ g1 / (e.norm() * g1.norm())).item() == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_backend
+@each_optimizer
 def test_size_of_the_adaptive_perturbation(cls: type[SAM], backend: str) -> None:
     """||e(w) / |w||| = rho: ASAM's neighbourhood."""
     model = linear()
@@ -671,7 +654,7 @@ def test_size_of_the_adaptive_perturbation(cls: type[SAM], backend: str) -> None
     torch.testing.assert_close(e, 2.0 * w**2 * g1 / (w * g1).norm(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_size_of_the_perturbation_with_a_rho_per_group(backend: str) -> None:
     """Each group has its share of one norm, times its own rho; groups may differ in adaptive."""
     params = list(linear().parameters())
@@ -706,23 +689,19 @@ def test_one_norm_over_parameters_of_two_dtypes(backend: str, second: torch.dtyp
     assert two.tolist() == pytest.approx([0.0, -8.0], rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_base
+@each_variant
 def test_maximizing_f_is_minimizing_minus_f(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
     backend: str,
 ) -> None:
     results = []
     for maximize in (False, True):
         sign = 1 if maximize else -1
         model = ConvNet()
-        optimizer = cls(
-            model.parameters(), base, 0.3, backend=backend, maximize=maximize, **variant, **options
-        )
+        optimizer = variant(model.parameters(), base, rho=0.3, backend=backend, maximize=maximize)
         for step in range(3):
             x, y = images(step)
             for make_step in (optimizer.first_step, optimizer.second_step):
@@ -754,7 +733,7 @@ def test_the_same_parameter_in_two_groups() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_overlapping_parameters(cls: type[SAM]) -> None:
     storage = torch.randn(10)
     first, second = nn.Parameter(storage[:6]), nn.Parameter(storage[5:])
@@ -773,7 +752,7 @@ def test_a_parameter_that_overlaps_itself() -> None:
         SAM([p], lr=0.1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_tied_modules(backend: str) -> None:
     """One parameter in two modules is one parameter, with the sum of both gradients."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -785,36 +764,32 @@ def test_tied_modules(backend: str) -> None:
     take_step(optimizer, 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
-def test_parameters_in_one_flat_buffer(
-    cls: type[SAM], variant: dict[str, Any], backend: str
-) -> None:
+@each_backend
+@each_variant
+def test_parameters_in_one_flat_buffer(variant: Variant, backend: str) -> None:
     """Neighbours in memory, at any alignment, that do not overlap."""
     flat = torch.randn(23)
     views = [nn.Parameter(part) for part in flat.split([1, 5, 0, 9, 8])]
     copies = [nn.Parameter(v.detach().clone()) for v in views]
     for params in (views, copies):
-        optimizer = cls(params, rho=0.3, lr=0.1, momentum=0.9, backend=backend, **variant)
+        optimizer = variant(params, rho=0.3, lr=0.1, momentum=0.9, backend=backend)
         for step in range(3):
             take_step(optimizer, step)
     assert unchanged(views, copies)
     assert same_bits(flat, torch.cat([p.detach() for p in copies]))
 
 
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_base
+@each_variant
 def test_one_gradient_tensor_for_two_parameters(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
 ) -> None:
     """Handled or refused: u must not silently be written twice to one tensor."""
     results = []
     for shared in (False, True):
         params = [parameter(1.0, 2.0), parameter(3.0, 4.0)]
-        optimizer = cls(params, base, 0.1, **variant, **options)
+        optimizer = variant(params, base, rho=0.1)
         for make_step, value in ((optimizer.first_step, 2.0), (optimizer.second_step, 3.0)):
             grad = torch.tensor([value, -1.0])
             for p in params:
@@ -828,20 +803,18 @@ def test_one_gradient_tensor_for_two_parameters(
     assert unchanged(results[0], results[1])
 
 
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_base
+@each_variant
 def test_gradients_in_a_buffer_that_every_backward_overwrites(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
 ) -> None:
     """DistributedDataParallel(gradient_as_bucket_view=True) does this. Handled or refused: g1 must
     not silently become g2."""
     results = []
     for shared in (False, True):
         params = [parameter(1.0, 2.0), parameter(3.0, 4.0)]
-        optimizer = cls(params, base, 0.1, **variant, **options)
+        optimizer = variant(params, base, rho=0.1)
         bucket = torch.zeros(4)
         for make_step, values in (
             (optimizer.first_step, [1.0, -2.0, 3.0, 4.0]),
@@ -893,7 +866,7 @@ def layouts(shape: tuple[int, ...]) -> dict[str, Callable[[Tensor], Tensor]]:
 LAYOUTS = layouts((4, 3, 2, 2))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("second", LAYOUTS)
 @pytest.mark.parametrize("first", LAYOUTS)
 @pytest.mark.parametrize("of_parameter", ["contiguous", "channels_last", "offset"])
@@ -902,7 +875,7 @@ def test_gradients_of_another_layout(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     w, *grads = (torch.randn(4, 3, 2, 2, generator=generator) for _ in range(5))
-    for cls, base, options in ((SAM, *SGD), (SAMDirection, *ADAM), (SAMMagnitude, *AMSGRAD)):
+    for info, base in zip(OPTIMIZER_TABLE, cycle((SGD, ADAM, AMSGRAD)), strict=False):
         results = []
         for layout, layout1, layout2 in (
             (of_parameter, first, second),
@@ -910,7 +883,7 @@ def test_gradients_of_another_layout(
         ):
             p = nn.Parameter(LAYOUTS[layout](w.clone()))
             stride = p.stride()
-            optimizer = cls([p], base, 0.3, backend=backend, **options)
+            optimizer = Variant(info)([p], base, rho=0.3, backend=backend)
             for g1, g2 in (grads[:2], grads[2:]):
                 p.grad = LAYOUTS[layout1](g1.clone())
                 optimizer.first_step()
@@ -922,20 +895,18 @@ def test_gradients_of_another_layout(
         torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_base
+@each_variant
 def test_expanded_gradients(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
     backend: str,
 ) -> None:
     results = []
     for expanded in (False, True):
         params = [nn.Parameter(torch.arange(6.0).view(2, 3)), parameter(1.0, 2.0)]
-        optimizer = cls(params, base, 0.3, backend=backend, **variant, **options)
+        optimizer = variant(params, base, rho=0.3, backend=backend)
         for make_step, value in ((optimizer.first_step, 2.0), (optimizer.second_step, -3.0)):
             for p in params:
                 grad = torch.tensor(value).expand(p.shape)
@@ -946,13 +917,11 @@ def test_expanded_gradients(
 
 
 @pytest.mark.parametrize("backend", ["auto", "foreach", "reference"])
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_base
+@each_variant
 def test_parameters_with_gaps(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
     backend: str,
 ) -> None:
     """Slices, here interleaved ones; what lies in the gaps is not touched."""
@@ -961,7 +930,7 @@ def test_parameters_with_gaps(
     slices = [nn.Parameter(storage[:, i::3]) for i in (0, 1)]
     copies = [nn.Parameter(s.detach().clone(memory_format=torch.contiguous_format)) for s in slices]
     for params in (slices, copies):
-        optimizer = cls(params, base, 0.3, backend=backend, **variant, **options)
+        optimizer = variant(params, base, rho=0.3, backend=backend)
         for step in range(3):
             take_step(optimizer, step)
     for s, c in zip(slices, copies, strict=True):
@@ -977,18 +946,16 @@ def test_parameters_with_gaps_and_the_compiled_core() -> None:
         SAM([p], lr=0.1, backend="native")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_backend
+@each_base
+@each_variant
 def test_empty_and_scalar_parameters(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
     backend: str,
 ) -> None:
     empty, scalar = nn.Parameter(torch.zeros(3, 0)), nn.Parameter(torch.tensor(2.0))
-    optimizer = cls([empty, scalar], base, 0.5, backend=backend, **variant, **options)
+    optimizer = variant([empty, scalar], base, rho=0.5, backend=backend)
     empty.grad, scalar.grad = torch.zeros(3, 0), torch.tensor(-3.0)
     optimizer.first_step()
     assert scalar.item() == pytest.approx(1.5)
@@ -997,7 +964,7 @@ def test_empty_and_scalar_parameters(
     assert scalar.item() > 2.0 and empty.shape == (3, 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_nothing_but_empty_parameters(backend: str) -> None:
     p = nn.Parameter(torch.zeros(0))
     optimizer = SAMMagnitude([p], lr=0.1, momentum=0.9, granularity="global", backend=backend)
@@ -1012,7 +979,7 @@ def test_nothing_but_empty_parameters(backend: str) -> None:
 @pytest.mark.skipif(
     not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch has gradients of one dtype only"
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("step", ["first_step", "second_step"])
 def test_gradients_of_another_dtype(step: str, backend: str) -> None:
     """Either they are understood or they are refused; never are their bytes misread."""
@@ -1036,7 +1003,7 @@ def test_gradients_of_another_dtype(step: str, backend: str) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e5m2], ids=str
 )
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_dtypes_that_are_not_supported(cls: type[SAM], dtype: torch.dtype) -> None:
     good = parameter(1.0)
     bad = nn.Parameter(torch.zeros(3).to(dtype), requires_grad=False)
@@ -1053,7 +1020,7 @@ def test_sparse_parameters() -> None:
 # -- arguments -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
@@ -1084,9 +1051,11 @@ def test_bad_arguments_are_named(
         cls([parameter(1.0)], **{"lr": 0.1, **options})
 
 
-@pytest.mark.parametrize("cls", [SAMDirection, SAMMagnitude])
+@pytest.mark.parametrize(
+    "cls", [info.cls for info in OPTIMIZER_TABLE if "granularity" in info.group_options]
+)
 @pytest.mark.parametrize("granularity", ["layer", "Element", "", None, 3])
-def test_bad_granularity(cls: type[SAMDirection], granularity: Any) -> None:
+def test_bad_granularity(cls: Any, granularity: Any) -> None:
     text = "granularity=.*: give one of 'element', 'tensor', 'global'"
     with pytest.raises(ValueError, match=text):
         cls([parameter(1.0)], lr=0.1, granularity=granularity)
@@ -1116,15 +1085,15 @@ def test_bad_params(params: Any, error: type[Exception], text: str) -> None:
 # -- autograd, copies ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("moment", ["first_step", "restore", "second_step"])
-@pytest.mark.parametrize(("base", "options"), BASES)
+@each_base
 def test_a_retained_graph_notices_that_weights_were_overwritten(
-    base: type[torch.optim.Optimizer], options: dict[str, Any], moment: str, backend: str
+    base: Base, moment: str, backend: str
 ) -> None:
     """Autograd saved the weights of the forward pass; with others, backward would be wrong."""
     model = linear()
-    optimizer = SAM(model.parameters(), base, 0.5, backend=backend, **options)
+    optimizer = SAM(model.parameters(), base.cls, 0.5, backend=backend, **base.options)
     x = torch.ones(2, 4)
 
     def loss() -> Tensor:
@@ -1147,23 +1116,19 @@ def test_a_retained_graph_notices_that_weights_were_overwritten(
     [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))],
     ids=["deepcopy", "pickle"],
 )
-@pytest.mark.parametrize(("base", "options"), BASES)
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_base
+@each_variant
 def test_copies_step_identically_and_independently(
-    cls: type[SAM],
-    variant: dict[str, Any],
-    base: type[torch.optim.Optimizer],
-    options: dict[str, Any],
+    variant: Variant,
+    base: Base,
     duplicate: Callable[[Any], Any],
     backend: str,
 ) -> None:
     model = linear()
-    optimizer = cls(
-        two_groups(model), base, backend=backend, track_statistics=True, **variant, **options
-    )
+    optimizer = variant(two_groups(model), base, backend=backend, track_statistics=True)
     take_step(optimizer, 0)
     twin_model, twin = duplicate((model, optimizer))
-    assert type(twin) is cls and twin.backends == optimizer.backends
+    assert type(twin) is variant.info.cls and twin.backends == optimizer.backends
     assert twin.base_optimizer is not optimizer.base_optimizer
     assert twin.param_groups is twin.base_optimizer.param_groups
     assert twin.state is twin.base_optimizer.state
@@ -1198,7 +1163,7 @@ def give(params: list[nn.Parameter], value: float = 1.0) -> None:
         p.grad = torch.full_like(p, value)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize(
     "swap",
     [
@@ -1257,7 +1222,7 @@ def test_parameters_that_come_to_share_memory_are_refused() -> None:
     ],
     ids=["shape", "number", "lr on meta", "lr", "granularity"],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_a_later_group_that_is_wrong_leaves_the_earlier_ones_alone(
     spoil: Callable[[SAM, Tensor], None], backend: str
 ) -> None:
@@ -1292,7 +1257,7 @@ def test_a_first_gradient_in_memory_of_somebody_else_is_copied() -> None:
     torch.testing.assert_close(params[0].detach(), -0.1 * torch.arange(1.0, 5.0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_hyperparameters_that_pytorch_negates_when_it_reads_them(backend: str) -> None:
     half = torch.tensor(1 - 0.5j).conj().imag
     assert half.is_neg() and half.item() == 0.5

@@ -27,11 +27,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samkernels import SAM, SAMDirection, SAMMagnitude, backends, ops
+from samkernels import SAM, backends, ops
 from tests import helpers
-from tests.optim_helpers import one_thread, parameters_of, same_bits, snapshot, through_a_file
-
-__all__ = ["one_thread"]
+from tests.optim_helpers import parameters_of, same_bits, snapshot, through_a_file
+from tests.optimizers import ALL_VARIANTS
 
 pytest.importorskip("hypothesis")  # no CUDA machine need have it
 
@@ -56,17 +55,12 @@ SETTINGS = settings(
 )
 
 TESTED = [
-    name for name in ("native", "emulated", "foreach", "reference") if name in backends.BACKENDS
+    name
+    for name in ("native", "emulated", "foreach", "reference")
+    if name in backends.BACKENDS and not backends.why_unavailable(name, torch.device("cpu"))
 ]
 SHAPES = [(17,), (3, 5), (), (0, 2), (2, 3, 1)]
-VARIANTS: list[tuple[type[SAM], dict[str, Any]]] = [
-    (SAM, {}),
-    *(
-        (cls, {"granularity": granularity})
-        for cls in (SAMDirection, SAMMagnitude)
-        for granularity in ("element", "tensor", "global")
-    ),
-]
+VARIANTS = [(v.info.cls, v.options) for v in ALL_VARIANTS]
 SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 BASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (SGD, {}),

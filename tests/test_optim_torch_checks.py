@@ -32,6 +32,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 from unittest import mock
 
@@ -45,9 +46,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from samkernels import SAM, SAMDirection, SAMMagnitude
+from samkernels import SAM
 from tests.optim_helpers import (
-    one_thread,
     parameters_of,
     set_gradients,
     snapshot,
@@ -55,18 +55,18 @@ from tests.optim_helpers import (
     through_a_file,
     unchanged,
 )
-
-__all__ = ["one_thread"]
+from tests.optimizers import (
+    OPTIMIZER_TABLE,
+)
 
 pytest.importorskip("expecttest")  # which torch.testing._internal needs
-
 
 # Its import would freeze the flags of torch.backends for everybody else: nobody could set
 # torch.backends.cudnn.deterministic any more.
 with mock.patch.object(torch.backends, "disable_global_flags"):
     from torch.testing._internal import common_optimizers as common
 
-GRANULARITY = {"granularity": "tensor"}
+BASES = (SGD, Adam, AdamW)
 OWN_ERRORS = [
     ({"rho": -0.1}, ValueError, r"rho=-0\.1"),
     ({"rho": "0.1"}, TypeError, "rho is str"),
@@ -99,7 +99,7 @@ def info(cls: type[SAM], base: type[Optimizer], **own: Any) -> Any:
             yield error
         own_errors = [
             *OWN_ERRORS,
-            *([({"granularity": "layer"}, ValueError, "layer")] if own else []),
+            *([({"granularity": "layer"}, ValueError, "layer")] if "granularity" in own else []),
         ]
         for kwargs, error_type, text in own_errors:
             yield common.ErrorOptimizerInput(
@@ -118,16 +118,13 @@ def info(cls: type[SAM], base: type[Optimizer], **own: Any) -> Any:
     )
 
 
-INFOS = {
-    f"{cls.__name__}-{base.__name__}": info(cls, base, **own)
-    for cls, base, own in (
-        (SAM, SGD, {}),
-        (SAM, Adam, {}),
-        (SAM, AdamW, {}),
-        (SAMDirection, AdamW, {}),
-        (SAMMagnitude, SGD, GRANULARITY),
-    )
-}
+# Every optimizer of ours with a base, in turn; and SAM with each.
+PAIRS = [(SAM, base, {}) for base in BASES]
+PAIRS += [
+    (row.cls, base, row.variants[i % len(row.variants)])
+    for i, (row, base) in enumerate(zip(OPTIMIZER_TABLE[1:], cycle((AdamW, SGD)), strict=False))
+]
+INFOS = {f"{cls.__name__}-{base.__name__}": info(cls, base, **own) for cls, base, own in PAIRS}
 CASES = [
     pytest.param(of_one.optim_cls, case.kwargs, id=f"{name}-{case.desc}")
     for name, of_one in INFOS.items()

@@ -24,25 +24,23 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, ops
-from tests import interpreted
 from tests.optim_helpers import (
-    BACKENDS,
-    OPTIMIZERS,
-    VARIANTS,
     ConvNet,
     images,
     linear,
-    one_thread,
     parameters_of,
     set_gradients,
     snapshot,
     through_a_file,
     unchanged,
 )
-
-__all__ = ["one_thread"]
-
-interpreted.register()
+from tests.optimizers import (
+    BACKENDS,
+    OPTIMIZERS,
+    each_backend,
+    each_cls_and_variant,
+    each_optimizer,
+)
 
 STEPS = 50
 EPS = 1e-12
@@ -429,7 +427,7 @@ def conv_net_run(
         or (backend == "interpreted" and base_of(name) is torch.optim.SGD)
     ],
 )
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_conv_net(cls: type[SAM], variant: dict[str, Any], name: str, backend: str) -> None:
     optimizer, backward = conv_net_run(cls, variant, name, backend)
     before = oracle_of(optimizer, backend).w
@@ -456,7 +454,7 @@ def test_conv_net(cls: type[SAM], variant: dict[str, Any], name: str, backend: s
     ],
 )
 @pytest.mark.parametrize("name", ["momentum", "AdamW"])
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_other_dtypes(
     cls: type[SAM],
     variant: dict[str, Any],
@@ -623,9 +621,9 @@ PATCHES: dict[str, tuple[str, Callable[[], Callable[..., Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("mutant", PATCHES)
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@each_optimizer
 def test_wrong_arithmetic_is_noticed(
     cls: type[SAM], mutant: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -636,7 +634,7 @@ def test_wrong_arithmetic_is_noticed(
         follow(optimizer, oracle_of(optimizer, backend), backward, backend, steps=10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("granularity", ops.GRANULARITIES)
 @pytest.mark.parametrize("cls", [SAMDirection, SAMMagnitude])
 def test_optimizers_and_granularities_cannot_be_confused(
@@ -684,7 +682,7 @@ def test_nan_is_noticed() -> None:
 # -- torch.optim itself, and any other base optimizer ----------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("name", OPTIONS)
 def test_sam_with_rho_zero_is_torch_optim(name: str, backend: str) -> None:
     """Both lie within the bound of one float64 computation, so at most twice the bound apart."""
@@ -878,11 +876,11 @@ def record_steps(optimizer: SAM) -> list[tuple[list[Tensor], list[Tensor]]]:
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize(
     ("base", "first", "second"), BASES, ids=lambda value: getattr(value, "__name__", "")
 )
-@pytest.mark.parametrize(("cls", "variant"), VARIANTS)
+@each_cls_and_variant
 def test_other_base_optimizers(
     cls: type[SAM],
     variant: dict[str, Any],

@@ -12,22 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tests.optim_helpers import one_thread, snapshot, unchanged
+from tests.optim_helpers import snapshot, unchanged
 from tests.recipes import (
     BLOCKS,
     SHARED,
     assert_close,
     by_hand,
     execute,
-    fresh_accelerate,
     loss_of,
     run,
     sam_of,
     weights,
 )
-
-__all__ = ["fresh_accelerate", "one_thread"]
-
 
 # -- what is expected of each snippet --------------------------------------------------------------
 
@@ -309,20 +305,28 @@ def _(result: SimpleNamespace) -> None:
 NEEDS = {"Lightning": "lightning", "Accelerate": "accelerate", "Hugging": "transformers"}
 
 
+def needed_by(name: str) -> str | None:
+    return NEEDS.get(name.split()[0].strip(","))
+
+
+def named(name: str) -> Any:
+    return pytest.param(name, marks=[pytest.mark.frameworks] if needed_by(name) else [])
+
+
 def test_every_snippet_has_a_check_and_every_check_a_snippet() -> None:
     """A snippet that is new, gone or renamed has to be looked at here as well."""
     assert list(BLOCKS) == [SHARED, *CHECKS]
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [named(name) for name in CHECKS])
 # What the frameworks say of themselves, of this page's data, and of a machine without a GPU.
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 @pytest.mark.filterwarnings("ignore:.*assuming the intent is to (save|load) in a single process")
 def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(NEEDS.get(name.split()[0].strip(","), "torch"))
+    pytest.importorskip(needed_by(name) or "torch")
     monkeypatch.chdir(tmp_path)  # for what a snippet saves
     if name == "torch.compile":
         compile_ = torch.compile

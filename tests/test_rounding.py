@@ -11,9 +11,6 @@ from bench.bf16_perturbation import survival
 from samkernels import SAM, ops
 from samkernels.backends.rounding import rounded_at_random
 from tests.helpers import LISTS, SETTINGS, Setting, Slot, assert_same_bits, copies, make_list
-from tests.optim_helpers import one_thread
-
-__all__ = ["one_thread"]
 
 BF16 = torch.bfloat16
 HALVES = [s for s in SETTINGS if s.dtype is BF16]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,6 @@ from train.errors import ConfigError
 from train.models import MODELS
 
 OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude", "sgdhess")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks are as fast on one thread, and do not suffer where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(folder: Path, **keys: Any) -> Config:

@@ -4,7 +4,6 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,9 @@ from train import __main__, progress, results, run, study, timing
 from train.config import Config
 from train.errors import ConfigError, DivergedError, VerificationError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parent.parent
 OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude", "sgdhess")
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny networks are as fast on one thread, and do not suffer where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(tmp_path: Path, opt_name: str = "sam", **keys: Any) -> Config:

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ from train.config import Config
 from train.data import load_dataset
 from train.errors import CheckpointError, ConfigError, NumericsError
 from train.sharpness import Batch, extreme_eigenvalues, hessian, lambda_max, report_sharpness
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny networks are as fast on one thread, and do not suffer where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(dtype: torch.dtype) -> tuple[nn.Module, list[Batch]]:

@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ QUICK = [
     "--epochs=1", "--sharpness_samples=0", "--sharpness_batches=0", "--verify_steps=3",
     "--batch_size=100", "--threads=1", "--device=cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks are as fast on one thread, and do not suffer where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def counted_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:

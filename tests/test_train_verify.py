@@ -1,7 +1,7 @@
 """The lockstep check passes right optimizers and catches wrong ones."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,18 +15,7 @@ from train.models import build_model
 from train.optimizers import build_optimizer
 from train.verify import TOLERANCE, Lockstep, relative_deviation
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SAM_FAMILY = ("sam", "samdirection", "sammagnitude")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny networks are as fast on one thread, and do not suffer where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(opt_name: str = "sam", **keys: Any) -> Config:

@@ -22,8 +22,9 @@ from tests.test_backends import run_python
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ARCHITECTURES = (80, 90)
-INTERPRETED: Any = backends._MODULES["interpreted"]
+INTERPRETED: Any = backends._MODULES.get("interpreted")  # tests/stand_ins.py
 
+on_the_interpreter = pytest.mark.usefixtures("interpreted_kernels")
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 
@@ -296,6 +297,7 @@ ALIGNED = [Slot((8192,))]
 MISALIGNED = [Slot((8192,), offset=1)]
 
 
+@on_the_interpreter
 @pytest.mark.parametrize("which", range(6))
 def test_the_alignment_of_every_list_counts(which: int) -> None:
     results = []
@@ -323,6 +325,7 @@ def test_the_alignment_of_every_list_counts(which: int) -> None:
 # Hyperparameters on the device
 
 
+@on_the_interpreter
 def test_radius_and_learning_rate_may_be_on_the_device() -> None:
     results = []
     for number in (float, torch.tensor):
@@ -342,6 +345,7 @@ def test_radius_and_learning_rate_may_be_on_the_device() -> None:
 # Sums of many chunks, and of many tensors
 
 
+@on_the_interpreter
 def test_sums_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(INTERPRETED, "SUM_CHUNK", 32)
     monkeypatch.setattr(INTERPRETED, "SUM_LAUNCH", triton.Launch(8, 1))
@@ -499,6 +503,7 @@ def test_tuning_takes_the_fastest_and_keeps_it(monkeypatch: pytest.MonkeyPatch) 
         assert [launch.programs for launch in gpu.launches] == [3, 1], "sums are not tuned"
 
 
+@on_the_interpreter
 def test_the_interpreter_is_not_tuned() -> None:
     def seconds(step: Callable[[], None]) -> float:
         raise AssertionError("measured")
