@@ -40,7 +40,12 @@ RHO = 0.5
 HESS_ROUNDINGS = SGD_ROUNDINGS + 5
 
 # Longer than a chunk of the CUDA kernels: not for the interpreter, which would take minutes.
-LONG = [Slot((1, 2, 3, 3000), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST)]
+# And kernels that the blocks of the CPU ops cut, into rows of few columns and into few rows.
+LONG = [
+    *(Slot((1, 2, 3, 3000), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST)),
+    *(Slot((3, 3, 16, 16), order=order) for order in ((0, 1, 2, 3), CHANNELS_LAST)),
+    *(Slot((70, 40, 3, 3), order=order, offset=1) for order in (CHANNELS_LAST, (2, 3, 0, 1))),
+]
 SMALL = [slot for slot in SPATIAL if max(slot.shape) < 600 and slot.shape[1] < 64]
 ALL_LISTS = {**LISTS, "spatial": SPATIAL}
 
@@ -157,7 +162,7 @@ def check_bits(setting: Setting, slots: list[Slot], options: dict[str, Any]) -> 
 
 @native_on_cpu
 def test_threads_change_no_bit(setting: Setting, threads: int) -> None:
-    check_bits(setting, [*SPATIAL, Slot((3 * CHUNK_SIZE + 5,))], SGD_OPTIONS["momentum"])
+    check_bits(setting, [*SPATIAL, *LONG, Slot((3 * CHUNK_SIZE + 5,))], SGD_OPTIONS["momentum"])
 
 
 def test_by_hand() -> None:

@@ -19,6 +19,7 @@ struct Float16 {
   uint16_t bits;
 };
 
+static inline float ToFloat(float x) { return x; }
 static inline float ToFloat(BFloat16 x) { return FromBits(uint32_t{x.bits} << 16); }
 
 static inline void FromFloat(float x, BFloat16* out) {
