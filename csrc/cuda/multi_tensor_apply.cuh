@@ -30,6 +30,11 @@ namespace samkernels::cuda {
 constexpr int kThreads = SAMKERNELS_THREADS;
 constexpr int64_t kChunkSize = SAMKERNELS_CHUNK_SIZE;
 
+// What the threads of a block share: `__shared__ Shared<float[8]> sums;`. The emulation puts its
+// own in place of it, which finds reads of what nobody wrote.
+template <typename T>
+using Shared = T;
+
 // A launch carries its parameters to the device, so a short list travels in a small table.
 constexpr int kSmallTableBytes = 4096;
 #if CUDART_VERSION >= 12010

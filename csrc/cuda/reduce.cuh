@@ -29,7 +29,7 @@ __device__ __forceinline__ double WarpSum(double x) {
 // The sums over all threads of a block, in thread 0.
 template <int kSums>
 __device__ __forceinline__ void BlockSum(double (&sums)[kSums]) {
-  __shared__ double of_warps[kWarps][kSums];
+  __shared__ Shared<double[kWarps][kSums]> of_warps;
   const int warp = threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   __syncthreads();
@@ -48,7 +48,7 @@ __device__ __forceinline__ void BlockSum(double (&sums)[kSums]) {
 
 // True in all threads of the one block that finishes last; it sees what the others wrote.
 __device__ __forceinline__ bool IsLastBlock(unsigned* finished) {
-  __shared__ bool is_last;
+  __shared__ Shared<bool> is_last;
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) is_last = atomicAdd(finished, 1u) == gridDim.x - 1;

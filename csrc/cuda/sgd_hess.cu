@@ -101,7 +101,7 @@ struct SgdHessFunctor {
   template <typename ChunkT>
   __device__ __forceinline__ void SideBySide(const ChunkT& chunk, const Addresses& of_chunk,
                                              int count) const {
-    __shared__ float means[kPart / 2 + 2];
+    __shared__ Shared<float[kPart / 2 + 2]> means;
     const float lr = Read(options.lr);
     const float rho_ = Read(rho);
     for (int part = 0; part < chunk.n; part += kPart) {

@@ -31,8 +31,9 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// Blocks do not run at the same time, so one copy serves them all.
-#define __shared__ static
+// `__shared__ Shared<T> x;` (csrc/cuda/multi_tensor_apply.cuh) becomes the emulation's Shared. What
+// was declared otherwise does not compile: the emulation would not know of it.
+#define __shared__ static emulation::
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -120,6 +121,46 @@ struct Traffic {
 inline Traffic traffic;
 inline uint64_t launches = 0;
 
+// Shared memory of a block. Blocks do not run at the same time, so one copy serves them all; nan of
+// every type is in it when a block begins, and tells of a read before the first write.
+struct SharedMemory {
+  void* address;
+  size_t bytes;
+
+  void Poison() const { std::memset(address, 0xff, bytes); }
+};
+inline std::vector<SharedMemory> shared_memories;
+
+template <typename T>
+class Shared {
+ public:
+  Shared() {
+    shared_memories.push_back({&value_, sizeof(value_)});
+    shared_memories.back().Poison();
+  }
+  operator T&() { return value_; }
+  Shared& operator=(T value) {
+    value_ = value;
+    return *this;
+  }
+
+ private:
+  T value_;
+};
+
+template <typename T, size_t kSize>
+class Shared<T[kSize]> {
+ public:
+  Shared() {
+    shared_memories.push_back({&values_, sizeof(values_)});
+    shared_memories.back().Poison();
+  }
+  T& operator[](size_t i) { return values_[i]; }
+
+ private:
+  T values_[kSize];
+};
+
 inline Block* block = nullptr;
 inline dim3 thread_index, block_index, grid_size;
 
@@ -185,6 +226,7 @@ inline void RunFiber() {
 // One block, thread after thread until each waits or is done, round after round.
 inline void RunBlock(Block& state, unsigned threads) {
   block = &state;
+  for (const SharedMemory& memory : shared_memories) memory.Poison();
   state.warps.assign((threads + kWarpSize - 1) / kWarpSize, Barrier());
   state.exchanged.assign(threads, 0.0);
   state.barrier = Barrier();
