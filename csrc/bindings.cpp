@@ -283,6 +283,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
     return py::make_tuple(traffic.read, traffic.written);
   });
   m.def("take_launches", [] { return std::exchange(emulation::launches, 0); });
+  m.def("set_driver_version", [](int version) { emulation::driver_version = version; });
 #endif
 
   m.def("norms", [](const Target& target, const TensorList& x, const TensorList* weights,

@@ -6,11 +6,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from samkernels import backends, ops
 from tests import emulated
+from tests.helpers import Slot, assert_same_bits, make_list
 
 CXX = shutil.which(os.environ.get("CXX", "c++"))
 
@@ -83,3 +89,38 @@ def test_what_no_thread_of_a_block_wrote_is_not_what_another_block_left(
 def test_shared_memory_that_the_emulation_would_not_know_of_is_refused(tmp_path: Path) -> None:
     plain = REVERSE.replace("Shared<float> scale", "float scale")
     assert compiled(plain, tmp_path, "-DWRITES=true").returncode != 0
+
+
+@pytest.fixture
+def core() -> Iterator[Any]:
+    emulated.register()
+    core = backends.get("emulated")._C  # type: ignore[attr-defined]
+    yield core
+    core.set_driver_version(13000)
+
+
+SMALL_TABLE = 73  # tensors of five lists, or fewer: csrc/cuda/multi_tensor_apply.cuh
+OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "backend": "emulated"}
+
+
+def step(core: Any, num_tensors: int) -> tuple[list[Tensor], int]:
+    """Results of a norm and an update; launches."""
+    slots = [Slot((i % 50,)) for i in range(num_tensors)]
+    w, old, g1, g2, buf = (make_list(slots, torch.float32, seed=seed) for seed in range(5))
+    core.take_launches()
+    norms = ops.norms(g1, backend="emulated")
+    ops.sgd_(w, old, g2, buf, first_grads=g1, rule="samdirection", **OPTIONS)
+    return [*w, *buf, norms.total, norms.per_tensor], core.take_launches()
+
+
+@pytest.mark.parametrize("version", [12000, 12010])
+def test_an_old_driver_gets_small_tables_and_the_same_bits(core: Any, version: int) -> None:
+    """Kernel parameters above 4 KB need a driver that knows CUDA 12.1."""
+    expected, launches = step(core, 300)
+    assert launches == 2
+    core.set_driver_version(version)
+    found, launches = step(core, 300)
+    # 300 tensors: 192 and 108 of the norm's one list, 73 four times and 8 of the update's five.
+    assert launches == (2 + 5 if version < 12010 else 2)
+    assert_same_bits(found, expected)
+    assert step(core, SMALL_TABLE)[1] == 2  # a short list is none of its concern

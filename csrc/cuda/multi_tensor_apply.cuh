@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -147,7 +148,9 @@ void Launch(void (*kernel)(Args...), unsigned num_chunks, void* stream, const Ar
 template <typename Table, int kLists, typename LaunchTable>
 void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLists],
                   const LaunchTable& launch) {
-  Table table;
+  // Not on the stack: the thread may have a small one.
+  const std::unique_ptr<Table> memory(new Table);
+  Table& table = *memory;
   int64_t first = 0;
   do {
     const int64_t left = tensors.num_tensors - first;
@@ -169,13 +172,21 @@ void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLis
   } while (first < tensors.num_tensors);
 }
 
+// Kernel parameters above 4 KB came with CUDA 12.1, and need a driver that knows it: an older one
+// runs this build too, by minor version compatibility.
+inline bool DriverTakesLargeTables() {
+  int version = 0;
+  Check(cudaDriverGetVersion(&version));
+  return version >= 12010;
+}
+
 // The same with the table that fits the list: `launch` is called with one of two types.
 template <int kLists, typename LaunchTable>
 void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLists],
                   const LaunchTable& launch) {
   using Small = TensorTable<kLists, kSmallTableBytes>;
   using Large = TensorTable<kLists, kLargeTableBytes>;
-  if (tensors.num_tensors <= Small::kCapacity) {
+  if (tensors.num_tensors <= Small::kCapacity || !DriverTakesLargeTables()) {
     ForEachTable<Small>(tensors, lists, launch);
   } else {
     ForEachTable<Large>(tensors, lists, launch);

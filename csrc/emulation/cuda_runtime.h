@@ -120,6 +120,7 @@ struct Traffic {
 };
 inline Traffic traffic;
 inline uint64_t launches = 0;
+inline int driver_version = CUDART_VERSION;  // a test may make it older
 
 // Shared memory of a block. Blocks do not run at the same time, so one copy serves them all; nan of
 // every type is in it when a block begins, and tells of a read before the first write.
@@ -277,6 +278,11 @@ void Launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, const Ar
 }
 
 }  // namespace emulation
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = emulation::driver_version;
+  return cudaSuccess;
+}
 
 #define threadIdx emulation::thread_index
 #define blockIdx emulation::block_index
