@@ -85,7 +85,7 @@ $(BIN)/python:
 
 # A stamp for each extra of pyproject.toml; newer sources of the core build it again.
 $(VENV)/.%: $(BIN)/python $(CORE)
-	@echo "Installing: torch is some gigabytes, and where nvcc is found six architectures take minutes"
+	@echo "Installing: torch is some gigabytes, and where nvcc is found seven architectures take minutes"
 	@echo "(SAMKERNELS_CUDA=OFF leaves CUDA out, SAMKERNELS_CUDA_ARCHS=90 picks an architecture)."
 	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$*]"
 	$(BIN)/python -m samkernels

@@ -1,5 +1,6 @@
 # samkernels_choose_cuda_archs(<out>): SAMKERNELS_CUDA_ARCHS if given; else those of the GPUs that this machine
-# shows; else the common ones that nvcc knows, and PTX of the last for what comes after it.
+# shows; else the common ones that nvcc knows. PTX of 80 serves what lies between them, such as Jetson Orin (87) and
+# Thor (110), which run no other machine code than their own; PTX of the last what comes after it.
 function(samkernels_choose_cuda_archs out)
   if(SAMKERNELS_CUDA_ARCHS)
     string(REPLACE "," ";" archs "${SAMKERNELS_CUDA_ARCHS}")
@@ -37,12 +38,15 @@ int main() {
 
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known)
   set(archs "")
-  foreach(arch 80 86 89 90 100 120)
+  foreach(arch 75 80 86 89 90 100 120)
     if(known MATCHES "compute_${arch}[^0-9]")
       list(APPEND archs ${arch}-real)
     endif()
   endforeach()
-  list(POP_BACK archs last)
-  string(REPLACE "-real" "" last ${last})
-  set(${out} ${archs} ${last} PARENT_SCOPE)
+  list(GET archs -1 last)
+  foreach(with_ptx 80-real ${last})
+    string(REPLACE "-real" "" both ${with_ptx})
+    list(TRANSFORM archs REPLACE "^${with_ptx}$" ${both})
+  endforeach()
+  set(${out} ${archs} PARENT_SCOPE)
 endfunction()

@@ -109,7 +109,40 @@ def test_default_architectures_end_with_ptx(tmp_path: Path) -> None:
     result = configure(tmp_path)
     assert result.returncode == 0, result.stdout
     # CMake's notation: "-real" is machine code only, a bare number is machine code and PTX.
-    assert "architectures 80-real;86-real;89-real;90-real;100-real;120\n" in result.stdout
+    assert "architectures 75-real;80;86-real;89-real;90-real;100-real;120\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        (
+            "75 80 86 87 88 89 90 100 110 103 120 121",
+            "75-real;80;86-real;89-real;90-real;100-real;120",
+        ),
+        ("80 86 89 90 100 120", "80;86-real;89-real;90-real;100-real;120"),
+        ("52 75 80 86 87 89 90", "75-real;80;86-real;89-real;90"),  # CUDA 11.8
+        ("52 75 80", "75-real;80"),  # 11.0
+        ("52 75", "75"),
+    ],
+)
+def test_an_nvcc_is_asked_only_for_what_it_knows(known: str, expected: str, tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"""#!/bin/sh
+[ "$1" = --list-gpu-arch ] && for arch in {known}; do echo compute_$arch; done
+""")
+    nvcc.chmod(0o755)
+    script = tmp_path / "choose.cmake"
+    script.write_text(f"""
+set(CMAKE_CUDA_COMPILER {nvcc})
+include({ROOT / "cmake/cuda_archs.cmake"})
+samkernels_choose_cuda_archs(archs)
+message("${{archs}}")
+""")
+    result = subprocess.run(
+        [sys.executable, "-m", "cmake", "-P", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.strip() == expected
 
 
 def test_report_names_every_backend() -> None:

@@ -19,6 +19,11 @@ const char* WhyNoCuda() {
   if (error == cudaSuccess) error = cuda::KernelImageError();
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // or a later check would find it
+  if (error == cudaErrorNoKernelImageForDevice) {
+    return "the core was built for GPUs of other architectures (" SAMKERNELS_CUDA_ARCHS
+           "): install again on this machine, or with SAMKERNELS_CUDA_ARCHS set to its compute "
+           "capability without the point";
+  }
   return cudaGetErrorString(error);
 }
 

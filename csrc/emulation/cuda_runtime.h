@@ -43,7 +43,7 @@ struct int4 {
   int x, y, z, w;
 };
 
-enum cudaError_t { cudaSuccess, cudaErrorNoDevice };
+enum cudaError_t { cudaSuccess, cudaErrorNoDevice, cudaErrorNoKernelImageForDevice };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 using cudaStream_t = void*;
 struct cudaFuncAttributes {};
