@@ -3,7 +3,12 @@ tests of the ops and of the optimizers run on CUDA tensors too where there are a
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,6 +149,46 @@ def test_steps_are_queued_on_the_current_stream(
             assert not stream.query(), "the step waited for the stream"
     stream.synchronize()
     assert_same_bits([p.detach() for p in params], [p.detach() for p in plain])
+
+
+@pytest.mark.parametrize("ends_with", ["second_step", "restore"])
+@every_variant
+def test_the_steps_may_run_on_different_streams(
+    cls: type[SAM], variant: dict[str, Any], ends_with: str
+) -> None:
+    """The first step's stream must not give away what the other one has yet to read: g1, the norms
+    and the weights that were kept. Native only: other backends fill the queue of a stream."""
+    backend = "native"
+    first, second = draw(1), draw(2)
+    expected = parameters()
+    if ends_with == "second_step":
+        take_step(cls(expected, backend=backend, **SGD, **variant), first, second)
+
+    params = parameters()
+    optimizer = cls(params, backend=backend, **SGD, **variant)
+    gradients = [g.clone() for g in first]  # which nobody but the optimizer holds in the end
+    sizes = [g.numel() for g in gradients]
+    torch.cuda.synchronize()
+    give(params, gradients)
+    del gradients
+    optimizer.first_step()
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(400_000_000)  # a fifth of a second, in which all below is done
+        if ends_with == "second_step":
+            give(params, second)
+            optimizer.second_step(zero_grad=True)
+        else:
+            optimizer.restore()
+    del optimizer  # and with it the weights that were kept
+    gc.collect()
+    # Whatever has gone back to the first stream is taken and overwritten at once.
+    taken = [torch.full((n,), float("nan"), device="cuda") for n in sizes for _ in range(3)]
+    assert not other.query(), "the stream was not slow enough for this test"
+    torch.cuda.synchronize()
+    assert_same_bits([p.detach() for p in params], [p.detach() for p in expected])
+    del taken
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -305,6 +350,78 @@ def test_a_captured_step_replays_bit_for_bit(
         for ours, theirs in zip(captured.params, eager.params, strict=True):
             assert same_bits(ours, theirs), f"replay {i}"
     assert not unchanged(captured.params, before)
+
+
+def capture_right_after_the_first_step(base: type[torch.optim.Optimizer], **options: Any) -> None:
+    """Run in a process of its own, where no test has loaded a kernel: the second step is the first
+    to use some of them, and it is captured."""
+    captured, eager = (Training(SAM, {}, base, options, False, "native") for _ in range(2))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    eager.step()
+    assert unchanged(captured.params, snapshot(eager.params))  # captured, not run
+    for i in range(4):
+        eager.step()
+        graph.replay()
+        torch.cuda.synchronize()
+        for ours, theirs in zip(captured.params, eager.params, strict=True):
+            assert same_bits(ours, theirs), f"replay {i}"
+            states = (t.optimizer.state[p] for t, p in ((captured, ours), (eager, theirs)))
+            for x, y in zip(*(state.values() for state in states), strict=True):
+                assert same_bits(x, y), f"state after replay {i}"
+
+
+@every_base
+def test_one_step_is_warm_up_enough_for_a_capture(
+    base: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
+    code = (
+        "import torch\n"
+        "from tests.test_cuda import capture_right_after_the_first_step as capture\n"
+        f"capture(torch.optim.{base.__name__}, **{options!r})\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "CUDA_MODULE_LOADING": "LAZY", "SAMKERNELS_NO_EMULATION": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@every_base
+def test_capturing_the_first_step_is_refused(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], backend: str
+) -> None:
+    """It makes the state: a replay would make it anew each time."""
+    refused, plain = (Training(SAM, {}, base, options, False, backend) for _ in range(2))
+    before = snapshot(refused.params)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as autograd wants it: so it is the step that is refused
+        refused.backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    refused.optimizer.zero_grad()
+    with (
+        pytest.raises(RuntimeError, match="make one step before the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        refused.step()
+    assert not refused.optimizer.is_perturbed
+    assert unchanged(refused.params, before)
+    for training in (refused, plain):
+        training.optimizer.zero_grad()  # those of the capture were never computed
+        training.step()
+    assert unchanged(refused.params, snapshot(plain.params))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
