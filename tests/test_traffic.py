@@ -117,6 +117,15 @@ def test_bytes_of_a_spatial_mean(
     assert 4 * numel * dtype.itemsize <= read <= (4 * numel + numel_twice) * dtype.itemsize
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 150, 150), (2, 1, 300, 400)], ids=str)
+def test_kernels_of_many_chunks_are_read_once(shape: tuple[int, ...]) -> None:
+    lists = [make_list([Slot(shape)], torch.float32, seed=seed) for seed in range(4)]
+    take_traffic()
+    ops.sgd_hess_(*lists, lr=0.1, rho=0.1, **MOMENTUM, **OPTIONS)
+    numel = lists[0][0].numel()
+    assert take_traffic() == (4 * 4 * numel, 2 * 4 * numel)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_bytes_per_parameter_and_step_of_sgdhess(k: int) -> None:
     params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 512, CHUNK_SIZE + 7)]
