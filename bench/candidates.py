@@ -12,16 +12,13 @@ from torch import Tensor
 
 import samkernels
 from bench.clock import Work
+from bench.names import COMPILED, EAGER, FOREACH, PYTORCH_OPTIMIZER
 from bench.peers import CompiledSAM, EagerSAM, ForeachSAM, pytorch_optimizer_sam
 from samkernels import backends
 
 RHO = 0.05
 SGD_OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 ADAMW_OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2}
-EAGER = "peer: eager, per tensor"
-FOREACH = "peer: torch._foreach, fused SGD"
-COMPILED = "peer: torch.compile of the foreach step"
-PYTORCH_OPTIMIZER = "peer: pytorch_optimizer.SAM"
 # It unrolls the list: a thousand tensors take more than ten minutes.
 COMPILED_TENSORS = 200
 

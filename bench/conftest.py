@@ -25,6 +25,9 @@ Take = Callable[..., None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.addoption("--quick", action="store_true", help="two rounds of everything")
+    parser.addoption("--batch", type=int, help="images of a training step")
+    parser.addoption("--precision", choices=["fp32", "bf16"], default="fp32", help="of the passes")
 
 
 def _device(config: pytest.Config) -> torch.device:
@@ -43,7 +46,7 @@ def clock(device: torch.device) -> Clock:
 
 
 @pytest.fixture
-def take(benchmark: BenchmarkFixture, clock: Clock) -> Take:
+def take(benchmark: BenchmarkFixture, clock: Clock, pytestconfig: pytest.Config) -> Take:
     """Measure a piece of work: pytest-benchmark gets its wall time with warm caches, extra_info the
     rest, as lower quartile, median and upper quartile.
 
@@ -52,9 +55,13 @@ def take(benchmark: BenchmarkFixture, clock: Clock) -> Take:
     """
 
     def take(work: Work, group: str, **facts: Any) -> None:
-        for _ in range(3):
+        quick = pytestconfig.getoption("--quick")
+        for _ in range(1 if quick else 3):
             estimate = clock.wall_ms(work)
         rounds = min(max(int(1e3 * SECONDS / estimate), ROUNDS[0]), ROUNDS[1])
+        cold_rounds = COLD_ROUNDS
+        if quick:
+            rounds = cold_rounds = 2
         benchmark.group = group
         benchmark.extra_info |= facts
 
@@ -63,9 +70,9 @@ def take(benchmark: BenchmarkFixture, clock: Clock) -> Take:
             clock.synchronize()
 
         benchmark.pedantic(until_done, rounds=rounds)
-        host_ms = statistics.median(clock.host_ms(work) for _ in range(5))
+        host_ms = statistics.median(clock.host_ms(work) for _ in range(1 if quick else 5))
         speeds, cold = [], []
-        for _ in range(COLD_ROUNDS):
+        for _ in range(cold_rounds):
             speeds.append(1e-6 * clock.copy_speed())
             cold.append(clock.device_ms(work, host_ms))
         figures = {"cold_ms": cold, "GB_per_s": speeds}

@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in stages of at most eight minutes, each on its own on a bare machine:
+# All that needs a GPU, in order of worth, within a few minutes:
 #
-#   bench/on_gpu.sh build    FOLDER   compile the core for this GPU
-#   bench/on_gpu.sh test     FOLDER   the tests of ops, optimizers and backends on CUDA tensors
-#   bench/on_gpu.sh sanitize FOLDER   compute-sanitizer over every op
-#   bench/on_gpu.sh profile  FOLDER   DRAM bytes and throughput of every kernel (ncu)
-#   bench/on_gpu.sh bench    FOLDER   one SAM step: native, eager, foreach, compiled, triton
-#   bench/on_gpu.sh suite    FOLDER   all that make bench measures, for python -m bench.report
-#   bench/on_gpu.sh tune     FOLDER ["NAME=VALUE ..." ...]   variants of the core, by macros
+#   bench/on_gpu.sh first FOLDER   7 minutes: right, fast, and the bytes; Triton with what time is left
+#   bench/on_gpu.sh again FOLDER   4 minutes: the same, shorter, after something was mended
+#   bench/on_gpu.sh cifar FOLDER   4 minutes: ResNet-18 on CIFAR-100 with SGD, SAM, SAMDirection, SAMMagnitude
 #
-# FOLDER takes STAGE.json, STAGE.md and logs; bench/results/DEVICE/ is where results are committed. --dry-run at the
-# end rehearses a stage on the CPU. Needs python3 (or PYTHON) with torch, triton, numpy, pybind11, pytest and
-# pytest-benchmark; nvcc, cmake and ninja; compute-sanitizer and ncu for the stages that are about them. No network.
+# Every step has a cap and a log; what fails, is missing or runs over is written down, and the rest goes on. After
+# every step all that is known is in FOLDER: report.md (a page of tables, then all others), report.json, evidence.tgz
+# (the logs). bench/results/DEVICE/ is where results are committed. --rehearse at the end takes the same steps on a
+# CPU; --seconds N sets another limit.
+#
+# Needs python3 (or PYTHON) with torch, triton, numpy, pytest, pytest-benchmark; compute-sanitizer and ncu for the
+# steps that are about them. Takes the compiled core that lies in samkernels/ if it serves the GPU, and else builds one
+# (nvcc, cmake, ninja, pybind11). SAMKERNELS_COMMIT names the commit where there is no git. No network.
+# `python -m bench.gpu.prepare`, on a machine without a GPU, builds that core, variants of it, and gathers the images.
 set -euo pipefail
 if (($# < 2)); then
   sed -n '2,/^set/{/^#/p}' "$0" >&2
   exit 2
 fi
-stage=$1
 mkdir -p "$2"
 folder=$(cd "$2" && pwd)
+plan=$1
 shift 2
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python3}" -m bench.gpu "$stage" "$folder" "$@"
+exec "${PYTHON:-python3}" -m bench.gpu "$plan" "$folder" "$@"

@@ -1,5 +1,5 @@
 """pytest-benchmark of whole training steps of ResNet-18, and the share of them that the optimizer
-takes: `make bench`."""
+takes: `make bench`. --precision=bf16: under autocast, in channels_last; --batch: other batches."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ OPTIMIZERS = ["SGD", "SAM, native", "SAM, reference"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resnet18(name: str, take: Take, clock: Clock) -> None:
+def test_resnet18(name: str, take: Take, clock: Clock, pytestconfig: pytest.Config) -> None:
     torch.manual_seed(0)
+    precision = pytestconfig.getoption("--precision")
+    batch = pytestconfig.getoption("--batch") or BATCH[clock.device.type]
     model = resnet18(in_channels=3, num_classes=100).to(clock.device)
-    images = torch.randn(BATCH[clock.device.type], 3, 32, 32, device=clock.device)
+    images = torch.randn(batch, 3, 32, 32, device=clock.device)
+    if precision == "bf16":
+        model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(100, (len(images),), device=clock.device)
     params = list(model.parameters())
     optimizer: Any
@@ -36,7 +41,9 @@ def test_resnet18(name: str, take: Take, clock: Clock) -> None:
 
     def passes() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
+        with torch.autocast(clock.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
 
     def step() -> None:
         passes()
@@ -59,9 +66,10 @@ def test_resnet18(name: str, take: Take, clock: Clock) -> None:
     alone = [clock.device_ms(optimizer_alone, host_ms, cold=True) for _ in range(9)]
     take(
         step,
-        "training step, ResNet-18, float32",
+        f"training step, ResNet-18, {precision}",
         what="training step",
         candidate=name,
+        precision=precision,
         batch=len(images),
         optimizer_ms=statistics.median(alone),
     )

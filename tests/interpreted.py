@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -41,9 +42,14 @@ def backend() -> ModuleType:
 
 
 def register() -> None:
-    """Make `backend="interpreted"` known to samkernels. One of the last: "auto" never takes it."""
+    """Make `backend="interpreted"` known to samkernels. One of the last: "auto" never takes it.
+
+    Raises what the interpreter does where it does not work: that of Triton 3.6 asks of arrays what
+    NumPy 2.5 refuses."""
     if "interpreted" not in backends.BACKENDS:
-        backends._MODULES["interpreted"] = backend()
+        module = backend()
+        module.norms([torch.ones(1)])
+        backends._MODULES["interpreted"] = module
         backends.BACKENDS = (*backends.BACKENDS, "interpreted")
 
 

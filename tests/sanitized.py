@@ -1,5 +1,5 @@
 """Every op at awkward sizes, in a process of its own, for tools that watch its memory accesses:
-AddressSanitizer (tests/test_sanitizers.py) and compute-sanitizer (bench/gpu.py).
+AddressSanitizer (tests/test_sanitizers.py) and compute-sanitizer (bench/gpu/plans.py).
 
     python -m tests.sanitized BACKEND DEVICE [--brief] [--lie read|write|misalign --numel N]
 

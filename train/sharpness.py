@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,16 +27,8 @@ from train.data import Dataset, Split, load_dataset, plain_batches, train_batche
 from train.errors import CheckpointError, ConfigError, NumericsError
 from train.progress import WorkProgress
 
-with warnings.catch_warnings():
-    # torch.jit.script is deprecated, and still in use: by one of the library's dependencies, and by
-    # torch itself when the first jvp is taken.
-    warnings.simplefilter("ignore", FutureWarning)
-    torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
-    from curvlinops import HessianLinearOperator, hutchinson_trace
-    from curvlinops.papyan2020traces.spectrum import (
-        fast_lanczos,
-        lanczos_approximate_spectrum_from_iter,
-    )
+if TYPE_CHECKING:
+    from curvlinops import HessianLinearOperator
 
 Batch = tuple[Tensor, Tensor]
 BATCH = 256  # of the fixed set, which is summed over its batches
@@ -69,16 +61,29 @@ ALLOWED = (
 )  # fmt: skip
 
 
-def hessian(model: nn.Module, batches: Sequence[Batch]) -> HessianLinearOperator:
+def curvlinops() -> Any:
+    """The library, imported when something is measured: training alone does not need it."""
+    with warnings.catch_warnings():
+        # torch.jit.script is deprecated, and still in use: by one of the library's dependencies,
+        # and by torch itself when the first jvp is taken.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
+        import curvlinops as library
+        import curvlinops.papyan2020traces.spectrum
+    return library
+
+
+def hessian(model: nn.Module, batches: Sequence[Batch]) -> "HessianLinearOperator":
     """H over all images of the batches, as an operator on tensors; its to_scipy() on arrays.
 
     All parameters that require gradients, in the order of model.parameters(). The model's mode
     (train or eval) is the caller's business.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    return HessianLinearOperator(
+    operator: HessianLinearOperator = curvlinops().HessianLinearOperator(
         model, nn.CrossEntropyLoss(), params, list(batches), check_deterministic=False
     )
+    return operator
 
 
 def extreme_eigenvalues(
@@ -245,7 +250,7 @@ def _fixed_set(
             with WorkProgress(console, f"{config.run_name}: trace", config.trace_vectors) as bar:
                 for _ in range(config.trace_vectors):
                     # One vector at a time: together they would fill the memory.
-                    samples.append(float(hutchinson_trace(operator, 1)))
+                    samples.append(float(curvlinops().hutchinson_trace(operator, 1)))
                     bar.show(len(samples), f"mean {statistics.fmean(samples):.1f}")
             found["trace"] = statistics.fmean(samples)
             if len(samples) > 1:
@@ -253,9 +258,10 @@ def _fixed_set(
         if config.density_steps:
             found["lambda_min"] = extreme("lambda_min", "SA")
             steps = min(config.density_steps, operator.shape[0] - 1)
+            spectrum = curvlinops().papyan2020traces.spectrum
             with _Products(console, f"{config.run_name}: spectral density", steps) as bar:
-                lanczos = fast_lanczos(_Watched(operator, bar.each), steps)
-            values, density = lanczos_approximate_spectrum_from_iter(
+                lanczos = spectrum.fast_lanczos(_Watched(operator, bar.each), steps)
+            values, density = spectrum.lanczos_approximate_spectrum_from_iter(
                 lanczos,
                 (found["lambda_min"], found["lambda_max"]),
                 num_points=512,
@@ -281,7 +287,7 @@ class _Products(WorkProgress):
 class _Watched:
     """What fast_lanczos uses of an operator; `each` is called after each product."""
 
-    def __init__(self, operator: HessianLinearOperator, each: Callable[[], object]) -> None:
+    def __init__(self, operator: "HessianLinearOperator", each: Callable[[], object]) -> None:
         self._operator, self._each = operator, each
         self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
 

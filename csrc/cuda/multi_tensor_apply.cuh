@@ -14,7 +14,7 @@
 
 namespace samkernels::cuda {
 
-// What `bench/on_gpu.sh tune` tries other values of.
+// What bench/gpu/prepare.py builds variants of.
 #ifndef SAMKERNELS_THREADS
 #define SAMKERNELS_THREADS 256
 #endif

@@ -1,48 +1,41 @@
 """What is measured on a GPU, beside bench/test_*.py: its lists, its candidates, and the kernels of
-a step. Without a GPU, small lists on the CPU, for a rehearsal."""
+a step. Without a GPU, a small list on the CPU, for a rehearsal."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from bench.candidates import (
-    COMPILED,
-    RHO,
-    SGD_OPTIONS,
-    VARIANTS,
-    Make,
-    Problem,
-    candidates,
-)
+from bench.candidates import RHO, SGD_OPTIONS, Make, Problem, candidates
 from bench.clock import Clock, Work
 from bench.lists import Shapes, resnet18_shapes, vit_large_shapes, wrn_28_10_shapes
+from bench.names import EAGER, FOREACH
 from bench.peers import CompiledSAM
 from samkernels import backends, ops
 
 # Elements read and written per parameter by each kernel: norms g1; perturb g1, w -> w, old; sgd
 # old, g2, buf -> w, buf. Times the size of an element: 40 B in fp32, 20 B in bf16.
 FLOOR = {"norms": 1, "perturb": 4, "sgd": 5}
+# Who takes turns with native; the compiled step is timed apart, since it may take minutes to come.
+CANDIDATES = ("native", "triton", FOREACH, EAGER, "foreach")
 
 
 class Machine(Clock):
     """The GPU, or the CPU for a rehearsal."""
 
-    def __init__(self, dry_run: bool) -> None:
-        self.dry_run = dry_run
-        self.backend = "emulated" if dry_run else "native"
-        if dry_run:
-            from tests import emulated
-
-            emulated.register()
-        device = torch.device("cpu" if dry_run else "cuda")
-        super().__init__(device, copied_elements=1 << 10 if dry_run else None)
+    def __init__(self, rehearse: bool) -> None:
+        self.rehearse = rehearse
+        device = torch.device("cpu" if rehearse else "cuda")
+        super().__init__(device, copied_elements=1 << 10 if rehearse else None)
 
     def lists(self) -> dict[str, Shapes]:
-        """The parameter lists; small ones for a rehearsal."""
-        if self.dry_run:
-            return {"tiny": [torch.Size(shape) for shape in [(8, 3, 3, 3), (8,), (10, 8), ()]]}
+        """The parameter lists; tiny ones under the same names for a rehearsal."""
+        if self.rehearse:
+            tiny = [torch.Size(shape) for shape in [(8, 3, 3, 3), (8,), (10, 8), ()]]
+            return dict.fromkeys(("ResNet-18", "WRN-28-10", "ViT-L"), tiny)
         return {
             "ResNet-18": resnet18_shapes(),
             "WRN-28-10": wrn_28_10_shapes(),
@@ -56,15 +49,31 @@ class Machine(Clock):
     def kernel_backends(self) -> list[str]:
         """The backends with kernels of their own; native first."""
         triton = [] if backends.why_unavailable("triton", self.device) else ["triton"]
-        return [self.backend, *triton]
+        return ["native", *triton]
 
     def candidates(self) -> dict[str, Make]:
-        """Optimizers by name; native first. The compiled one is last: it may take too long."""
+        """Optimizers by name; native first."""
         found = candidates("SAM", self.device)
-        if self.dry_run:
-            found["native"] = VARIANTS["SAM"].on(self.backend)
-            found[COMPILED] = lambda params: CompiledSAM(params, RHO, "eager", **SGD_OPTIONS)
-        return found
+        return {name: found[name] for name in CANDIDATES if name in found}
+
+    def compiled(self) -> Make:
+        """The peer that torch.compile makes."""
+        compiler = "eager" if self.rehearse else "inductor"
+        return lambda params: CompiledSAM(params, RHO, compiler, **SGD_OPTIONS)
+
+    def medians(
+        self, works: Mapping[str, Work], rounds: int, cold: bool = True
+    ) -> dict[str, float]:
+        """Device microseconds of each, in turn, round after round."""
+        host_ms = {}
+        for name, work in works.items():
+            work()
+            host_ms[name] = self.host_ms(work)
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(rounds):
+            for name, work in works.items():
+                times[name].append(1e3 * self.device_ms(work, host_ms[name], cold))
+        return {name: statistics.median(values) for name, values in times.items()}
 
 
 def phases(problem: Problem, backend: str) -> dict[str, Work]:

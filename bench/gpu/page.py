@@ -1,0 +1,214 @@
+"""The page of tables, and one JSON file, of whatever evidence there is so far."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.gpu import goals, ncu
+from bench.gpu.facts import REHEARSAL
+from bench.gpu.goals import Row
+from bench.gpu.runner import NOT_NEEDED, OK, Outcome, rows_of
+
+LONGEST_CELL = 100
+# How a test runner or a sanitizer sums up; the last such line counts.
+SUMMARY = re.compile(
+    r"^(?:=+ )?(?:ERROR SUMMARY: .*|RACECHECK SUMMARY: .*|\d[\d,]* .*(?:passed|failed|collected|"
+    r"deselected|errors?)\b.*|.*\btests? collected\b.*|\d+ calls)$",
+    re.MULTILINE,
+)
+
+
+def collect(
+    plan: str, evidence: Path, outcomes: Sequence[Outcome], seconds: float
+) -> dict[str, Any]:
+    """Everything, as JSON: what FOLDER/report.json holds."""
+    machine, core = (_json(evidence / f"{name}.json") for name in ("machine", "core"))
+    speed, training = (_json(evidence / f"{name}.json") for name in ("speed", "training"))
+    measured = goals.Measured(speed, training)
+    verdicts = goals.goals(measured)
+    if plan == "cifar":
+        verdicts = [row for row in verdicts if row[""] != goals.NOT_MEASURED]
+    if core.get("device") == REHEARSAL:
+        verdicts = [{**row, "": "a rehearsal"} for row in verdicts]
+    tests = [row for path in sorted(evidence.glob("tests_*.xml")) for row in by_file(path)]
+    return {
+        "plan": plan,
+        "seconds": round(seconds, 1),
+        "environment": {**machine, **core},
+        "steps": [
+            {**row, "summary": _summary(evidence / f"{row['step']}.log")}
+            for row in rows_of(outcomes)
+        ],
+        "goals": verdicts,
+        "predictions": goals.predictions(measured, str(core.get("device"))),
+        "tests": tests,
+        "failed tests": [name for p in sorted(evidence.glob("tests_*.xml")) for name in failed(p)],
+        "ncu": {
+            path.stem.removeprefix("ncu_"): ncu.rows_of(path.read_text(errors="replace"))
+            for path in sorted(evidence.glob("ncu_*.log"))
+        },
+        "training": _training(training),
+        "cifar": [_json(path) for path in sorted(evidence.glob("cifar_*.json"))],
+        "speed": speed,
+    }
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """One page: environment, steps, what was not in order, goals, predictions."""
+    parts = [f"# GPU: {report['plan']}, {report['seconds']:.0f} s"]
+    environment = [{"": key, "value": value} for key, value in report["environment"].items()]
+    parts += [markdown(environment), "## Steps", markdown(report["steps"])]
+    wrong = [f"- {row['step']}: {row['status']}" for row in report["steps"] if row["exit"]]
+    wrong += [f"- {name}" for name in report["failed tests"][:20]]
+    wrong += [f"- {text}" for text in report["speed"].get("failures", ())]
+    parts += ["## Failures", "\n".join(wrong) or "None."]
+    if notes := report["speed"].get("notes"):
+        parts += ["Peers: " + "; ".join(notes)]
+    for title in ("goals", "predictions"):
+        parts += [f"## {title.capitalize()}", markdown(report[title])]
+    if report["cifar"]:
+        parts += ["## CIFAR-100", markdown(_runs(report["cifar"]))]
+        parts += sorted({run["said"] for run in report["cifar"] if "said" in run})
+    return "\n\n".join(parts) + "\n"
+
+
+def details(report: Mapping[str, Any]) -> str:
+    """All other tables."""
+    parts = []
+    tables = {
+        "Tests by file": report["tests"],
+        "Training steps of ResNet-18": report["training"],
+        **{f"ncu: {name}": rows for name, rows in report["ncu"].items()},
+        **{title: rows for title, rows in report["speed"].items() if title not in ("seconds",)},
+    }
+    for title, rows in tables.items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+            parts += [f"## {title}", markdown(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table, with the keys of the first row as its head."""
+    if not rows:
+        return "(nothing)"
+
+    def text(value: Any) -> str:
+        if value is None:
+            return "-"
+        if isinstance(value, float):
+            return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+        shown = str(value).replace("|", "\\|").replace("\n", " ")
+        return shown if len(shown) <= LONGEST_CELL else f"{shown[: LONGEST_CELL - 3]}..."
+
+    head = list(rows[0])
+    lines = [head, ["---"] * len(head), *([text(row.get(key, "")) for key in head] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_file(junit: Path) -> list[Row]:
+    """How many tests of each file there were, by what became of them."""
+    counts: dict[str, Row] = {}
+    for case in _cases(junit):
+        name = (case.get("classname") or "?").rsplit(".", 1)[-1]
+        row = counts.setdefault(
+            name,
+            {
+                "file": name,
+                "tests": 0,
+                "failed": 0,
+                "skipped": 0,
+                "seconds": 0.0,
+            },
+        )
+        kinds = {child.tag for child in case}
+        row["tests"] += 1
+        row["failed"] += bool(kinds & {"failure", "error"})
+        row["skipped"] += "skipped" in kinds
+        row["seconds"] += float(case.get("time") or 0)
+    return list(counts.values())
+
+
+def failed(junit: Path) -> list[str]:
+    return [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in _cases(junit)
+        if {child.tag for child in case} & {"failure", "error"}
+    ]
+
+
+def _cases(junit: Path) -> list[ElementTree.Element]:
+    try:
+        return list(ElementTree.parse(junit).iter("testcase"))
+    except (OSError, ElementTree.ParseError):  # of a runner that was killed
+        return []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Empty if the file is missing or was not written to its end."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _summary(log: Path) -> str:
+    try:
+        lines = SUMMARY.findall(log.read_text(errors="replace").replace("=========", ""))
+    except OSError:
+        return ""
+    return lines[-1].strip("= ") if lines else ""
+
+
+def _training(training: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for benchmark in training.get("benchmarks", ()):
+        info = benchmark["extra_info"]
+        rows.append(
+            {
+                "optimizer": info["candidate"],
+                "batch": info["batch"],
+                "precision": info["precision"],
+                "ms per step": 1e3 * benchmark["stats"]["median"],
+                "optimizer's ms": info["optimizer_ms"],
+            }
+        )
+    return rows
+
+
+def _runs(runs: Sequence[Mapping[str, Any]]) -> list[Row]:
+    rows = []
+    for run in runs:
+        if "figures" not in run:
+            continue
+        figures, check = run["figures"], run.get("verification") or {}
+        rows.append(
+            {
+                "optimizer": run["name"],
+                "epochs": len(run["history"]),
+                "test accuracy, %": 100 * figures["test_accuracy"],
+                "best validation, %": 100 * figures["best_val_accuracy"],
+                "lockstep steps": check.get("steps"),
+                "deviation": check.get("value"),
+                "ms per training step": figures["ms_per_training_step"],
+                "ms per optimizer step": figures["ms_per_optimizer_step"],
+            }
+        )
+    return rows
+
+
+def all_in_order(outcomes: Sequence[Outcome]) -> bool:
+    """Whether no step failed, was stopped, was missing or had no time."""
+    needed = [o for o in outcomes if o.status != NOT_NEEDED and o.step not in _replaced(outcomes)]
+    return all(outcome.status == OK for outcome in needed)
+
+
+def _replaced(outcomes: Sequence[Outcome]) -> set[str]:
+    """The carried core may be of no use, if one could be built."""
+    built = any(o.step == "built" and o.status == OK for o in outcomes)
+    return {"core"} if built else set()
