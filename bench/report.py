@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import plots
-from bench.candidates import EAGER, FOREACH
+from bench import memory_floor, plots
 
 Rows = list[list[str]]
 
@@ -131,6 +130,7 @@ def _in_turn(machine: Machine, images: Path) -> list[str]:
             f"{size_of(result)} parameters, fp32; medians of {result['rounds']} rounds. "
             f"`{result['command']}`",
             markdown(in_turn_table(result)),
+            *_to_the_floor(result),
         ]
         plot = f"{machine.name}-{slug(result['list'])}.png"
         plots.in_turn(result, images / plot)
@@ -155,6 +155,16 @@ def in_turn_table(result: dict[str, Any]) -> Rows:
     return rows
 
 
+def _to_the_floor(result: dict[str, Any]) -> list[str]:
+    """How far native is from what memory allows, in a sentence; nothing where that was not
+    measured."""
+    by_name = {row["name"]: row for row in result["rows"]}
+    if memory_floor.NAME not in by_name or "tiny" in result["list"]:
+        return []
+    ratio = 1 / by_name[memory_floor.NAME]["times_native"]
+    return [f"Native takes {ratio:.2f} times as long as the three bare loops."]
+
+
 def goals_table(machine: Machine) -> Rows:
     """What the project set itself for two CPU cores, and what was found."""
     rows = [["goal", "found", ""]]
@@ -164,10 +174,6 @@ def goals_table(machine: Machine) -> Rows:
         if of == "ResNet-18":
             found = native["passes"]
             rows.append([f"SAM step, {of}: at most 10 passes", f"{found:.1f}", _met(found <= 10)])
-            for peer, goal in ((EAGER, 3), (FOREACH, 2)):
-                ratio = by_name[peer]["times_native"]
-                what = f"SAM step, {of}: {goal} times faster than {peer.removeprefix('peer: ')}"
-                rows.append([what, f"{ratio:.2f}", _met(ratio >= goal)])
         elif "tiny" in of:
             ratio = by_name["reference"]["times_native"]
             what = f"SAM step, {of}: no slower than the reference"
@@ -324,7 +330,8 @@ def _training(machine: Machine) -> list[str]:
         )
     return [
         "### Whole training steps",
-        f"ResNet-18 on {cases[0]['batch']} images of 32 x 32, fp32: forward and backward passes, "
+        f"ResNet-18 on {cases[0]['batch']} images of 32 x 32, {cases[0].get('precision', 'fp32')}: "
+        "forward and backward passes, "
         "and the optimizer. `pytest bench/test_training.py`",
         markdown(rows),
     ]
@@ -350,6 +357,7 @@ def readme_part(machine: Machine, file: Path, chart: Path) -> str:
             "A pass is the time to read or write the parameters once at the speed of a copy. "
             f"Again: `{result['command']}`; the result behind this: {file.as_posix()}.",
             markdown(in_turn_table(result)),
+            *_to_the_floor(result),
             f"![One SAM step on ResNet-18, in milliseconds]({chart.as_posix()})",
             MARKERS[1],
         ]

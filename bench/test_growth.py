@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.candidates import FOREACH, VARIANTS, candidates, problem
+from bench.candidates import VARIANTS, candidates, problem
 from bench.clock import Clock
 from bench.conftest import Take
 from bench.lists import Shapes, equal_shapes, numel_of, resnet18_shapes
+from bench.names import FOREACH
 
 NAMES = ["native", "triton", "foreach", FOREACH]
 TENSORS, ELEMENTS = 64, 1 << 22

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from bench import memory_floor, report
-from bench.candidates import COMPILED, RHO, SGD_OPTIONS, VARIANTS, candidates, ours, problem
+from bench.candidates import RHO, SGD_OPTIONS, VARIANTS, candidates, ours, problem
 from bench.clock import Clock
 from bench.lists import LISTS, numel_of
+from bench.names import COMPILED
 from bench.peers import CompiledSAM
 from bench.side_by_side import summarize
 from bench.test_ops import OPS, lists_of, work
@@ -186,15 +187,22 @@ def test_what_differs_between_files_is_shown_of_all() -> None:
 
 
 def test_goals_are_reached_or_not() -> None:
-    rows = [
-        {"name": "native", "passes": 10.1, "times_native": 1.0},
-        {"name": "peer: eager, per tensor", "passes": 0, "times_native": 3.0},
-        {"name": "peer: torch._foreach, fused SGD", "passes": 0, "times_native": 1.99},
-    ]
-    machine = report.Machine("m", in_turn=[{"list": "ResNet-18", "rows": rows}])
-    assert [row[2] for row in report.goals_table(machine)[1:]] == [
-        "not reached", "reached", "not reached",
-    ]  # fmt: skip
+    found = []
+    for passes, times in ((10.1, 1.0), (10.0, 0.99)):
+        large = [{"name": "native", "passes": passes, "times_native": 1.0}]
+        tiny = [*large, {"name": "reference", "passes": 0, "times_native": times}]
+        lists = {"ResNet-18": large, "1000 tiny tensors": tiny}
+        in_turn = [{"list": of, "rows": rows} for of, rows in lists.items()]
+        machine = report.Machine("m", in_turn=in_turn)
+        found.append([row[2] for row in report.goals_table(machine)[1:]])
+    assert found == [["not reached", "reached"], ["reached", "not reached"]]
+
+
+def test_the_distance_to_the_floor_is_said() -> None:
+    rows = [{"name": memory_floor.NAME, "times_native": 0.8}, {"name": "native"}]
+    (said,) = report._to_the_floor({"list": "ResNet-18", "rows": rows})
+    assert "1.25 times" in said
+    assert report._to_the_floor({"list": "ResNet-18", "rows": rows[1:]}) == []
 
 
 # -- what is committed -----------------------------------------------------------------------------

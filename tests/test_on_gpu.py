@@ -468,6 +468,13 @@ def test_predictions_are_inside_or_outside() -> None:
         assert all(p.low <= p.value <= p.high for p in of_kind)
 
 
+def test_the_page_on_kernels_shows_goals_and_predictions() -> None:
+    text = (ROOT / "docs/kernels.md").read_text()
+    assert goals.with_tables(text) == text
+    with pytest.raises(ValueError, match="end of goals"):
+        goals.with_tables(text.replace("<!-- end of goals -->", ""))
+
+
 def test_tests_are_counted_by_file(tmp_path: Path) -> None:
     junit = tmp_path / "tests_cuda.xml"
     junit.write_text(

@@ -1,12 +1,18 @@
 """What is to be reached on a GPU, and what was predicted before one was there, as data; and the
-verdicts on what was measured."""
+verdicts on what was measured.
+
+    python -m bench.gpu.goals docs/kernels.md     writes the tables into the page
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.names import COMPILED, FOREACH
+from bench.tables import markdown
 
 Row = dict[str, Any]
 
@@ -54,7 +60,8 @@ class Figure(NamedTuple):
 
 SHARE = Figure("share of the floor at copy speed", lambda m, of: m.step(of, "native", "of copy"))
 SHARE_BF16 = Figure(
-    "the same in bfloat16", lambda m, of: m.step(of, "native", "of copy", "bfloat16")
+    "share of the floor at copy speed, bfloat16",
+    lambda m, of: m.step(of, "native", "of copy", "bfloat16"),
 )
 NORM_SHARE = Figure(
     "the norm's share of the copy's speed",
@@ -74,11 +81,11 @@ OF_TRITON = Figure(
 )
 HOST = Figure("host's microseconds for a step", lambda m, of: m.step(of, "native", "host us"))
 ODD = Figure(
-    "speed with misaligned lists, of the aligned speed",
+    "speed with misaligned lists, in that of aligned ones",
     lambda m, of: m.row("misaligned float32", lists="all misaligned").get("of aligned"),
 )
 ODD_BF16 = Figure(
-    "the same in bfloat16",
+    "speed with misaligned lists, bfloat16, in that of aligned ones",
     lambda m, of: m.row("misaligned bfloat16", lists="all misaligned").get("of aligned"),
 )
 TRAINING = Figure("a SAM training step, in steps of SGD", lambda m, of: m.training_ratio())
@@ -89,6 +96,10 @@ class Goal(NamedTuple):
     of: str
     bound: float
     at_least: bool = True
+
+    @property
+    def text(self) -> str:
+        return f"at {'least' if self.at_least else 'most'} {self.bound:g}"
 
 
 # What bandwidth allows: foreach with fused SGD moves 60 bytes per parameter where native moves 40,
@@ -118,6 +129,10 @@ class Prediction(NamedTuple):
     low: float
     high: float
     reason: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.value:g} ({self.low:g} to {self.high:g})"
 
 
 # The same on every GPU of the kind; what a copy reaches differs.
@@ -168,7 +183,7 @@ def goals(measured: Measured) -> list[Row]:
             {
                 "goal": goal.figure.what,
                 "list": goal.of,
-                "bound": f"at {'least' if goal.at_least else 'most'} {goal.bound:g}",
+                "bound": goal.text,
                 "found": found,
                 "": verdict,
             }
@@ -189,10 +204,44 @@ def predictions(measured: Measured, device: str) -> list[Row]:
             {
                 "prediction": of.figure.what,
                 "list": of.of,
-                "bracket": f"{of.value:g} ({of.low:g} to {of.high:g})",
+                "bracket": of.text,
                 "found": found,
                 "": verdict,
                 "rests on": of.reason,
             }
         )
     return rows
+
+
+def with_tables(page: str) -> str:
+    """The page, with both tables between their comments.
+
+    Raises:
+        ValueError: a comment is missing.
+    """
+    tables: dict[str, list[Row]] = {
+        "goals": [{"goal": g.figure.what, "list": g.of, "": g.text} for g in GOALS],
+        "predictions": [
+            {
+                "GPU": kind,
+                "": of.figure.what,
+                "list": of.of,
+                "bracket": of.text,
+                "rests on": of.reason,
+            }
+            for kind, all_of in PREDICTIONS.items()
+            for of in all_of
+        ],
+    }
+    for name, rows in tables.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if begin not in page or end not in page:
+            raise ValueError(f"the page has no part between {begin.strip()!r} and {end!r}")
+        head, _, rest = page.partition(begin)
+        page = f"{head}{begin}\n{markdown(rows)}\n\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(with_tables(path.read_text()))

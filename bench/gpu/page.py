@@ -13,8 +13,8 @@ from bench.gpu import goals, ncu
 from bench.gpu.facts import REHEARSAL
 from bench.gpu.goals import Row
 from bench.gpu.runner import NOT_NEEDED, OK, Outcome, rows_of
+from bench.tables import markdown
 
-LONGEST_CELL = 100
 # How a test runner or a sanitizer sums up; the last such line counts.
 SUMMARY = re.compile(
     r"^(?:=+ )?(?:ERROR SUMMARY: .*|RACECHECK SUMMARY: .*|\d[\d,]* .*(?:passed|failed|collected|"
@@ -90,24 +90,6 @@ def details(report: Mapping[str, Any]) -> str:
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
             parts += [f"## {title}", markdown(rows)]
     return "\n\n".join(parts) + "\n"
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table, with the keys of the first row as its head."""
-    if not rows:
-        return "(nothing)"
-
-    def text(value: Any) -> str:
-        if value is None:
-            return "-"
-        if isinstance(value, float):
-            return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
-        shown = str(value).replace("|", "\\|").replace("\n", " ")
-        return shown if len(shown) <= LONGEST_CELL else f"{shown[: LONGEST_CELL - 3]}..."
-
-    head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([text(row.get(key, "")) for key in head] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def by_file(junit: Path) -> list[Row]:

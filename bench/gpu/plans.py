@@ -101,17 +101,13 @@ class Context:
 
     def begin(self) -> Groups:
         """The machine, and a core that serves it: the carried one, else one that is built here."""
-        build = ("setup.py", "build_ext", "--inplace")
+        build = (sys.executable, "-m", "bench.gpu.prepare")
         if self.rehearse:  # the core that is there stays
-            build = ("-c", "print('here the core would be built')", "")
+            build = (sys.executable, "-c", "print('here the core would be built')")
         return [
             [Step("facts", 20, self.bench("facts", "machine", self.evidence))],
             [Step("core", 40, self.bench("facts", "core", self.evidence))],
-            [
-                Step(
-                    "build", 110, (sys.executable, *build), {"SAMKERNELS_CUDA": "ON"}, unless="core"
-                )
-            ],
+            [Step("build", 110, build, unless="core")],
             [Step("built", 30, self.bench("facts", "core", self.evidence), unless="core")],
         ]
 

@@ -2,11 +2,11 @@
 
     python -m bench.gpu.prepare [--arch 90] [--variants] [--images FOLDER]
 
-Builds the core for one architecture and for the Python that runs this, which has to be of the GPU
-machine's version, strips it, and leaves it in samkernels/. --variants: cores with other macros into
-.gpu/variants.tgz. --images: class sheets of CIFAR-100 (bench/gpu/cifar.py) into .gpu/cifar100, as
-many as fit --megabytes. All of it is ignored by git, and has to be copied to the machine beside
-the sources.
+Builds the core for one architecture (without --arch, that of the GPU that is visible) and for the
+Python that runs this, which has to be of the GPU machine's version, and leaves it in samkernels/.
+--variants: cores with other macros into .gpu/variants.tgz. --images: class sheets of CIFAR-100
+(bench/gpu/cifar.py) into .gpu/cifar100, as many as fit --megabytes. All of it is ignored by git,
+and has to be copied to the machine beside the sources.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MACROS = (
 
 
 def build(arch: str, folder: Path, macros: str = "") -> Path:
-    """The core, stripped, built in `folder`.
+    """The core, stripped, built in `folder`; for the visible GPU if `arch` is empty.
 
     Raises:
         ValueError: the CUDA sources know none of a macro.
@@ -45,15 +45,21 @@ def build(arch: str, folder: Path, macros: str = "") -> Path:
     for macro in macros.split():
         if (name := macro.partition("=")[0]) not in sources:
             raise ValueError(f"the sources in csrc/cuda know no macro {name}")
+    archs = f"{arch}-real" if arch else ""
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
-    configure += ["-DSAMKERNELS_CUDA=ON"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DSAMKERNELS_CUDA_ARCHS={arch}-real"]
-    configure += [f"-DSAMKERNELS_CXX_DEFINES={macros}"]
+    configure += ["-DSAMKERNELS_CUDA=ON", f"-DSAMKERNELS_CUDA_ARCHS={archs}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DSAMKERNELS_CXX_DEFINES={macros}"]
     subprocess.run(configure, check=True)
     subprocess.run(["cmake", "--build", folder], check=True)
     (core,) = folder.glob("_C.*.so")
-    subprocess.run(["strip", core], check=True)
+    if shutil.which("strip"):
+        subprocess.run(["strip", core], check=True)
     return core
+
+
+def folder_of(arch: str, name: str = "core") -> Path:
+    """Where it is built: apart for each architecture and version of Python."""
+    return ROOT / "build" / f"{name}_{arch or 'visible'}_{sys.implementation.cache_tag}"
 
 
 def build_variants(arch: str, target: Path) -> None:
@@ -62,8 +68,7 @@ def build_variants(arch: str, target: Path) -> None:
     with tarfile.open(target, "w:gz") as tar:
         for macros in MACROS:
             name = re.sub(r"\W+", "_", macros.replace("SAMKERNELS_", "").lower())
-            core = build(arch, ROOT / "build" / "variants" / f"{arch}_{name}", macros)
-            tar.add(core, f"{name}.so")
+            tar.add(build(arch, folder_of(arch, name), macros), f"{name}.so")
 
 
 def gather(source: Path, target: Path, megabytes: float) -> list[str]:
@@ -83,12 +88,12 @@ def gather(source: Path, target: Path, megabytes: float) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="90", help="compute capability without the point")
+    parser.add_argument("--arch", default="", help="compute capability without the point")
     parser.add_argument("--variants", action="store_true")
     parser.add_argument("--images", type=Path, help="a folder of class sheets of CIFAR-100")
     parser.add_argument("--megabytes", type=float, default=45, help="of images, at most")
     arguments = parser.parse_args()
-    core = build(arguments.arch, ROOT / "build" / f"sm_{arguments.arch}_{sys.version_info.minor}")
+    core = build(arguments.arch, folder_of(arguments.arch))
     installed = ROOT / "samkernels" / core.name
     shutil.copyfile(core, installed)
     made = [installed]

@@ -27,10 +27,10 @@ from bench.clock import Work, quartiles
 from bench.gpu import questions, variants
 from bench.gpu.cases import FLOOR, Machine, phases
 from bench.gpu.goals import Row
-from bench.gpu.page import markdown
 from bench.gpu.runner import write_whole
 from bench.lists import Shapes
 from bench.names import COMPILED
+from bench.tables import markdown
 
 MEGA = 1e6
 ROUNDS = {"first": 15, "again": 9}
