@@ -75,9 +75,9 @@ def test_a_step_that_fails_or_is_missing_stops_no_other(tmp_path: Path) -> None:
         [Step("dies", 20, python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"))],
         [Step("works", 20, python("import os; print(*map(os.getenv, 'AB'))"), {"B": "2"})],
     ]  # fmt: skip
-    outcomes, packed = run(tmp_path, groups, A="1")
-    assert [o.status for o in outcomes.values()] == [FAILED, MISSING, FAILED, OK]
-    assert [o.exit for o in outcomes.values()] == [7, None, -11, 0]
+    ended, packed = run(tmp_path, groups, A="1")
+    assert [o.status for o in ended.values()] == [FAILED, MISSING, FAILED, OK]
+    assert [o.exit for o in ended.values()] == [7, None, -11, 0]
     assert "why" in (tmp_path / "fails.log").read_text()
     assert "1 2" in (tmp_path / "works.log").read_text()
     assert packed == [1, 2, 3, 4]
@@ -102,11 +102,9 @@ except KeyboardInterrupt:
     print("wrote its report")
 """
     begin = time.monotonic()
-    outcomes, _ = run(
-        tmp_path, [[Step("deaf", 1, python(deaf)), Step("polite", 1, python(polite))]]
-    )
+    ended, _ = run(tmp_path, [[Step("deaf", 1, python(deaf)), Step("polite", 1, python(polite))]])
     assert time.monotonic() - begin < 10  # side by side
-    assert {o.status for o in outcomes.values()} == {STOPPED}
+    assert {o.status for o in ended.values()} == {STOPPED}
     assert "wrote its report" in (tmp_path / "polite.log").read_text()
     child = int((tmp_path / "deaf.log").read_text().splitlines()[-1])
     for _ in range(100):  # until init has collected it
@@ -132,10 +130,10 @@ def test_the_limit_holds_for_all_steps_together(
         [Step("long", 50, python("import time; time.sleep(60)"))],
         [Step("late", 9, ("true",))],
     ]
-    outcomes, packed = run(tmp_path, groups, limit=3)
+    ended, packed = run(tmp_path, groups, limit=3)
     assert time.monotonic() - begin < 3
-    assert [o.status for o in outcomes.values()] == [STOPPED, SKIPPED]
-    assert outcomes["long"].cap < 3 and packed == [1, 2]
+    assert [o.status for o in ended.values()] == [STOPPED, SKIPPED]
+    assert ended["long"].cap < 3 and packed == [1, 2]
 
 
 def test_a_step_may_be_needed_only_if_another_fails(tmp_path: Path) -> None:
@@ -144,23 +142,23 @@ def test_a_step_may_be_needed_only_if_another_fails(tmp_path: Path) -> None:
             [Step("core", 20, python(f"raise SystemExit({status})"))],
             [Step("build", 20, ("true",), unless="core")],
         ]
-        outcomes, _ = run(tmp_path, groups)
-        assert outcomes["build"].status == (OK if status else NOT_NEEDED)
+        ended, _ = run(tmp_path, groups)
+        assert ended["build"].status == (OK if status else NOT_NEEDED)
 
 
 @pytest.mark.parametrize("printed", ["Invalid __global__ read", "nothing"])
 def test_a_step_may_be_judged_by_what_it_prints(printed: str, tmp_path: Path) -> None:
     code = f"print({printed!r}); raise SystemExit(9)"
     step = Step("lie", 20, python(code), expect="^Invalid __global__")
-    outcomes, _ = run(tmp_path, [[Step("lie", 20, step.command, expect="Invalid __global__ ")]])
+    ended, _ = run(tmp_path, [[Step("lie", 20, step.command, expect="Invalid __global__ ")]])
     # Neither the exit status nor the command, which the log begins with, decides.
-    assert outcomes["lie"].status == (OK if printed != "nothing" else FAILED)
+    assert ended["lie"].status == (OK if printed != "nothing" else FAILED)
 
 
 def test_without_a_device_the_rest_is_not_tried(tmp_path: Path) -> None:
     groups = [[Step("core", 20, python("raise SystemExit(3)"))], [Step("next", 20, ("true",))]]
-    outcomes, _ = run(tmp_path, groups)
-    assert [*outcomes] == ["core"]
+    ended, _ = run(tmp_path, groups)
+    assert [*ended] == ["core"]
 
 
 def test_the_archive_is_small_and_says_what_it_left_out(tmp_path: Path) -> None:
@@ -475,21 +473,41 @@ def test_the_page_on_kernels_shows_goals_and_predictions() -> None:
         goals.with_tables(text.replace("<!-- end of goals -->", ""))
 
 
-def test_tests_are_counted_by_file(tmp_path: Path) -> None:
-    junit = tmp_path / "tests_cuda.xml"
-    junit.write_text(
-        '<testsuites><testsuite><testcase classname="tests.test_cuda" name="a" time="1"/>'
-        '<testcase classname="tests.test_cuda" name="b[x]" time="2"><failure/></testcase>'
-        '<testcase classname="tests.test_ops" name="c"><skipped/></testcase>'
-        "</testsuite></testsuites>"
+TESTS = """
+import os, time, pytest
+@pytest.mark.parametrize("i", range(3))
+def test_passes(i): pass
+def test_fails(): raise ValueError("why it failed")
+@pytest.mark.skip
+def test_is_skipped(): pass
+def test_takes_long():
+    open(os.environ["STARTED"], "w").close()
+    time.sleep(100)
+"""
+
+
+def test_tests_that_ran_before_the_cap_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "test_a.py").write_text(TESTS)
+    lines, started = tmp_path / "tests_a.jsonl", tmp_path / "started"
+    pytest_ = (sys.executable, "-m", "pytest", "-p", "bench.gpu.outcomes", "-p", "no:cacheprovider")
+    command = (*pytest_, f"--outcomes={lines}", "-c", os.devnull, str(tmp_path / "test_a.py"))
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "STARTED": str(started)}, stdout=subprocess.DEVNULL
     )
-    assert page.by_file(junit) == [
-        {"file": "test_cuda", "tests": 2, "failed": 1, "skipped": 0, "seconds": 3.0},
-        {"file": "test_ops", "tests": 1, "failed": 0, "skipped": 1, "seconds": 0.0},
-    ]
-    assert page.failed(junit) == ["tests.test_cuda::b[x]"]
-    junit.write_text("<testsuites><testsuite>")  # of a runner that was killed
-    assert page.by_file(junit) == []
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    with lines.open("a") as file:
+        file.write('{"test": "cut o')  # as a full disk would do
+    tests = page.read_outcomes(lines)
+    (row,) = page.by_file(tests)
+    assert (row["file"], row["tests"], row["failed"], row["skipped"]) == ("test_a.py", 5, 1, 1)
+    (error,) = (test["error"] for test in tests if test["outcome"] == "failed")
+    assert error.rstrip().endswith("ValueError") and "why it failed" in error
 
 
 def test_the_table_of_ncu_is_read() -> None:

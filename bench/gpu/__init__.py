@@ -9,5 +9,6 @@ cifar     ResNet-18 on CIFAR-100
 goals     what is to be reached, and what was predicted, as data
 page      the page of tables that is made of all that
 prepare   builds the core and its variants beforehand, on a machine without a GPU
+outcomes  a plugin of pytest, which writes down each test's outcome at once
 pretend   for rehearsals: pytest collects as if there were a GPU
 """

@@ -71,7 +71,7 @@ def core(rehearse: bool) -> tuple[dict[str, Any], int]:
     facts["device"] = properties.name
     facts["compute capability"] = f"{properties.major}.{properties.minor}"
     facts["multiprocessors"] = properties.multi_processor_count
-    facts["L2 MB"] = round(properties.L2_cache_size / 1e6, 1)
+    facts["L2 MB"] = round(getattr(properties, "L2_cache_size", 0) / 1e6, 1)
     facts["memory GB"] = round(properties.total_memory / 1e9, 1)
     return facts, int(facts["native on cuda"] != "available")
 

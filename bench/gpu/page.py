@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,8 @@ def collect(
         verdicts = [row for row in verdicts if row[""] != goals.NOT_MEASURED]
     if core.get("device") == REHEARSAL:
         verdicts = [{**row, "": "a rehearsal"} for row in verdicts]
-    tests = [row for path in sorted(evidence.glob("tests_*.xml")) for row in by_file(path)]
+    of_steps = {path.stem: read_outcomes(path) for path in sorted(evidence.glob("tests_*.jsonl"))}
+    tests = [test for of_step in of_steps.values() for test in of_step]
     return {
         "plan": plan,
         "seconds": round(seconds, 1),
@@ -46,8 +46,8 @@ def collect(
         ],
         "goals": verdicts,
         "predictions": goals.predictions(measured, str(core.get("device"))),
-        "tests": tests,
-        "failed tests": [name for p in sorted(evidence.glob("tests_*.xml")) for name in failed(p)],
+        "tests": [{"step": step, **row} for step, of in of_steps.items() for row in by_file(of)],
+        "failed tests": [test for test in tests if test["outcome"] == "failed"],
         "ncu": {
             path.stem.removeprefix("ncu_"): ncu.rows_of(path.read_text(errors="replace"))
             for path in sorted(evidence.glob("ncu_*.log"))
@@ -64,7 +64,7 @@ def page(report: Mapping[str, Any]) -> str:
     environment = [{"": key, "value": value} for key, value in report["environment"].items()]
     parts += [markdown(environment), "## Steps", markdown(report["steps"])]
     wrong = [f"- {row['step']}: {row['status']}" for row in report["steps"] if row["exit"]]
-    wrong += [f"- {name}" for name in report["failed tests"][:20]]
+    wrong += [f"- {test['test']}" for test in report["failed tests"][:20]]
     wrong += [f"- {text}" for text in report["speed"].get("failures", ())]
     parts += ["## Failures", "\n".join(wrong) or "None."]
     if notes := report["speed"].get("notes"):
@@ -92,42 +92,30 @@ def details(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def by_file(junit: Path) -> list[Row]:
+def read_outcomes(path: Path) -> list[dict[str, Any]]:
+    """What bench.gpu.outcomes wrote; the line may have been cut off."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def by_file(tests: Sequence[Mapping[str, Any]]) -> list[Row]:
     """How many tests of each file there were, by what became of them."""
     counts: dict[str, Row] = {}
-    for case in _cases(junit):
-        name = (case.get("classname") or "?").rsplit(".", 1)[-1]
+    for test in tests:
+        name = Path(test["test"].partition("::")[0]).name
         row = counts.setdefault(
-            name,
-            {
-                "file": name,
-                "tests": 0,
-                "failed": 0,
-                "skipped": 0,
-                "seconds": 0.0,
-            },
+            name, {"file": name, "tests": 0, "failed": 0, "skipped": 0, "seconds": 0.0}
         )
-        kinds = {child.tag for child in case}
         row["tests"] += 1
-        row["failed"] += bool(kinds & {"failure", "error"})
-        row["skipped"] += "skipped" in kinds
-        row["seconds"] += float(case.get("time") or 0)
+        row["failed"] += test["outcome"] == "failed"
+        row["skipped"] += test["outcome"] == "skipped"
+        row["seconds"] += test["seconds"]
     return list(counts.values())
-
-
-def failed(junit: Path) -> list[str]:
-    return [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in _cases(junit)
-        if {child.tag for child in case} & {"failure", "error"}
-    ]
-
-
-def _cases(junit: Path) -> list[ElementTree.Element]:
-    try:
-        return list(ElementTree.parse(junit).iter("testcase"))
-    except (OSError, ElementTree.ParseError):  # of a runner that was killed
-        return []
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,18 @@ OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude")
 
 Groups = list[list[Step]]
 
+# Which tests are chosen, and of which files.
+CUDA_TESTS = ("not triton", "test_cuda.py")
+NATIVE_TESTS = (
+    "cuda-native or cuda_and_cpu or test_ops_random or test_backends",
+    "test_ops.py", "test_ops_adam.py", "test_ops_sgd_hess.py", "test_ops_random.py",
+    "test_optim_devices.py", "test_backends.py",
+)  # fmt: skip
+TRITON_TESTS = (
+    "cuda-triton-float32 or (test_cuda and triton) or captured_step_is_replayed",
+    "test_ops.py", "test_ops_adam.py", "test_ops_sgd_hess.py", "test_cuda.py", "test_triton.py",
+)  # fmt: skip
+
 # Counters of one pass: with more of them a kernel is run again and again, and what the caches hold
 # is no longer what the step left there.
 METRICS = (
@@ -61,8 +73,8 @@ class Context:
     def tests(self, name: str, cap: float, workers: int, chosen: str, *files: str) -> Step:
         """Tests that need a GPU; a rehearsal collects them as if there were one."""
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        command += ["-p", "no:benchmark", "--maxfail=25", "-o", "junit_family=xunit2"]
-        command += [f"--junitxml={self.evidence / name}.xml"]
+        command += ["-p", "no:benchmark", "--maxfail=25"]
+        command += ["-p", "bench.gpu.outcomes", f"--outcomes={self.evidence / name}.jsonl"]
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(workers)]
         command += [f"-k={chosen}", *(f"tests/{file}" for file in files)]
@@ -88,7 +100,8 @@ class Context:
 
     def training_steps(self, cap: float, *options: str) -> Step:
         file = f"--benchmark-json={self.evidence / 'training.json'}"
-        pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+        # A warning must not cost a figure.
+        pytest = (sys.executable, "-m", "pytest", "-q", "-Wdefault", "-p", "no:cacheprovider")
         where = ["--device=cuda"]
         if self.rehearse:
             where = ["--device=cpu", "--batch=2", "--quick", "-k=SGD or native"]
@@ -132,10 +145,10 @@ def first(here: Context) -> Groups:
         here.smoke(),
         # Right, side by side: nothing is timed meanwhile, and compilers fill the idle cores.
         [
-            here.tests("tests_cuda", 110, 5, "not triton", "test_cuda.py"),
+            here.tests("tests_cuda", 110, 5, *CUDA_TESTS),
             memcheck,
             here.sanitizer("racecheck", 110),
-            here.overlooked(60),
+            here.overlooked(90),
             *(
                 Step(
                     f"compile_{name}",
@@ -147,22 +160,11 @@ def first(here: Context) -> Groups:
         ],
         here.speed(150, "first"),
         *here.ncu(40),
-        [
-            here.tests(
-                "tests_native", 80, 12, "cuda-native or test_ops_random or test_backends",
-                "test_ops.py", "test_ops_adam.py", "test_ops_sgd_hess.py", "test_ops_random.py",
-                "test_optim_devices.py", "test_backends.py",
-            )
-        ],
+        [here.tests("tests_native", 80, 12, *NATIVE_TESTS)],
         [here.training_steps(45)],
-        [
-            here.tests(
-                "tests_triton", 70, 10, "cuda-triton-float32 or (test_cuda and triton)",
-                "test_ops.py", "test_ops_adam.py", "test_ops_sgd_hess.py", "test_cuda.py",
-            )
-        ],
+        [here.tests("tests_triton", 70, 10, *TRITON_TESTS)],
         [initcheck],
-    ]  # fmt: skip
+    ]
 
 
 def again(here: Context) -> Groups:
@@ -171,19 +173,14 @@ def again(here: Context) -> Groups:
         *here.begin(),
         here.smoke(),
         [
-            here.tests("tests_cuda", 60, 8, "not triton", "test_cuda.py"),
+            here.tests("tests_cuda", 60, 8, *CUDA_TESTS),
             here.sanitizer("memcheck", 60, "--report-api-errors", "no"),
             here.sanitizer("racecheck", 60),
         ],
         here.speed(75, "again"),
         *here.ncu(25),
-        [
-            here.tests(
-                "tests_native", 60, 12, "cuda-native",
-                "test_ops.py", "test_ops_adam.py", "test_ops_sgd_hess.py",
-            )
-        ],
-    ]  # fmt: skip
+        [here.tests("tests_native", 60, 12, *NATIVE_TESTS)],
+    ]
 
 
 def cifar(here: Context) -> Groups:

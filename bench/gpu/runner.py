@@ -164,15 +164,16 @@ class _Process:
         now = time.monotonic()
         if self._interrupted_at is not None:
             if now > self._interrupted_at + GRACE:
-                self._signal(signal.SIGKILL)
+                self._kill()
         elif now > self._begin + self._cap:
             self._interrupted_at = now
-            self._signal(signal.SIGINT)  # pytest writes its report then
+            # Pytest writes its report then; its workers would not, if they were interrupted too.
+            self._process.send_signal(signal.SIGINT)
         return False
 
     def end(self) -> None:
         """Whatever is left of it is killed; judges the step."""
-        self._signal(signal.SIGKILL)
+        self._kill()
         self._process.wait()
         outcome = self.outcome
         outcome.exit = self._process.returncode
@@ -184,9 +185,10 @@ class _Process:
         elif outcome.exit != 0:
             outcome.status = FAILED
 
-    def _signal(self, number: int) -> None:
+    def _kill(self) -> None:
+        """With its children."""
         try:
-            os.killpg(self._process.pid, number)
+            os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
 

@@ -34,7 +34,7 @@ from bench.tables import markdown
 
 MEGA = 1e6
 ROUNDS = {"first": 15, "again": 9}
-PEER_SECONDS = 20  # to compile and to warm up
+PEER_SECONDS = 30  # to compile and to warm up
 # Weights are of order 0.1, and a step moves them by 0.01; the peers round differently.
 DIFFERENCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
