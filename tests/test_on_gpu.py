@@ -29,6 +29,12 @@ from samkernels.backends import native
 from train.config import from_command_line
 
 ROOT = Path(__file__).parents[1]
+# One thread, and memory that is kept: the kernel takes long to give the same pages again and again.
+SPARING = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+}
 MOST_FILES, LARGEST_FILE = 8, 16 << 20
 
 # What ncu and compute-sanitizer print, as far as it is read.
@@ -282,7 +288,7 @@ def on_gpu(
     command = [ROOT / "bench/on_gpu.sh", plan, folder, *options]
     return subprocess.run(
         [str(word) for word in command],
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **env},
+        env={**os.environ, **SPARING, "PYTHON": sys.executable, **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -43,7 +43,7 @@ class Book:
     """What was found so far."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._begin = folder, time.monotonic()
+        self.folder, self._begin, self._title = folder, time.monotonic(), ""
         self.report: dict[str, Any] = {"seconds": {}, "notes": [], "failures": []}
 
     def say(self, text: str) -> None:
@@ -51,12 +51,12 @@ class Book:
 
     def note(self, text: str) -> None:
         """What is no failure of this package."""
-        self.report["notes"].append(text)
+        self.report["notes"].append(f"{self._title}: {text}")
         self.say(text)
 
     def take(self, title: str, make: Callable[[], list[Row]]) -> None:
         """One table; what it raises is kept, and the next one goes on."""
-        begin = time.monotonic()
+        begin, self._title = time.monotonic(), title
         try:
             self.report[title] = rows = make()
             self.say(f"{title}\n{markdown(rows)}\n")
@@ -86,7 +86,7 @@ def steps(
         except Exception as error:
             if candidate == "native":
                 raise
-            book.note(f"{candidate}, {dtype}: {type(error).__name__}: {error}"[:300])
+            book.note(f"{candidate}: {type(error).__name__}: {error}"[:300])
             continue
         expected = expected or [p.detach().clone() for p in params]
         difference[candidate] = max(
@@ -94,7 +94,7 @@ def steps(
             for p, e in zip(params, expected, strict=True)
         )
         if not difference[candidate] < DIFFERENCE[dtype]:
-            book.note(f"{candidate}, {dtype}: is {difference[candidate]:.1e} off native")
+            book.note(f"{candidate} is {difference[candidate]:.1e} off native")
         ready[candidate] = step
         host_ms[candidate] = statistics.median(machine.host_ms(step) for _ in range(7))
     del expected
