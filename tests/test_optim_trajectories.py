@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from samkernels import SAM, SAMDirection, SAMMagnitude, ops
+from samkernels import SAM, SAMDirection, SAMMagnitude, backends, ops
+from samkernels.backends import Recombination, SgdOptions
 from tests.optim_helpers import (
     ConvNet,
     images,
@@ -471,12 +472,13 @@ def test_other_dtypes(
 
     Wherever the float32 errors leave one number to round to, the oracle demands that very number.
     """
-    right = ops.perturb_
+    module = backends.get(backend)
+    right = module.perturb_
 
-    def to_nearest(*lists: Any, **options: Any) -> Tensor:
-        return right(*lists, **{**options, "rounding": "nearest"})
+    def to_nearest(*lists: Any, **options: Any) -> None:
+        right(*lists, **{**options, "rounds_at_random": False})
 
-    monkeypatch.setattr(ops, "perturb_", to_nearest)
+    monkeypatch.setattr(module, "perturb_", to_nearest)
     model = linear(dtype)
     weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
     options = OPTIONS[name]
@@ -503,119 +505,74 @@ def test_other_dtypes(
 # -- wrong optimizers ------------------------------------------------------------------------------
 
 
-def with_rho_times(factor: float) -> Callable[..., Tensor]:
-    right = ops.perturb_
-
-    def perturb_(*lists: Any, rho: float, **options: Any) -> Tensor:
-        return right(*lists, rho=factor * rho, **options)
-
-    return perturb_
+Op = Callable[..., Any]  # of a backend
 
 
-def downhill() -> Callable[..., Tensor]:
-    right = ops.perturb_
-
-    def perturb_(*lists: Any, maximize: bool, **options: Any) -> Tensor:
-        return right(*lists, maximize=not maximize, **options)
-
-    return perturb_
+def with_rho_times(factor: float) -> Callable[[Op], Op]:
+    return lambda right: lambda *lists, rho, **options: right(*lists, rho=factor * rho, **options)
 
 
-def with_weight_decay_in_the_ascent() -> Callable[..., Tensor]:
-    right = ops.perturb_
-
-    def perturb_(params: Any, grads: Any, old_params: Any, **options: Any) -> Tensor:
+def with_weight_decay_in_the_ascent(right: Op) -> Op:
+    def perturb_(params: Any, grads: Any, old_params: Any, **options: Any) -> None:
         grads = [g + 0.05 * p for g, p in zip(grads, params, strict=True)]
-        return right(params, grads, old_params, **options)
+        right(params, grads, old_params, **options)
 
     return perturb_
 
 
-def first_norm_only() -> Callable[..., Tensor]:
-    return lambda norms: norms[0]
+def from_the_perturbed_weights(right: Op) -> Op:
+    return lambda params, old_params, *others: right(params, params, *others)
 
 
-def from_the_perturbed_weights() -> Callable[..., None]:
-    right = ops.sgd_
-
-    def sgd_(params: Any, old_params: Any, *lists: Any, **options: Any) -> None:
-        right(params, params, *lists, **options)
-
-    return sgd_
-
-
-def with_weight_decay_on_perturbed_weights() -> Callable[..., None]:
-    right = ops.sgd_
-
+def with_weight_decay_on_perturbed_weights(right: Op) -> Op:
     def sgd_(
-        params: Any, old_params: Any, grads: Any, *lists: Any, weight_decay: float, **options: Any
+        params: Any, old_params: Any, buffers: Any, rule: Recombination, options: SgdOptions
     ) -> None:
-        for g, p in zip(grads, params, strict=True):
-            g += weight_decay * p
-        right(params, old_params, grads, *lists, weight_decay=0.0, **options)
+        for u, p in zip(rule.magnitude, params, strict=True):
+            u += options.weight_decay * p
+        right(params, old_params, buffers, rule, options._replace(weight_decay=0.0))
 
     return sgd_
 
 
-def with_momentum_from_zero() -> Callable[..., None]:
-    right = ops.sgd_
-
+def with_momentum_from_zero(right: Op) -> Op:
     def sgd_(
-        params: Any,
-        old_params: Any,
-        grads: Any,
-        buffers: Any,
-        *,
-        init_momentum: bool,
-        **options: Any,
+        params: Any, old_params: Any, buffers: Any, rule: Recombination, options: SgdOptions
     ) -> None:
-        if init_momentum:
-            torch._foreach_zero_(buffers)
-        right(params, old_params, grads, buffers, init_momentum=False, **options)
+        if options.init_momentum:
+            torch._foreach_zero_(list(buffers))
+        right(params, old_params, buffers, rule, options._replace(init_momentum=False))
 
     return sgd_
 
 
-def adam_from_the_perturbed_weights() -> Callable[..., None]:
-    right = ops.adam_
-
-    def adam_(params: Any, old_params: Any, *lists: Any, **options: Any) -> None:
-        right(params, params, *lists, **options)
-
-    return adam_
-
-
-def with_the_other_decay() -> Callable[..., None]:
-    right = ops.adam_
-
-    def adam_(*lists: Any, decoupled_weight_decay: bool, **options: Any) -> None:
-        right(*lists, decoupled_weight_decay=not decoupled_weight_decay, **options)
+def with_the_other_decay(right: Op) -> Op:
+    def adam_(*lists_and_rule: Any) -> None:
+        *others, options = lists_and_rule
+        right(*others, options._replace(decoupled=not options.decoupled))
 
     return adam_
 
 
-def with_a_step_too_many() -> Callable[..., None]:
-    right = ops.adam_
-
-    def adam_(*lists: Any, **options: Any) -> None:
-        *others, steps = lists
-        right(*others, [t + 1 for t in steps], **options)
-        torch._foreach_add_(steps, 1)
+def with_a_step_too_many(right: Op) -> Op:
+    def adam_(params: Any, old_params: Any, m: Any, v: Any, steps: Any, *others: Any) -> None:
+        right(params, old_params, m, v, [t + 1 for t in steps], *others)
+        torch._foreach_add_(list(steps), 1)
 
     return adam_
 
 
-PATCHES: dict[str, tuple[str, Callable[[], Callable[..., Any]]]] = {
-    "rho = 0": ("perturb_", lambda: with_rho_times(0.0)),
-    "ten times rho": ("perturb_", lambda: with_rho_times(10.0)),
-    "1.0001 rho": ("perturb_", lambda: with_rho_times(1.0001)),
-    "negative rho": ("perturb_", downhill),
+PATCHES: dict[str, tuple[str, Callable[[Op], Op]]] = {
+    "rho = 0": ("perturb_", with_rho_times(0.0)),
+    "ten times rho": ("perturb_", with_rho_times(10.0)),
+    "1.0001 rho": ("perturb_", with_rho_times(1.0001)),
+    "negative rho": ("perturb_", with_rho_times(-1.0)),
     "weight decay in the ascent": ("perturb_", with_weight_decay_in_the_ascent),
-    "norm of the first group only": ("total_norm", first_norm_only),
+    "norm of the first group only": ("total_norm", lambda right: lambda norms: norms[0]),
     "never restoring": ("sgd_", from_the_perturbed_weights),
     "weight decay on perturbed weights": ("sgd_", with_weight_decay_on_perturbed_weights),
     "momentum starts at 0": ("sgd_", with_momentum_from_zero),
-    "Adam never restoring": ("adam_", adam_from_the_perturbed_weights),
+    "Adam never restoring": ("adam_", from_the_perturbed_weights),
     "Adam for AdamW": ("adam_", with_the_other_decay),
     "a step too many": ("adam_", with_a_step_too_many),
 }
@@ -629,7 +586,8 @@ def test_wrong_arithmetic_is_noticed(
 ) -> None:
     name, patch = PATCHES[mutant]
     optimizer, backward = conv_net_run(cls, {}, "AdamW" if name == "adam_" else "momentum", backend)
-    monkeypatch.setattr(ops, name, patch())
+    module = ops if name == "total_norm" else backends.get(backend)
+    monkeypatch.setattr(module, name, patch(getattr(module, name)))
     with pytest.raises(Deviation):
         follow(optimizer, oracle_of(optimizer, backend), backward, backend, steps=10)
 
