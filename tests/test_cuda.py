@@ -152,7 +152,7 @@ def test_steps_are_queued_on_the_current_stream(
 
 
 @pytest.mark.parametrize("ends_with", ["second_step", "restore"])
-@every_variant
+@each_cls_and_variant
 def test_the_steps_may_run_on_different_streams(
     cls: type[SAM], variant: dict[str, Any], ends_with: str
 ) -> None:
