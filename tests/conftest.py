@@ -26,6 +26,7 @@ MISSING = stand_ins.register()  # before any module of tests asks which backends
 # Of modules, beside what parameters and fixtures say.
 MARKERS = {
     "test_traffic": {"emulated"},
+    "test_emulation": {"emulated"},
     "test_on_gpu": {"emulated", "load"},
     "test_cuda_build": {"build"},
     "test_sanitizers": {"build"},

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from samkernels import _C
-from tests import emulated
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,8 +21,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(("backend", "min_calls"), [("native", 150), ("emulated", 2)])
 def test_ops_run_in_a_thread_with_a_small_stack(backend: str, min_calls: int) -> None:
     """Also on the emulation: the host's part of a launch is CUDA's."""
-    if backend == "emulated":
-        emulated.register()  # builds it, if nothing else has
     result = subprocess.run(
         [sys.executable, "-m", "tests.small_stack", backend],
         cwd=ROOT,

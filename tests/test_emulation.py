@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samkernels import backends, ops
+from samkernels import ops
 from tests import emulated
 from tests.helpers import Slot, assert_same_bits, make_list
 
@@ -92,11 +92,9 @@ def test_shared_memory_that_the_emulation_would_not_know_of_is_refused(tmp_path:
 
 
 @pytest.fixture
-def core() -> Iterator[Any]:
-    emulated.register()
-    core = backends.get("emulated")._C  # type: ignore[attr-defined]
-    yield core
-    core.set_driver_version(13000)
+def core(emulated_core: Any) -> Iterator[Any]:
+    yield emulated_core
+    emulated_core.set_driver_version(13000)
 
 
 SMALL_TABLE = 73  # tensors of five lists, or fewer: csrc/cuda/multi_tensor_apply.cuh
