@@ -1,7 +1,8 @@
-"""The host's part of a step, counted: instructions from Python to the kernels, by callgrind.
+"""The host's part of a step, counted: instructions from Python to the kernels, by callgrind, as
+ratios to a step of the base optimizer itself, fused, in the same run.
 
-Counts hardly vary, times do. They depend on the versions of Python and torch, so the bounds hold
-for those named here. A change that lowers counts stores them; one that raises them says why.
+Counts hardly vary, times do. A change that lowers a ratio lowers its bound; one that raises it says
+why.
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from torch import Tensor
 
 from tests.instructions import CASES, STEPS
 
 ROOT = Path(__file__).parents[1]
-# Found with these versions; per step.
-VERSIONS = ((3, 11), "2.15")
-FOUND = {
-    "SAM, 62 tensors": 2_469_000,
-    "SAM, 1 tensor": 1_045_000,
-    "SAMDirection, tensor, 62 tensors": 2_898_000,
-    "SAM, AdamW, 62 tensors": 3_733_000,
+# At most, of a step of the first to one of the second: where the core reads tensors through DLPack's
+# C exchange API (PyTorch 2.10 and later), and where it asks their Python attributes. Found: 1.23,
+# 2.19, 1.41, 1.91, 1.96 and 0.58 with Python 3.11 and PyTorch 2.14; OLD.
+BOUNDS = {
+    ("SAM, 62 tensors", "SGD, 62 tensors"): (1.4, 0.0),
+    ("SAM, 1 tensor", "SGD, 1 tensor"): (2.5, 0.0),
+    ("SAM, 62 tensors in 2 groups", "SGD, 62 tensors in 2 groups"): (1.6, 0.0),
+    ("SAMDirection, 62 tensors", "SGD, 62 tensors"): (2.2, 0.0),
+    ("SAMDirection, tensor, 62 tensors", "SGD, 62 tensors"): (2.2, 0.0),
+    ("SAM, AdamW, 62 tensors", "AdamW, 62 tensors"): (0.7, 0.0),
 }
-SLACK = 1.1
+HAS_EXCHANGE_API = hasattr(Tensor, "__dlpack_c_exchange_api__")
 CLIENT = """
 #include <valgrind/callgrind.h>
 void start(void) { CALLGRIND_START_INSTRUMENTATION; }
@@ -41,8 +45,6 @@ def why_not() -> str | None:
         return "valgrind is not installed"
     if shutil.which("cc") is None:
         return "no C compiler was found"
-    if (sys.version_info[:2], ".".join(torch.__version__.split(".")[:2])) != VERSIONS:
-        return f"the bounds were found with other versions: {VERSIONS}"
     return None
 
 
@@ -76,7 +78,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_instructions_per_step(case: str, counts: dict[str, float]) -> None:
-    assert counts[case] <= SLACK * FOUND[case]
-    assert counts[case] >= FOUND[case] / SLACK, "fewer: store the new count, so that it is kept"
+@pytest.mark.parametrize(("ours", "theirs"), BOUNDS)
+def test_instructions_per_step(ours: str, theirs: str, counts: dict[str, float]) -> None:
+    bound = BOUNDS[ours, theirs][0 if HAS_EXCHANGE_API else 1]
+    assert counts[ours] <= bound * counts[theirs]

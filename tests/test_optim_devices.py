@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samkernels import SAM, SAMDirection, SAMMagnitude, backends
+from samkernels import SAM, SAMDirection, SAMMagnitude, SGDHess, backends
 from samkernels.optim import _lists
 from tests.helpers import DEVICES, serves
 from tests.optim_helpers import (
@@ -258,7 +258,62 @@ def test_wrong_steps_are_rejected() -> None:
         assert_near(right, wrong)
 
 
-# Streams. What a stream of a GPU does with it: tests/test_cuda.py.
+# Capture and streams. What a GPU does with them: tests/test_cuda.py.
+
+
+BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+    "Adam": (torch.optim.Adam, {"lr": 0.1}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.1}),
+}
+
+
+def begin_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_capture_that_would_make_state_is_refused(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay would make it anew each time: momentum would start again, moments would be 0."""
+    optimizer_class, options = BASES[base]
+    params = [nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2, 3))]
+    before = snapshot(params)
+    with monkeypatch.context() as capture:
+        begin_capture(capture)
+        optimizer = SAM(params, optimizer_class, **options)
+        set_gradients(params, 1)
+        with pytest.raises(RuntimeError, match="make one step before the capture"):
+            optimizer.first_step()
+    assert not optimizer.is_perturbed and not optimizer.state
+    optimizer.first_step()  # room for w is there; momentum or moments are not
+    set_gradients(params, 2)
+    with monkeypatch.context() as capture:
+        begin_capture(capture)
+        with pytest.raises(RuntimeError, match="make one step before the capture"):
+            optimizer.second_step()
+    assert unchanged(params, before) and not optimizer.is_perturbed
+    assert not any(optimizer.state.values())
+
+    take_step(optimizer, 3)
+    moved = snapshot(params)
+    begin_capture(monkeypatch)
+    take_step(optimizer, 4)
+    assert not unchanged(params, moved)
+
+
+def test_a_capture_that_would_make_momentum_of_sgdhess_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p = nn.Parameter(torch.randn(5))
+    optimizer = SGDHess([p], lr=0.1, momentum=0.9)
+    optimizer.backward((p**3).sum())
+    begin_capture(monkeypatch)
+    with pytest.raises(RuntimeError, match="make one step before the capture"):
+        optimizer.step()
+    assert not any(optimizer.state.values())
 
 
 class Streams:

@@ -225,6 +225,14 @@ def _(result: SimpleNamespace) -> None:
     assert result.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
+@check("CUDA graphs")
+def _(result: SimpleNamespace) -> None:
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+
+    assert_close(result, by_hand(scheduler=schedule))
+
+
 @check("Several processes")
 def _(result: SimpleNamespace) -> None:
     """In one process; tests/test_optim_ranks.py has the others."""
