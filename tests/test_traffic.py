@@ -14,7 +14,8 @@ from samkernels import SAM, SAMDirection, SAMMagnitude, SGDHess, backends, ops
 from tests.helpers import CHANNELS_LAST, CHUNK_SIZE, Slot, make_list
 
 SLOTS = [Slot((n,)) for n in (1, 5, 512, CHUNK_SIZE - 1, CHUNK_SIZE + 7)]
-MISALIGNED = [Slot((n,), offset=1) for n in (1, 5, 512, CHUNK_SIZE + 7)]
+# By one element, and by two: in bfloat16 pairs are accessed then.
+MISALIGNED = [Slot((n,), offset=k) for k in (1, 2) for n in (1, 5, 512, CHUNK_SIZE + 7)]
 OPTIONS: dict[str, Any] = {"backend": "emulated"}
 
 Lists = list[list[Tensor]]

@@ -59,14 +59,14 @@ struct AdamFunctor {
     const bool decays_gradient = DecaysGradient(options);
     const bool has_coefficient = HasCoefficient(recombination);
     const float coefficient = Coefficient(recombination, tensor);
-    const bool aligned = IsAligned(params) && IsAligned(old_params) && IsAligned(magnitude) &&
-                         IsAligned(exp_avg) && IsAligned(exp_avg_sq) && IsAligned(sign);
+    const unsigned misalignment =
+        Misalignment(params, old_params, magnitude, exp_avg, exp_avg_sq, sign);
     // The next forward pass reads the weights; all else has time.
     if (IsSkipped(recombination)) {
       const auto load_old = [&](int i, auto width) {
         return Load<width, kStreaming>(old_params + i);
       };
-      ForEachVector<T, 2>(chunk.n, aligned, load_old,
+      ForEachVector<T, 2>(chunk.n, misalignment, load_old,
                           [&](int i, const auto& w, auto width) { Store<width>(params + i, w); });
       return;
     }
@@ -79,7 +79,7 @@ struct AdamFunctor {
       if constexpr (kSigned) loaded.of[4] = Load<width, kStreaming>(sign + i);
       return loaded;
     };
-    ForEachVector<T, 1>(chunk.n, aligned, load, [&](int i, const auto& loaded, auto width) {
+    ForEachVector<T, 1>(chunk.n, misalignment, load, [&](int i, const auto& loaded, auto width) {
       auto w = loaded.of[0];
       const auto& magnitudes = loaded.of[1];
       auto m = loaded.of[2];

@@ -18,14 +18,14 @@ struct CompareFunctor {
     const T* first = chunk.template At<const T>(0);
     const T* second = chunk.template At<const T>(1);
     const T* weights = chunk.template At<const T>(2);
-    const bool aligned = IsAligned(first) && IsAligned(second) && IsAligned(weights);
+    const unsigned misalignment = Misalignment(first, second, weights);
     int second_larger = 0;
     int signs_agree = 0;
     const auto load = [&](int i, auto width) {
       return Loaded<T, width, 3>{
           {Load<width>(first + i), Load<width>(second + i), Load<width>(weights + i)}};
     };
-    ForEachVector<T, 2>(chunk.n, aligned, load, [&](int, const auto& loaded, auto width) {
+    ForEachVector<T, 2>(chunk.n, misalignment, load, [&](int, const auto& loaded, auto width) {
 #pragma unroll
       for (int j = 0; j < width; ++j) {
         const double a = ToFloat(loaded.of[0].lane[j]);

@@ -27,7 +27,7 @@ struct NormsFunctor {
       if constexpr (kWeighted) loaded.of[1] = Load<width>(weights + i);
       return loaded;
     };
-    ForEachVector<T, 4>(chunk.n, IsAligned(x) && IsAligned(weights), load,
+    ForEachVector<T, 4>(chunk.n, Misalignment(x, weights), load,
                         [&](int, const auto& loaded, auto width) {
 #pragma unroll
                           for (int j = 0; j < width; ++j) {

@@ -21,12 +21,12 @@ struct PerturbFunctor {
     const T* grads = chunk.template At<const T>(kGrads);
     const float scale = PerturbScale(*norm, Read(rho), eps);
     const uint32_t key = RoundingKey(*norm, chunk.TensorInWholeList());
-    const bool aligned = IsAligned(params) && IsAligned(old_params) && IsAligned(grads);
+    const unsigned misalignment = Misalignment(params, old_params, grads);
     // The second pass reads the perturbed weights next; old_params has time until the restore.
     const auto load = [&](int i, auto width) {
       return Loaded<T, width, 2>{{Load<width>(params + i), Load<width, kStreaming>(grads + i)}};
     };
-    ForEachVector<T, 2>(chunk.n, aligned, load, [&](int i, const auto& loaded, auto width) {
+    ForEachVector<T, 2>(chunk.n, misalignment, load, [&](int i, const auto& loaded, auto width) {
       const auto& w = loaded.of[0];
       const auto& g = loaded.of[1];
       auto perturbed = w;

@@ -19,14 +19,14 @@ struct RecombineFunctor {
     const bool skipped = IsSkipped(recombination);
     const bool has_coefficient = HasCoefficient(recombination);
     const float coefficient = Coefficient(recombination, chunk.TensorInWholeList());
-    const bool aligned = IsAligned(magnitude) && IsAligned(sign) && IsAligned(out);
+    const unsigned misalignment = Misalignment(magnitude, sign, out);
     const auto load = [&](int i, auto width) {
       Loaded<T, width, kRead> loaded;
       loaded.of[0] = Load<width>(magnitude + i);
       if constexpr (kSigned) loaded.of[1] = Load<width>(sign + i);
       return loaded;
     };
-    ForEachVector<T, 2>(chunk.n, aligned, load, [&](int i, const auto& loaded, auto width) {
+    ForEachVector<T, 2>(chunk.n, misalignment, load, [&](int i, const auto& loaded, auto width) {
       const auto& magnitudes = loaded.of[0];
       const auto& signs = loaded.of[kSigned];
       auto u = magnitudes;

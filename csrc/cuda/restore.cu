@@ -13,7 +13,7 @@ struct RestoreFunctor {
     T* params = chunk.template At<T>(kParams);
     const T* old_params = chunk.template At<const T>(kOldParams);
     ForEachVector<T, 4>(
-        chunk.n, IsAligned(params) && IsAligned(old_params),
+        chunk.n, Misalignment(params, old_params),
         [&](int i, auto width) { return Load<width, kStreaming>(old_params + i); },
         [&](int i, const auto& w, auto width) { Store<width>(params + i, w); });
   }

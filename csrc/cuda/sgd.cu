@@ -28,8 +28,7 @@ struct SgdFunctor {
     const bool skipped = IsSkipped(recombination);
     const bool has_coefficient = HasCoefficient(recombination);
     const float coefficient = Coefficient(recombination, chunk.TensorInWholeList());
-    const bool aligned = IsAligned(params) && IsAligned(old_params) && IsAligned(magnitude) &&
-                         IsAligned(sign) && IsAligned(buffer);
+    const unsigned misalignment = Misalignment(params, old_params, magnitude, sign, buffer);
     // The next forward pass reads the weights; all else has time.
     const auto load = [&](int i, auto width) {
       Loaded<T, width, kRead> loaded;
@@ -39,7 +38,7 @@ struct SgdFunctor {
       if constexpr (kIsRunning) loaded.of[kRead - 1] = Load<width, kStreaming>(buffer + i);
       return loaded;
     };
-    ForEachVector<T, 2>(chunk.n, aligned, load, [&](int i, const auto& loaded, auto width) {
+    ForEachVector<T, 2>(chunk.n, misalignment, load, [&](int i, const auto& loaded, auto width) {
       auto w = loaded.of[0];
       const auto& magnitudes = loaded.of[1];
       const auto& signs = loaded.of[1 + kSigned];

@@ -20,6 +20,8 @@ struct SgdHessFunctor {
   static constexpr bool kIsRunning = kMomentum == Momentum::kRunning;
   static constexpr int kRead = 3 + kIsRunning;
   static constexpr bool kReverse = false;
+  // Of half precision a vector has eight lanes: of two, fewer warps would have their registers.
+  static constexpr int kUnroll = sizeof(T) == 4 ? 2 : 1;
   SgdOptions options;
   Scalar rho;
 
@@ -33,8 +35,8 @@ struct SgdHessFunctor {
     __device__ Addresses operator+(int64_t i) const {
       return {params + i, grads + i, products + i, buffer + i};
     }
-    __device__ bool AreAligned() const {
-      return IsAligned(params) && IsAligned(grads) && IsAligned(products) && IsAligned(buffer);
+    __device__ unsigned Misalignment() const {
+      return cuda::Misalignment(params, grads, products, buffer);
     }
   };
 
@@ -79,7 +81,7 @@ struct SgdHessFunctor {
       OneByOne(at, chunk.n);
     } else if (positions.stride == 1 && positions.count <= kPart) {
       SideBySide(chunk, at, static_cast<int>(positions.count));
-    } else if (at.AreAligned() && positions.stride % kWide == 0) {
+    } else if (at.Misalignment() == 0 && positions.stride % kWide == 0) {
       ByColumns<kWide>(chunk, at, positions);
     } else {
       ByColumns<1>(chunk, at, positions);
@@ -90,10 +92,11 @@ struct SgdHessFunctor {
     const float lr = Read(options.lr);
     const float rho_ = Read(rho);
     const auto load = [&](int i, auto width) { return LoadAll<width, true>(at + i); };
-    ForEachVector<T, 2>(n, at.AreAligned(), load, [&](int i, const auto& loaded, auto width) {
-      const auto d = [&](int j) { return fabsf(ToFloat(loaded.of[2].lane[j])); };
-      Update<width>(at + i, lr, rho_, loaded, d);
-    });
+    ForEachVector<T, kUnroll>(
+        n, at.Misalignment(), load, [&](int i, const auto& loaded, auto width) {
+          const auto d = [&](int j) { return fabsf(ToFloat(loaded.of[2].lane[j])); };
+          Update<width>(at + i, lr, rho_, loaded, d);
+        });
   }
 
   // The positions of a kernel side by side in memory. Means are made first, by one thread each;
@@ -119,9 +122,7 @@ struct SgdHessFunctor {
       }
       __syncthreads();
       const auto load = [&](int i, auto width) { return LoadAll<width, false>(at + i); };
-      // Of half precision a vector has eight lanes: of two, fewer warps would have their registers.
-      constexpr int kUnroll = sizeof(T) == 4 ? 2 : 1;
-      ForEachVector<T, kUnroll>(n, at.AreAligned(), load,
+      ForEachVector<T, kUnroll>(n, at.Misalignment(), load,
                                 [&](int i, const auto& loaded, auto width) {
                                   int mean = (before + i) / count;
                                   int position = (before + i) % count;
@@ -158,19 +159,22 @@ struct SgdHessFunctor {
       const int64_t start = (slice + column / stride) * positions.count * stride + column % stride;
       const Addresses at = of_chunk + (start - chunk.begin);
       float d[kWidth] = {};
-#pragma unroll 2
-      for (int64_t p = 0; p < positions.count; ++p) {
-        const auto products = Load<kWidth, kStreaming>(at.products + p * positions.stride);
+      LoadsFirst<kWidth == 1 ? 8 : 2>(
+          int64_t{0}, positions.count, 1,
+          [&](int64_t p) { return Load<kWidth, kStreaming>(at.products + p * positions.stride); },
+          [&](int64_t, const auto& products) {
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) d[j] += fabsf(ToFloat(products.lane[j]));
-      }
+            for (int j = 0; j < kWidth; ++j) d[j] += fabsf(ToFloat(products.lane[j]));
+          });
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) d[j] /= static_cast<float>(positions.count);
-#pragma unroll 1
-      for (int64_t p = 0; p < positions.count; ++p) {
-        const Addresses there = at + p * positions.stride;
-        Update<kWidth>(there, lr, rho_, LoadAll<kWidth, false>(there), [&](int j) { return d[j]; });
-      }
+      LoadsFirst<kWidth == 1 ? 4 : 1>(
+          int64_t{0}, positions.count, 1,
+          [&](int64_t p) { return LoadAll<kWidth, false>(at + p * positions.stride); },
+          [&](int64_t p, const auto& loaded) {
+            Update<kWidth>(at + p * positions.stride, lr, rho_, loaded,
+                           [&](int j) { return d[j]; });
+          });
     }
   }
 };

@@ -1,5 +1,5 @@
-// Loads and stores of 16 bytes where all addresses allow it, of single elements elsewhere, several
-// of them in flight; and the dtypes.
+// Loads and stores of 16 bytes where all addresses allow it, of 4 or of single elements elsewhere,
+// several of them in flight; and the dtypes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -71,9 +71,10 @@ __device__ __forceinline__ T FromFloat(float x) {
   }
 }
 
-template <typename T>
-__device__ __forceinline__ bool IsAligned(const T* address) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+// How far addresses are behind multiples of 16, together: 0 if none is; a multiple of 4 if all are.
+template <typename... T>
+__device__ __forceinline__ unsigned Misalignment(const T*... addresses) {
+  return (static_cast<unsigned>(reinterpret_cast<uintptr_t>(addresses) % 16) | ...);
 }
 
 // std::integral_constant, for device code.
@@ -82,29 +83,46 @@ struct Width {
   __host__ __device__ constexpr operator int() const { return kWidth; }
 };
 
-// use(i, load(i, Width<w>()), Width<w>()): elements i .. i + w - 1, for all elements of a chunk,
-// each one once and by one thread. kUnroll vectors of each list are loaded before the first one is
-// used.
-template <typename T, int kUnroll, typename LoadLists, typename Use>
-__device__ __forceinline__ void ForEachVector(int n, bool aligned, const LoadLists& load,
-                                              const Use& use) {
-  using Wide = Width<16 / sizeof(T)>;
-  using Narrow = Width<1>;
-  int single = threadIdx.x;
-  if (aligned) {
-    const int vectors = n / Wide();
-    int i = threadIdx.x;
-    for (; i + (kUnroll - 1) * kThreads < vectors; i += kUnroll * kThreads) {
-      decltype(load(0, Wide())) loaded[kUnroll];
+// use(i, load(i)) for i = first, first + step, .., below end. kUnroll loads are made before the
+// first one is used.
+template <int kUnroll, typename Index, typename LoadAt, typename Use>
+__device__ __forceinline__ void LoadsFirst(Index first, Index end, int step, const LoadAt& load,
+                                           const Use& use) {
+  Index i = first;
+#pragma unroll 1
+  for (; i + (kUnroll - 1) * step < end; i += kUnroll * step) {
+    decltype(load(i)) loaded[kUnroll];
 #pragma unroll
-      for (int k = 0; k < kUnroll; ++k) loaded[k] = load((i + k * kThreads) * Wide(), Wide());
+    for (int k = 0; k < kUnroll; ++k) loaded[k] = load(i + k * step);
 #pragma unroll
-      for (int k = 0; k < kUnroll; ++k) use((i + k * kThreads) * Wide(), loaded[k], Wide());
-    }
-    for (; i < vectors; i += kThreads) use(i * Wide(), load(i * Wide(), Wide()), Wide());
-    single += vectors * Wide();
+    for (int k = 0; k < kUnroll; ++k) use(i + k * step, loaded[k]);
   }
-  for (; single < n; single += kThreads) use(single, load(single, Narrow()), Narrow());
+#pragma unroll 1
+  for (; i < end; i += step) use(i, load(i));
+}
+
+// use(i, load(i, Width<w>()), Width<w>()): elements i .. i + w - 1, for all elements of a chunk,
+// each one once and by one thread. kUnroll vectors of each list are in flight; where a list is
+// misaligned they are of 4 bytes, or of the 2 of one element, but as many as fit in the registers.
+template <typename T, int kUnroll, typename LoadLists, typename Use>
+__device__ __forceinline__ void ForEachVector(int n, unsigned misalignment, const LoadLists& load,
+                                              const Use& use) {
+  constexpr int kLists = sizeof(decltype(load(0, Width<1>()))) / sizeof(T);
+  constexpr int kNarrowUnroll = kUnroll == 1 || kLists > 3 ? 4 : 8;
+  int done = 0;
+  const auto in_vectors_of = [&](auto width, auto unroll) {
+    LoadsFirst<unroll>(
+        done + static_cast<int>(threadIdx.x) * width, n - (width - 1), kThreads * width,
+        [&](int i) { return load(i, width); },
+        [&](int i, const auto& loaded) { use(i, loaded, width); });
+    done = n / width * width;
+  };
+  if (misalignment == 0) {
+    in_vectors_of(Width<16 / sizeof(T)>(), Width<kUnroll>());
+  } else if constexpr (sizeof(T) < 4) {
+    if (misalignment % 4 == 0) in_vectors_of(Width<4 / sizeof(T)>(), Width<kNarrowUnroll>());
+  }
+  in_vectors_of(Width<1>(), Width<kNarrowUnroll>());
 }
 
 // f(T{}) with the C++ type of `dtype`.
