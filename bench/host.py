@@ -28,7 +28,7 @@ from samkernels import SAM
 Params = list[torch.nn.Parameter]
 Half = Callable[[], Any]
 
-BASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+BASES: dict[str, tuple[type[torch.optim.SGD] | type[torch.optim.AdamW], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-3}),
 }
