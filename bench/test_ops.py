@@ -100,5 +100,4 @@ def lists_of(w: list[Tensor], g1: list[Tensor], g2: list[Tensor]) -> Lists:
 
 
 def work(op: str, lists: Lists, backend: str) -> Work:
-    """The op, without the checks that an optimizer makes once."""
-    return lambda: OPS[op].call(lists, backend=backend, validate=False)
+    return lambda: OPS[op].call(lists, backend=backend)

@@ -27,7 +27,7 @@ MISSING = stand_ins.register()  # before any module of tests asks which backends
 MARKERS = {
     "test_traffic": {"emulated"},
     "test_emulation": {"emulated"},
-    "test_on_gpu": {"emulated", "load"},
+    "test_on_gpu": {"load"},
     "test_cuda_build": {"build"},
     "test_sanitizers": {"build"},
     "test_fsdp": {"processes"},

@@ -81,7 +81,7 @@ def phases(problem: Problem, backend: str) -> dict[str, Work]:
     w, g1, g2 = problem.weights, problem.first_grads, problem.second_grads
     old, buffers = ([torch.zeros_like(p) for p in w] for _ in range(2))
     norm = ops.norms(g1, backend=backend).total
-    options: dict[str, Any] = {"backend": backend, "validate": False}
+    options: dict[str, Any] = {"backend": backend}
     return {
         "norms": lambda: ops.norms(g1, **options),
         "perturb": lambda: ops.perturb_(w, g1, old, rho=RHO, norm=norm, **options),

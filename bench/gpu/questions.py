@@ -14,7 +14,7 @@ from bench.gpu.cases import FLOOR, Machine, phases
 from bench.gpu.goals import Row
 from samkernels import ops
 
-OPTIONS: dict[str, Any] = {"backend": "native", "validate": False}
+OPTIONS: dict[str, Any] = {"backend": "native"}
 
 
 def misaligned(machine: Machine, dtype: str, rounds: int) -> list[Row]:
