@@ -143,8 +143,8 @@ _OF_PEERS = (
     Prediction(OF_COMPILED, "ViT-L", 1.15, 1.05, 1.25, "the same bytes"),
     Prediction(OF_TRITON, "ViT-L", 1.05, 1.03, 1.08, "the same bytes"),
     Prediction(HOST, "ResNet-18", 165, 110, 230, "155 us on CPU tensors, and three launches"),
-    Prediction(ODD, "ResNet-18", 0.9, 0.8, 1.02, "narrow loads, several in flight"),
-    Prediction(ODD_BF16, "ResNet-18", 0.7, 0.5, 1.02, "narrow loads, several in flight"),
+    Prediction(ODD, "ResNet-18", 0.98, 0.9, 1.05, "4 bytes at a time, several in flight"),
+    Prediction(ODD_BF16, "ResNet-18", 0.85, 0.7, 1.05, "2 bytes at a time, several in flight"),
     Prediction(TRAINING, "ResNet-18", 2.0, 1.9, 2.05, "two passes, and 1 to 3% for the optimizer"),
 )
 # By a part of the GPU's name. Shares of a copy at the speed that such a GPU is known to reach.
