@@ -227,6 +227,35 @@ def slow_misaligned_loops(kernel: Kernel) -> str:
     return ""
 
 
+def serial_sums(kernel: Kernel) -> str:
+    """All loads of 16 bytes of a loop over a tensor are in flight at a time."""
+    loop = loops_of_loads(kernel, 16)[0]
+    loads, in_flight = len(kernel.code.loads(loop)), kernel.code.loads_in_flight(loop)
+    return "" if in_flight == loads >= 3 else f"{kernel}: {in_flight} of {loads} loads in flight"
+
+
+# Of each element: fused multiply-adds in double, and conversions to it.
+DOUBLE_WORK = {"Norms, false": (1, 1), "Norms, true": (2, 2), "Compare": (4, 3)}
+
+
+def needless_double_work(kernel: Kernel) -> str:
+    """One operation in double for each sum, and no more conversions than there are factors: GPUs
+    for graphics do 64 times as many in float."""
+    op, flags = re.search(r"(\w+)Functor<([^<>]*)>", kernel.name).groups()  # type: ignore[union-attr]
+    fused, converted = DOUBLE_WORK[op if op == "Compare" else f"{op}, {flags.split(', ')[1]}"]
+    lists, size = (3 if op == "Compare" else fused), element_bytes(kernel.name)
+    for width in {16, 4, size}:
+        for loop in loops_of_loads(kernel, width):
+            elements = sum(kernel.code.loads(loop)) // size // lists
+            found = [
+                kernel.code.count(pattern, loop)
+                for pattern in (r"DFMA.*", r"F2F\.F64\.F32.*", r"D(MUL|ADD|SETP|MNMX).*")
+            ]
+            if found != [fused * elements, converted * elements, 0]:
+                return f"{kernel}: {found} operations in double for {elements} elements"
+    return ""
+
+
 def lists_of(name: str) -> tuple[int, int]:
     """How many lists a kernel reads and writes, from its functor: csrc/ops.h says which."""
     match = re.search(r"(\w+)Functor<([^<>]*)>", name)
@@ -372,9 +401,7 @@ def test_every_dtype_has_a_kernel(
 
 @every_arch
 @every_source
-@pytest.mark.parametrize(
-    "check", [local_memory, narrow_accesses, few_warps, slow_misaligned_loops]
-)
+@pytest.mark.parametrize("check", [local_memory, narrow_accesses, few_warps, slow_misaligned_loops])
 def test_no_kernel_is_slow_by_construction(
     kernels: dict[tuple[str, str], list[Kernel]],
     source: str,
@@ -385,10 +412,23 @@ def test_no_kernel_is_slow_by_construction(
     assert not findings, "\n".join(findings)
 
 
+@every_arch
+@pytest.mark.parametrize("source", ["norms", "compare"])
+@pytest.mark.parametrize("check", [needless_double_work, serial_sums])
+def test_no_sum_is_slow_by_construction(
+    kernels: dict[tuple[str, str], list[Kernel]],
+    source: str,
+    arch: str,
+    check: Callable[[Kernel], str],
+) -> None:
+    test_no_kernel_is_slow_by_construction(kernels, source, arch, check)
+
+
 # Mutants: the checks find what they are for
 
 MUTANTS = """
 template <typename T> struct RestoreFunctor { T* out; const T* in; };
+template <typename T, bool> struct NormsFunctor { double* out; const T* in; };
 
 // An index that is not known at compile time: the array goes to local memory.
 template <typename F> __global__ void __launch_bounds__(256) Indexed(F f, int k) {
@@ -410,10 +450,37 @@ template <typename F> __global__ void __launch_bounds__(128) Shared(F f, int k) 
   for (int i = threadIdx.x; i < 48 * 64; i += 128) ((float4*)f.out)[i] = values[i ^ k];
 }
 
+// Where vectors do not fit, one element after the other.
+template <typename F> __global__ void __launch_bounds__(256) Serial(F f, int k, bool aligned) {
+  if (aligned) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < k; i += 256) ((float4*)f.out)[i] = ((const float4*)f.in)[i];
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < k; i += 256) f.out[i] = f.in[i];
+  }
+}
+
+// Products and sums apart, and a vector at a time.
+template <typename F> __global__ void __launch_bounds__(256) Apart(F f, int k) {
+  double sum = 0.0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < k; i += 256) {
+    const float4 x = ((const float4*)f.in)[i];
+    for (double y : {x.x, x.y, x.z, x.w}) sum += y * y;
+  }
+  f.out[threadIdx.x] = sum;
+}
+
 template __global__ void Indexed(RestoreFunctor<float>, int);
 template __global__ void Scalar(RestoreFunctor<float>, int);
 template __global__ void Shared(RestoreFunctor<float>, int);
+template __global__ void Serial(RestoreFunctor<float>, int, bool);
+template __global__ void Apart(NormsFunctor<float, false>, int);
 """
+
+
+MUTANT_NAMES = ("Indexed", "Scalar", "Shared", "Serial", "Apart")
 
 
 @pytest.fixture(scope="module")
@@ -422,12 +489,19 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
     source = folder / "mutants.cu"
     source.write_text(MUTANTS)
     found = compiled(source, "80", folder)
-    return {name: k for k in found for name in ("Indexed", "Scalar", "Shared") if name in k.name}
+    return {name: k for k in found for name in MUTANT_NAMES if name in k.name}
 
 
 @pytest.mark.parametrize(
     ("mutant", "check"),
-    [("Indexed", local_memory), ("Scalar", narrow_accesses), ("Shared", few_warps)],
+    [
+        ("Indexed", local_memory),
+        ("Scalar", narrow_accesses),
+        ("Shared", few_warps),
+        ("Serial", slow_misaligned_loops),
+        ("Apart", serial_sums),
+        ("Apart", needless_double_work),
+    ],
 )
 def test_a_kernel_that_is_slow_by_construction_is_found(
     mutants: dict[str, Kernel], mutant: str, check: Callable[[Kernel], str]

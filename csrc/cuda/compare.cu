@@ -25,20 +25,23 @@ struct CompareFunctor {
       return Loaded<T, width, 3>{
           {Load<width>(first + i), Load<width>(second + i), Load<width>(weights + i)}};
     };
-    ForEachVector<T, 2>(chunk.n, misalignment, load, [&](int, const auto& loaded, auto width) {
+    // Of half precision a vector has eight lanes: of two, fewer warps would have their registers.
+    constexpr int kUnroll = sizeof(T) == 4 ? 2 : 1;
+    ForEachVector<T, kUnroll>(chunk.n, misalignment, load,
+                              [&](int, const auto& loaded, auto width) {
 #pragma unroll
-      for (int j = 0; j < width; ++j) {
-        const double a = ToFloat(loaded.of[0].lane[j]);
-        const double b = ToFloat(loaded.of[1].lane[j]);
-        sums[0] += a * a;
-        sums[1] += b * b;
-        sums[2] += a * b;
-        second_larger += fabs(b) > fabs(a);
-        signs_agree += a * b > 0.0;
-        const double w = ToFloat(loaded.of[2].lane[j]);
-        sums[5] += w * w;
-      }
-    });
+                                for (int j = 0; j < width; ++j) {
+                                  const float a = ToFloat(loaded.of[0].lane[j]);
+                                  const float b = ToFloat(loaded.of[1].lane[j]);
+                                  sums[0] = AddProduct(sums[0], a, a);
+                                  sums[1] = AddProduct(sums[1], b, b);
+                                  sums[2] = AddProduct(sums[2], a, b);
+                                  second_larger += fabsf(b) > fabsf(a);
+                                  signs_agree += (a > 0.0f && b > 0.0f) || (a < 0.0f && b < 0.0f);
+                                  const float w = ToFloat(loaded.of[2].lane[j]);
+                                  sums[5] = AddProduct(sums[5], w, w);
+                                }
+                              });
     sums[3] += second_larger;
     sums[4] += signs_agree;
   }

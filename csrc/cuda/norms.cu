@@ -27,18 +27,18 @@ struct NormsFunctor {
       if constexpr (kWeighted) loaded.of[1] = Load<width>(weights + i);
       return loaded;
     };
-    ForEachVector<T, 4>(chunk.n, Misalignment(x, weights), load,
-                        [&](int, const auto& loaded, auto width) {
+    ForEachVector<T, 4 / kRead>(chunk.n, Misalignment(x, weights), load,
+                                [&](int, const auto& loaded, auto width) {
 #pragma unroll
-                          for (int j = 0; j < width; ++j) {
-                            const float value = ToFloat(loaded.of[0].lane[j]);
-                            sum += static_cast<double>(value) * value;
-                            if constexpr (kWeighted) {
-                              const float scaled = ToFloat(loaded.of[1].lane[j]) * value;
-                              weighted += static_cast<double>(scaled) * scaled;
-                            }
-                          }
-                        });
+                                  for (int j = 0; j < width; ++j) {
+                                    const float value = ToFloat(loaded.of[0].lane[j]);
+                                    sum = AddProduct(sum, value, value);
+                                    if constexpr (kWeighted) {
+                                      const float scaled = ToFloat(loaded.of[1].lane[j]) * value;
+                                      weighted = AddProduct(weighted, scaled, scaled);
+                                    }
+                                  }
+                                });
     if constexpr (kWeighted) sums[0] += weighted;
     sums[kSums - 1] += sum;
   }

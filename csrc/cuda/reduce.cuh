@@ -1,7 +1,7 @@
-// Sums over lists of tensors in one launch per table. Blocks write the sums of each chunk; the last
-// one to finish adds them up per tensor, and the last one of the last launch over all tensors.
-// The order of every addition is fixed, and only integers are counted atomically, so the same
-// inputs give the same bits.
+// Sums over lists of tensors in one launch per table. Blocks write the sums of each chunk; the
+// block that finishes the last chunk of a tensor adds them up, and the one that finishes the last
+// tensor adds up the tensors. The order of every addition is fixed, and only integers are counted
+// atomically, so the same inputs give the same bits.
 #pragma once
 
 #include "multi_tensor_apply.cuh"
@@ -10,15 +10,28 @@ namespace samkernels::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
+// How many threads a multiprocessor is to hold, at least, and so how many registers each may have.
+// Without a word about it the compiler saves them, and loads a vector when the one before was used.
+template <int kSums>
+constexpr int kResidentThreads = kSums == 1 ? 1280 : 1024;
+static_assert(kThreads % kWarpSize == 0, "shuffles need whole warps");
 
 template <int kSums>
 struct ReduceBuffers {
-  double* of_chunks;    // [num_chunks of this launch][kSums]
-  double* of_tensors;   // [num_tensors of the whole list][kSums]
-  unsigned* finished;   // blocks of this launch that are done; 0 before it
-  int64_t num_tensors;  // of the whole list
-  bool is_last;         // launch
+  double* of_chunks;           // [num_chunks of this launch][kSums]
+  double* of_tensors;          // [num_tensors][kSums], 0 before the first launch
+  unsigned* finished_tensors;  // [1], 0 before the first launch
+  unsigned* finished_chunks;   // [num_tensors], 0 before the first launch
+  int num_tensors;             // of the whole list
+  int num_with_elements;       // of these
 };
+
+// sum + a * b. The product of two floats is exact in double, so that the fused operation rounds as
+// two would: the same bits for half of the double-precision work, which bounds these kernels where
+// there is little of it.
+__device__ __forceinline__ double AddProduct(double sum, float a, float b) {
+  return fma(static_cast<double>(a), static_cast<double>(b), sum);
+}
 
 __device__ __forceinline__ double WarpSum(double x) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2)
@@ -46,71 +59,74 @@ __device__ __forceinline__ void BlockSum(double (&sums)[kSums]) {
   }
 }
 
-// True in all threads of the one block that finishes last; it sees what the others wrote.
-__device__ __forceinline__ bool IsLastBlock(unsigned* finished) {
-  __shared__ Shared<bool> is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(finished, 1u) == gridDim.x - 1;
-  __syncthreads();
-  __threadfence();
-  return is_last;
+template <int kSums>
+__device__ __forceinline__ void StoreSums(double* to, int64_t i, const double (&sums)[kSums]) {
+  for (int k = 0; k < kSums; ++k) to[i * kSums + k] = sums[k];
+}
+
+// True in all threads of the block that is the last of `count` to come here; it sees what thread 0
+// of the others wrote before.
+__device__ __forceinline__ bool IsLast(unsigned* arrived, unsigned count) {
+  bool is_last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(arrived, 1u) == count - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(is_last);
 }
 
 // Functor: kSums; accumulate(chunk, sums) adds a thread's share of a chunk;
 // finish_tensor(tensor, sums) and finish_total(sums) take the results, in one thread each.
 template <typename Functor, typename Table>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResidentThreads<Functor::kSums> / kThreads)
     ReduceKernel(const __grid_constant__ Table table, const __grid_constant__ Functor functor,
                  const __grid_constant__ ReduceBuffers<Functor::kSums> buffers) {
   constexpr int kSums = Functor::kSums;
   const int num_chunks = table.num_chunks();
+  bool is_last = buffers.num_with_elements == 0;
 
-  for (int chunk = blockIdx.x; chunk < num_chunks; chunk += gridDim.x) {
+  for (int i = blockIdx.x; i < num_chunks; i += gridDim.x) {
+    const Chunk<Table> chunk(table, i);
+    const int64_t tensor = chunk.TensorInWholeList();
     double sums[kSums] = {};
-    functor.accumulate(Chunk<Table>(table, chunk), sums);
+    functor.accumulate(chunk, sums);
     BlockSum<kSums>(sums);
+
+    const int first = table.first_chunk[chunk.tensor];
+    const int count = table.first_chunk[chunk.tensor + 1] - first;
+    if (count > 1) {
+      const double* of_chunks = buffers.of_chunks + int64_t{first} * kSums;
+      if (threadIdx.x == 0) StoreSums<kSums>(buffers.of_chunks, i, sums);
+      if (!IsLast(&buffers.finished_chunks[tensor], count)) continue;
+      for (int k = 0; k < kSums; ++k) sums[k] = 0.0;
+      // Of a long tensor these are many, and little else is left to hide how long each takes.
+      constexpr int kUnroll = kSums < 4 ? 4 / kSums : 1;
+#pragma unroll kUnroll
+      for (int j = threadIdx.x; j < count; j += kThreads) {
+        for (int k = 0; k < kSums; ++k) sums[k] += __ldcg(&of_chunks[int64_t{j} * kSums + k]);
+      }
+      BlockSum<kSums>(sums);
+    }
     if (threadIdx.x == 0) {
-      for (int k = 0; k < kSums; ++k) buffers.of_chunks[int64_t{chunk} * kSums + k] = sums[k];
+      StoreSums<kSums>(buffers.of_tensors, tensor, sums);
+      functor.finish_tensor(tensor, sums);
     }
+    is_last = IsLast(buffers.finished_tensors, buffers.num_with_elements);
   }
-  if (!IsLastBlock(buffers.finished)) return;
+  if (!is_last) return;
 
-  const int warp = threadIdx.x / kWarpSize;
-  const int lane = threadIdx.x % kWarpSize;
-  for (int tensor = warp; tensor < table.num_tensors; tensor += kWarps) {
-    double sums[kSums] = {};
-    // Of a long tensor these are many, and nothing else is left to hide how long each takes.
-    constexpr int kUnroll = kSums == 1 ? 4 : 2;
-    const int end = table.first_chunk[tensor + 1];
-    for (int chunk = table.first_chunk[tensor] + lane; chunk < end; chunk += kUnroll * kWarpSize) {
-      double of_chunk[kUnroll][kSums];
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const int64_t at = chunk + i * kWarpSize;
-        for (int k = 0; k < kSums; ++k) {
-          of_chunk[i][k] = at < end ? __ldcg(&buffers.of_chunks[at * kSums + k]) : 0.0;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        for (int k = 0; k < kSums; ++k) sums[k] += of_chunk[i][k];
-      }
-    }
-    for (int k = 0; k < kSums; ++k) sums[k] = WarpSum(sums[k]);
-    if (lane == 0) {
-      const int64_t index = table.first_tensor + tensor;
-      for (int k = 0; k < kSums; ++k) buffers.of_tensors[index * kSums + k] = sums[k];
-      functor.finish_tensor(index, sums);
-    }
-  }
-  if (!buffers.is_last) return;
-
-  __threadfence();
-  __syncthreads();
   double sums[kSums] = {};
-  for (int64_t tensor = threadIdx.x; tensor < buffers.num_tensors; tensor += kThreads) {
-    for (int k = 0; k < kSums; ++k) sums[k] += __ldcg(&buffers.of_tensors[tensor * kSums + k]);
+  for (int tensor = threadIdx.x; tensor < buffers.num_tensors; tensor += kThreads) {
+    double of_tensor[kSums];
+    bool is_zero = true;
+    for (int k = 0; k < kSums; ++k) {
+      of_tensor[k] = __ldcg(&buffers.of_tensors[int64_t{tensor} * kSums + k]);
+      is_zero = is_zero && of_tensor[k] == 0.0;
+      sums[k] += of_tensor[k];
+    }
+    // It may be empty: then no chunk has finished it.
+    if (is_zero) functor.finish_tensor(tensor, of_tensor);
   }
   BlockSum<kSums>(sums);
   if (threadIdx.x == 0) functor.finish_total(sums);
@@ -120,19 +136,31 @@ template <typename Functor, int kLists>
 void Reduce(const Tensors& tensors, const void* const* const (&lists)[kLists],
             const Functor& functor, void* workspace, void* stream) {
   constexpr int kSums = Functor::kSums;
-  const int64_t num_chunks = tensors.first_chunk[tensors.num_tensors];
-  double* of_chunks = static_cast<double*>(workspace);
-  double* of_tensors = of_chunks + num_chunks * kSums;
-  unsigned* finished = reinterpret_cast<unsigned*>(of_tensors + tensors.num_tensors * kSums);
-  const int64_t max_launches = tensors.num_tensors + 1;
-  Check(cudaMemsetAsync(finished, 0, max_launches * sizeof(unsigned),
+  using Buffers = ReduceBuffers<kSums>;
+  static_assert(sizeof(Functor) + sizeof(Buffers) + 64 <= kOtherBytes,
+                "functor and buffers do not fit beside the table");
+  if (tensors.num_tensors > INT32_MAX) throw std::length_error("more than 2^31 - 1 tensors");
+  int num_with_elements = 0;
+  for (int64_t i = 0; i < tensors.num_tensors; ++i) num_with_elements += tensors.numel[i] > 0;
+  double* of_tensors = static_cast<double*>(workspace);
+  unsigned* finished_tensors =
+      reinterpret_cast<unsigned*>(of_tensors + kSums * tensors.num_tensors);
+  unsigned* finished_chunks = finished_tensors + 1;
+  double* of_chunks = of_tensors + (kSums + 1) * tensors.num_tensors + 1;
+  Check(cudaMemsetAsync(workspace, 0,
+                        reinterpret_cast<char*>(of_chunks) - static_cast<char*>(workspace),
                         static_cast<cudaStream_t>(stream)));
   ForEachTable(tensors, lists,
                [&](const auto& table, unsigned num_chunks, int64_t first_chunk, bool is_last) {
                  using Table = std::decay_t<decltype(table)>;
-                 const ReduceBuffers<kSums> buffers = {of_chunks + first_chunk * kSums, of_tensors,
-                                                       finished++, tensors.num_tensors, is_last};
-                 // A list of empty tensors has no chunk, but sums all the same.
+                 // Without an element in the whole list the last launch has the results to write.
+                 if (num_chunks == 0 && !(is_last && num_with_elements == 0)) return;
+                 const Buffers buffers = {of_chunks + first_chunk * kSums,
+                                          of_tensors,
+                                          finished_tensors,
+                                          finished_chunks,
+                                          static_cast<int>(tensors.num_tensors),
+                                          num_with_elements};
                  Launch(ReduceKernel<Functor, Table>, num_chunks > 0 ? num_chunks : 1, stream,
                         table, functor, buffers);
                });

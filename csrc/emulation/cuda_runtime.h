@@ -290,6 +290,15 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 
 inline void __syncthreads() { emulation::Wait(emulation::block->barrier, emulation::block->alive); }
 
+inline bool __syncthreads_or(bool holds) {
+  std::vector<double>& holds_of = emulation::block->exchanged;
+  holds_of[threadIdx.x] = holds;
+  __syncthreads();
+  const bool any = std::any_of(holds_of.begin(), holds_of.end(), [](double x) { return x != 0; });
+  __syncthreads();
+  return any;
+}
+
 // Nothing is reordered here: fences have nothing to do.
 inline void __threadfence() {}
 

@@ -876,9 +876,9 @@ def _squares(
     x = _load(x_at, offsets, mask, WHOLE, T).to(tl.float32)
     if WEIGHTED:
         scaled = (_load(weights_at, offsets, mask, WHOLE, T).to(tl.float32) * x).to(tl.float64)
-        weighted += scaled * scaled
+        weighted = tl.fma(scaled, scaled, weighted)
     wide = x.to(tl.float64)
-    return weighted, plain + wide * wide
+    return weighted, tl.fma(wide, wide, plain)
 
 
 @triton.jit(do_not_specialize=["plan", "addresses", "workspace", "finished", "per_tensor", "total"])
@@ -956,13 +956,15 @@ def _compare_block(
     T: tl.constexpr,
 ):
     # float64: products of float32 are exact there, and none of them is lost to underflow.
-    g1 = _load(first_at, offsets, mask, WHOLE, T).to(tl.float32).to(tl.float64)
-    g2 = _load(second_at, offsets, mask, WHOLE, T).to(tl.float32).to(tl.float64)
+    # Fused operations therefore give the bits of separate ones.
+    g1 = _load(first_at, offsets, mask, WHOLE, T).to(tl.float32)
+    g2 = _load(second_at, offsets, mask, WHOLE, T).to(tl.float32)
     w = _load(w_at, offsets, mask, WHOLE, T).to(tl.float32).to(tl.float64)
-    product = g1 * g2
     larger = (tl.abs(g2) > tl.abs(g1)).to(tl.int32)
-    agree = (product > 0).to(tl.int32)
-    return a + g1 * g1, b + g2 * g2, c + product, d + larger, e + agree, f + w * w
+    agree = (((g1 > 0) & (g2 > 0)) | ((g1 < 0) & (g2 < 0))).to(tl.int32)
+    g1, g2 = g1.to(tl.float64), g2.to(tl.float64)
+    a, b, c, f = tl.fma(g1, g1, a), tl.fma(g2, g2, b), tl.fma(g1, g2, c), tl.fma(w, w, f)
+    return a, b, c, d + larger, e + agree, f
 
 
 @triton.jit(
