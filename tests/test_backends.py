@@ -596,13 +596,11 @@ print(*(f"{norm:.4f}" for norm in norms), list(sums))
             "norm",
             "core.perturb(target, tensors, tensors, tensors, 0, 0.1, 0, 0.0, False, False, None)",
         ),
-        ("workspace", "core.norms(target, tensors, None, 0, at(norms), at(norms) + 8)"),
         ("per_tensor", "core.norms(target, tensors, None, at(room), 0, at(norms))"),
         ("total", "core.norms(target, tensors, None, at(room), at(norms), 0)"),
-        ("workspace", "core.compare(target, *[tensors] * 3, 0, at(sums), at(norms), at(norms))"),
         ("sums", "core.compare(target, *[tensors] * 3, at(room), 0, at(norms), at(norms))"),
     ],
-    ids=["perturb-norm", "norms-workspace", "per_tensor", "total", "compare-workspace", "sums"],
+    ids=["perturb-norm", "per_tensor", "total", "sums"],
 )
 def test_the_core_refuses_null_addresses_of_scalars(argument: str, call: str) -> None:
     # In an interpreter of its own: a null address that is used kills it.
@@ -616,6 +614,31 @@ except ValueError as error:
 """
     )
     assert argument in printed
+
+
+def test_the_core_makes_room_for_sums_by_itself_on_the_cpu() -> None:
+    tensors = [torch.randn(40_000), torch.zeros(0), torch.randn(3)]
+    core = _C.TensorList(tensors)
+    assert _C.workspace_bytes(_C.cpu(1), core, _C.NORMS_SUMS) == 0
+    per_tensor, total = torch.zeros(3), torch.zeros(())
+    _C.norms(_C.cpu(1), core, None, 0, per_tensor.data_ptr(), total.data_ptr())
+    expected = torch.stack([t.double().norm() for t in tensors])
+    torch.testing.assert_close(per_tensor, expected.float())
+    torch.testing.assert_close(total, expected.norm().float())
+
+
+def test_a_device_needs_room_for_sums() -> None:
+    emulated = backends.get("emulated")
+    if not hasattr(emulated, "_C"):
+        pytest.skip("the emulated core is not built: make emulation")
+    core = cast(Any, emulated)._C
+    x, numbers = core.TensorList([torch.ones(3)]), torch.full((4,), -1.0)
+    assert core.workspace_bytes(core.cuda(0), x, core.NORMS_SUMS) > 0
+    with pytest.raises(ValueError, match="workspace has no memory"):
+        core.norms(core.cuda(0), x, None, 0, numbers.data_ptr(), numbers.data_ptr() + 4)
+    with pytest.raises(ValueError, match="workspace has no memory"):
+        core.compare(core.cuda(0), x, x, x, 0, *[numbers.data_ptr()] * 3)
+    assert (numbers == -1).all()
 
 
 def test_build_info() -> None:
