@@ -156,35 +156,45 @@ struct ListBuilder {
   }
 
   void AddThroughPython(py::handle tensor) {
-    using Kind = Layout::Kind;
-    const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
-    const auto device = tensor.attr("device").attr("type").cast<std::string>();
-    const py::object index = tensor.attr("device").attr("index");
-    Kind kind = {Kind::kUnknown, 0, device == "cpu" ? dlpack::kCpu : dlpack::kCuda,
-                 index.is_none() ? 0 : index.cast<int32_t>()};
-    if (device == "cpu" || device == "cuda") {
-      if (dtype == "torch.float32") {
-        kind = {dlpack::kFloat, 32, kind.device_type, kind.device_index};
-      }
-      if (dtype == "torch.float64") {
-        kind = {dlpack::kFloat, 64, kind.device_type, kind.device_index};
-      }
-      if (dtype == "torch.float16") {
-        kind = {dlpack::kFloat, 16, kind.device_type, kind.device_index};
-      }
-      if (dtype == "torch.bfloat16") {
-        kind = {dlpack::kBFloat, 16, kind.device_type, kind.device_index};
-      }
+    // Tensors of a list are of one kind as a rule, and to find it out takes long.
+    py::object dtype = tensor.attr("dtype"), device = tensor.attr("device");
+    if (!dtype_ || !dtype.is(dtype_) || !device.equal(device_)) {
+      kind_ = KindOf(dtype, device);
+      dtype_ = std::move(dtype);
+      device_ = std::move(device);
     }
-    std::vector<int64_t> shape, strides;
-    for (const py::handle size : tensor.attr("shape")) shape.push_back(size.cast<int64_t>());
+    shape_.clear();
+    strides_.clear();
+    for (const py::handle size : tensor.attr("shape")) shape_.push_back(size.cast<int64_t>());
     for (const py::handle stride : tensor.attr("stride")()) {
-      strides.push_back(stride.cast<int64_t>());
+      strides_.push_back(stride.cast<int64_t>());
     }
     const auto address = tensor.attr("data_ptr")().cast<uintptr_t>();
-    Add({reinterpret_cast<void*>(address), kind, static_cast<int>(shape.size()), shape.data(),
-         strides.data()});
+    Add({reinterpret_cast<void*>(address), kind_, static_cast<int>(shape_.size()), shape_.data(),
+         strides_.data()});
   }
+
+ private:
+  static Layout::Kind KindOf(const py::object& dtype_of, const py::object& device_of) {
+    const auto dtype = py::str(dtype_of).cast<std::string>();
+    const auto device = device_of.attr("type").cast<std::string>();
+    const py::object index = device_of.attr("index");
+    Layout::Kind kind = {Layout::Kind::kUnknown, 0, device == "cpu" ? dlpack::kCpu : dlpack::kCuda,
+                         index.is_none() ? 0 : index.cast<int32_t>()};
+    if (device != "cpu" && device != "cuda") return kind;
+    const auto is = [&](const char* name, uint8_t code, uint8_t bits) {
+      if (dtype == name) kind.dtype_code = code, kind.dtype_bits = bits;
+    };
+    is("torch.float32", dlpack::kFloat, 32);
+    is("torch.float64", dlpack::kFloat, 64);
+    is("torch.float16", dlpack::kFloat, 16);
+    is("torch.bfloat16", dlpack::kBFloat, 16);
+    return kind;
+  }
+
+  py::object dtype_, device_;  // of the last tensor
+  Layout::Kind kind_;
+  std::vector<int64_t> shape_, strides_;
 };
 
 }  // namespace

@@ -627,11 +627,8 @@ def test_the_core_makes_room_for_sums_by_itself_on_the_cpu() -> None:
     torch.testing.assert_close(total, expected.norm().float())
 
 
-def test_a_device_needs_room_for_sums() -> None:
-    emulated = backends.get("emulated")
-    if not hasattr(emulated, "_C"):
-        pytest.skip("the emulated core is not built: make emulation")
-    core = cast(Any, emulated)._C
+def test_a_device_needs_room_for_sums(emulated_core: Any) -> None:
+    core = emulated_core
     x, numbers = core.TensorList([torch.ones(3)]), torch.full((4,), -1.0)
     assert core.workspace_bytes(core.cuda(0), x, core.NORMS_SUMS) > 0
     with pytest.raises(ValueError, match="workspace has no memory"):

@@ -68,6 +68,11 @@ class Bucket:
         self.ops: Backend = self.place.ops  # these lists were checked when they were made
 
     @property
+    def owners(self) -> TensorList:
+        """The parameters themselves, of which `params` may be the parts that lie here."""
+        return [slot.param for slot in self.slots] if self.place.process_groups else self.params
+
+    @property
     def granularity(self) -> str:
         return self.group.get("granularity", "element")
 

@@ -288,8 +288,8 @@ class SAM(Optimizer):
                 perturbation.exchange = start_exchange(sent, ascent_norm, all_ranks)
             perturbation.settle()
             for bucket in buckets:
-                for slot in bucket.slots:
-                    slot.param.grad = None
+                for p in bucket.owners:
+                    p.grad = None
             if self._meets_scaler:
                 self._spread_overflow(perturbation)
         except BaseException:
@@ -787,8 +787,9 @@ class SAM(Optimizer):
             updated = buckets if self._rule == "sam" else both
             self._measure_second(updated, both, perturbation)
 
-        for bucket in updated:
-            ops.check_choice("granularity", bucket.granularity, ops.GRANULARITIES)
+        if self._rule != "sam":
+            for bucket in updated:
+                ops.check_choice("granularity", bucket.granularity, ops.GRANULARITIES)
         fused = self._fused_base
         if fused is not None and all(fused.serves(bucket.group) for bucket in updated):
             # Of all groups, so that a wrong one is found before the first is updated.
