@@ -68,11 +68,6 @@ class Bucket:
         self.ops: Backend = self.place.ops  # these lists were checked when they were made
 
     @property
-    def owners(self) -> TensorList:
-        """The parameters themselves, of which `params` may be the parts that lie here."""
-        return [slot.param for slot in self.slots] if self.place.process_groups else self.params
-
-    @property
     def granularity(self) -> str:
         return self.group.get("granularity", "element")
 
@@ -112,9 +107,10 @@ class Bucket:
         return made
 
     def without_gradients(self) -> Bucket:
-        """What the next step may begin with. FSDP2 may make parameters' parts anew until then."""
-        params = [] if self.place.process_groups else self.params
-        return replace(self, params=params, grads=[])
+        """What the next step may begin with. Parts of DTensors are looked up anew: FSDP2 may have
+        replaced them."""
+        are_whole = all(map(operator.is_, self.params, map(_param_of, self.slots)))
+        return replace(self, params=self.params if are_whole else [], grads=[])
 
 
 @dataclass

@@ -288,8 +288,8 @@ class SAM(Optimizer):
                 perturbation.exchange = start_exchange(sent, ascent_norm, all_ranks)
             perturbation.settle()
             for bucket in buckets:
-                for p in bucket.owners:
-                    p.grad = None
+                for slot in bucket.slots:
+                    slot.param.grad = None
             if self._meets_scaler:
                 self._spread_overflow(perturbation)
         except BaseException:
