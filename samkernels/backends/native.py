@@ -287,10 +287,15 @@ def _run(device: torch.device, function: Callable[..., None], *args: Any) -> Non
     """function(target, *args); target: PyTorch's number of threads, or the current stream of the
     device."""
     if device.type == "cpu":
-        function(_C.cpu(torch.get_num_threads()), *args)
+        function(_cpu(torch.get_num_threads()), *args)
         return
     with torch.cuda.device(device):
         function(_C.cuda(torch.cuda.current_stream(device).cuda_stream), *args)
+
+
+@lru_cache(maxsize=8)
+def _cpu(num_threads: int) -> _C.Target:
+    return _C.cpu(num_threads)
 
 
 def _core(tensors: TensorList) -> _C.TensorList:
@@ -323,9 +328,9 @@ def _core_recombination(recombination: Recombination) -> _C.Recombination:
         _address(denominator),
         numerator is not None and numerator.dim() == 1,
         eps,
-        _address(ascent_norm),
-        _address(grad_scale),
-        _address(found_inf),
+        0 if ascent_norm is None else ascent_norm.data_ptr(),
+        0 if grad_scale is None else grad_scale.data_ptr(),
+        0 if found_inf is None else found_inf.data_ptr(),
     )
 
 

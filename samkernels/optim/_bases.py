@@ -59,7 +59,7 @@ class Sgd:
     needed: tuple[str, ...] = ()
 
     def serves(self, group: dict[str, Any]) -> bool:
-        values = [group[name] for name in ("momentum", "dampening", "weight_decay")]
+        values = group["momentum"], group["dampening"], group["weight_decay"]
         return not (group["differentiable"] or _are_on_device(values))
 
     def new_state(self, group: dict[str, Any], p: Tensor) -> State:
