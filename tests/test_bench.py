@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import memory_floor, report
+from bench import host, memory_floor, report
 from bench.candidates import RHO, SGD_OPTIONS, VARIANTS, candidates, ours, problem
 from bench.clock import Clock
 from bench.lists import LISTS, numel_of
@@ -235,3 +235,20 @@ def test_results_come_with_what_they_need() -> None:
         content: dict[str, Any] = json.loads(file.read_text())
         found = content.get("environment") or content["machine_info"]["environment"]
         assert needed <= found.keys(), file
+
+
+def test_the_page_shows_the_host_time_that_was_measured() -> None:
+    result = json.loads((ROOT / "bench/results/cpu-2-cores/host.json").read_text())
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    for name, case in result["cases"].items():
+        row = f"| {name} | {case['sam_us']:.0f} | {case['base_us']:.0f} | {case['ratio']:.2f} |\n"
+        assert row in page
+    environment = result["environment"]
+    for what in (environment["processor"], environment["torch"], f"of {result['rounds']} steps"):
+        assert what in page
+
+
+def test_host_time_is_that_of_both_optimizers() -> None:
+    sam, base = host.measure("62 tensors in 2 groups", rounds=3)
+    assert len(sam) == len(base) == 3
+    assert min(*sam, *base) > 0
