@@ -34,7 +34,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _without_grad(method: F) -> F:
-    """torch.no_grad() as a decorator, in a third of its time."""
+    """torch.no_grad() as a decorator, in half of its time."""
 
     @functools.wraps(method)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
