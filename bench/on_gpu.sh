@@ -13,10 +13,16 @@
 # Needs python3 (or PYTHON) with torch, triton, numpy, pytest, pytest-benchmark; compute-sanitizer and ncu for the
 # steps that are about them. Takes the compiled core that lies in samkernels/ if it serves the GPU, and else builds one
 # (nvcc, cmake, ninja, pybind11). SAMKERNELS_COMMIT names the commit where there is no git. No network.
-# `python -m bench.gpu.prepare`, on a machine without a GPU, builds that core, variants of it, and gathers the images.
+# `python -m bench.gpu.prepare --arch 90 --variants`, where nvcc is and no GPU, builds that core and variants of it.
+# cifar needs CIFAR-100: the official folder cifar-100-python in .gpu/cifar100.
 set -euo pipefail
-if (($# < 2)); then
-  sed -n '2,/^set/{/^#/p}' "$0" >&2
+usage() { sed -n '2,/^set/{/^#/p}' "$0"; }
+if [[ " $* " == *" --help "* || " $* " == *" -h "* ]]; then
+  usage
+  exit
+fi
+if (($# < 2)) || [[ ! $1 =~ ^(first|again|cifar)$ ]]; then
+  usage >&2
   exit 2
 fi
 mkdir -p "$2"

@@ -5,8 +5,9 @@
 Builds the core for one architecture (without --arch, that of the GPU that is visible) and for the
 Python that runs this, which has to be of the GPU machine's version, and leaves it in samkernels/.
 --variants: cores with other macros into .gpu/variants.tgz. --images: class sheets of CIFAR-100
-(bench/gpu/cifar.py) into .gpu/cifar100, as many as fit --megabytes. All of it is ignored by git,
-and has to be copied to the machine beside the sources.
+(bench/gpu/cifar.py) into .gpu/cifar100, as many as fit --megabytes; the official folder
+cifar-100-python can be put there as it is. All of it is ignored by git, and has to be copied to the
+machine beside the sources.
 """
 
 from __future__ import annotations
@@ -73,6 +74,12 @@ def build_variants(arch: str, target: Path) -> None:
 
 def gather(source: Path, target: Path, megabytes: float) -> list[str]:
     """Copy a sheet of test images, then sheets of training images, as many as fit; their names."""
+    if not (source / "classes.txt").exists():
+        raise SystemExit(
+            f"--images={source}: there is no classes.txt, so these are no class sheets "
+            "(bench/gpu/cifar.py); the official folder cifar-100-python goes into .gpu/cifar100 "
+            "as it is"
+        )
     target.mkdir(parents=True, exist_ok=True)
     room = 1e6 * megabytes
     sheets = [*sorted(source.glob("test-*"))[:1], *sorted(source.glob("train-*"))]
