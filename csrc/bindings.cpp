@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -94,6 +95,11 @@ class Shapes {
     if (numbers.size() != list_.size()) {
       throw std::invalid_argument(std::string(name) + " has " + std::to_string(numbers.size()) +
                                   " tensors and " + name_ + " has " + std::to_string(list_.size()));
+    }
+    std::vector<const void*> sorted(numbers.addresses().begin(), numbers.addresses().end());
+    std::sort(sorted.begin(), sorted.end());
+    if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
+      throw std::invalid_argument(std::string(name) + ": two tensors are one and the same");
     }
     std::unique_ptr<bool[]> are_double(new bool[numbers.size()]);
     for (size_t i = 0; i < numbers.size(); ++i) {

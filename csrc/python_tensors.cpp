@@ -279,6 +279,7 @@ TensorReader::TensorReader(py::type tensor, py::type parameter)
       parameter_(std::move(parameter)),
       grad_("grad"),
       is_neg_(tensor_.attr("is_neg")),
+      default_dict_(py::module_::import("collections").attr("defaultdict")),
       exchange_api_(ExchangeApiOf(tensor_)) {}
 
 bool TensorReader::IsNegated(py::handle tensor) const {
@@ -318,7 +319,7 @@ py::object TensorReader::Gradients(py::handle candidates, const py::list& params
 py::object TensorReader::State(py::handle state, const py::list& params, const py::str& name,
                                const TensorList& like, bool numbers) const {
   const auto* api = static_cast<const dlpack::ExchangeApi*>(exchange_api_);
-  if (api == nullptr || params.size() != like.size() || !PyDict_Check(state.ptr())) {
+  if (api == nullptr || params.size() != like.size() || !IsPlainDict(state.ptr())) {
     return py::none();
   }
   py::list tensors(params.size());
@@ -335,12 +336,14 @@ py::object TensorReader::State(py::handle state, const py::list& params, const p
       is_next = PyDict_Next(state.ptr(), &position, &key, &of_param) != 0;
     } while (i == 0 && is_next && key != param);
     if (!is_next || key != param) of_param = PyDict_GetItemWithError(state.ptr(), param);
-    PyObject* tensor = nullptr;
-    if (of_param != nullptr && PyDict_Check(of_param)) {
-      tensor = PyDict_GetItemWithError(of_param, name.ptr());
+    PyObject* found = nullptr;
+    if (of_param != nullptr && IsPlainDict(of_param)) {
+      found = PyDict_GetItemWithError(of_param, name.ptr());
     }
     if (PyErr_Occurred()) throw py::error_already_set();
-    if (tensor == nullptr || !IsPlain(tensor)) return py::none();
+    if (found == nullptr || !IsPlain(found)) return py::none();
+    py::object tensor = py::reinterpret_borrow<py::object>(found);
+    if (IsNegated(tensor)) return py::none();
     if (numbers) {
       View view;
       if (!Read(api, tensor, &view)) {
@@ -355,8 +358,7 @@ py::object TensorReader::State(py::handle state, const py::list& params, const p
     } else if (!of_tensors.Add(api, tensor)) {
       return py::none();
     }
-    Py_INCREF(tensor);
-    PyList_SET_ITEM(tensors.ptr(), i, tensor);
+    PyList_SET_ITEM(tensors.ptr(), i, tensor.release().ptr());
   }
   auto list = numbers ? std::make_shared<TensorList>(std::move(of_numbers.addresses),
                                                      std::move(of_numbers.layout))

@@ -100,12 +100,19 @@ class TensorReader {
     return type == tensor_.ptr() || type == parameter_.ptr();
   }
 
+  // A dict, or torch.optim's defaultdict: a class of somebody else may look up in its own way.
+  bool IsPlainDict(pybind11::handle state) const {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(state.ptr()));
+    return PyDict_CheckExact(state.ptr()) || type == default_dict_.ptr();
+  }
+
   // Whether PyTorch negates it when it reads it: its memory holds the opposite then.
   bool IsNegated(pybind11::handle tensor) const;
 
   pybind11::type tensor_, parameter_;
   pybind11::str grad_;
-  pybind11::object is_neg_;   // Tensor.is_neg
+  pybind11::object is_neg_;  // Tensor.is_neg
+  pybind11::object default_dict_;
   const void* exchange_api_;  // or null
 };
 

@@ -6,6 +6,7 @@ Trajectories are in test_optim_trajectories.py."""
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from typing import Any
@@ -531,3 +532,68 @@ def test_checkpoints_that_do_not_fit(spoil: Callable[[dict[str, Any]], None], me
         optimizer.load_state_dict(checkpoint)
     assert unchanged([x for p in model.parameters() for x in optimizer.state[p].values()], before)
     take_step(optimizer, 1)
+
+
+# State that somebody has put there
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step", "momentum_buffer"])
+@every_backend
+def test_negated_state_counts_with_its_values(name: str, backend: str) -> None:
+    """PyTorch negates such a tensor when it reads it: its memory holds the opposite."""
+    base, options = torch.optim.Adam, {}
+    if name == "momentum_buffer":
+        base, options = torch.optim.SGD, {"momentum": 0.9}
+    results = []
+    for negated in (False, True):
+        params = [nn.Parameter(torch.linspace(-1, 1, 5)), nn.Parameter(torch.ones(2, 3))]
+        optimizer = SAM(params, base, backend=backend, lr=0.1, **options)
+        for step in range(4):
+            for half in (optimizer.first_step, optimizer.second_step):
+                for p in params:
+                    p.grad = torch.full_like(p, 0.3 + step)
+                half()
+            if negated and step == 1:
+                for p in params:
+                    state = optimizer.state[p]
+                    state[name] = torch._neg_view(-state[name])
+        results.append(snapshot(params))
+    assert unchanged(results[0], results[1])
+
+
+@every_backend
+def test_steps_that_are_one_tensor_are_refused(backend: str) -> None:
+    params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(2, 3))]
+    optimizer = SAM(params, torch.optim.Adam, backend=backend, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.first_step()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.second_step()
+    shared = torch.tensor(1.0)
+    for p in params:
+        optimizer.state[p]["step"] = shared
+    before = snapshot(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.first_step()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=r"step.* (overlap in memory|one and the same)"):
+        optimizer.second_step()
+    assert unchanged(params, before) and not optimizer.is_perturbed
+    assert shared.item() == 1
+
+
+def test_counts_too_large_for_an_integer_in_the_reference() -> None:
+    for count in (1e300, math.inf):
+        params = [nn.Parameter(torch.ones(5))]
+        optimizer = SAM(params, torch.optim.Adam, backend="reference", lr=0.1)
+        for step in range(2):
+            for half in (optimizer.first_step, optimizer.second_step):
+                params[0].grad = torch.ones(5)
+                half()
+            if step == 0:
+                optimizer.state[params[0]]["step"] = torch.tensor(count, dtype=torch.float64)
+        assert params[0].isfinite().all()

@@ -205,7 +205,8 @@ def _power(base: float, exponents: Tensor) -> Tensor:
     """base ** exponents, 0 <= base < 1, by squaring, as csrc/update_math.h does it: the same bits
     everywhere. Off by an ulp for every multiplication that the power stands for, at most: nothing
     that float32 would show."""
-    powers, rest = torch.ones_like(exponents), exponents.long()
+    whole = exponents.nan_to_num(0.0).clamp(0.0, 2.0**62)  # no integer holds much more
+    powers, rest = torch.ones_like(exponents), whole.long()
     while base > 0:
         powers = torch.where(rest % 2 == 1, powers * base, powers)
         rest = rest // 2

@@ -182,10 +182,12 @@ class Adam:
                 )
             # torch.optim keeps it on the host, unless capturable or fused. Here the device may skip
             # a step, which must not count.
-            if of_param["step"].device != bucket.place.device:
-                of_param["step"] = of_param["step"].to(bucket.place.device, non_blocking=True)
-            ops.check_step("step in the state", of_param["step"], p)
+            step = of_param["step"]
+            if step.device != bucket.place.device or step.is_neg():
+                step = of_param["step"] = step.to(bucket.place.device, copy=True).resolve_neg()
+            ops.check_step("step in the state", step, p)
             states.append(of_param)
+        ops.check_disjoint("step in the states", [of_param["step"] for of_param in states])
         return states, new_states
 
     def new_state(self, group: dict[str, Any], p: Tensor) -> State:
@@ -258,10 +260,10 @@ def _laid_out(bucket: Bucket, states: list[State], name: str) -> TensorList:
         tensors.append(tensor)
     tensors = _shards.locals_of(tensors)
     prepared = bucket.ops.prepare(tensors)
-    if bucket.ops.are_alike(bucket.old, prepared):
+    if bucket.ops.are_alike(bucket.old, prepared) and not any(map(Tensor.is_neg, tensors)):
         return prepared
     for i, (slot, of_param) in enumerate(zip(bucket.slots, states, strict=True)):
-        if not fits(tensors[i], slot.local):
+        if not fits(tensors[i], slot.local) or tensors[i].is_neg():
             tensors[i] = laid_out_like(slot.local, tensors[i])
             of_param[name] = _shards.as_part_of(slot.param, tensors[i])
     return tensors

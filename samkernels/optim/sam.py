@@ -39,8 +39,8 @@ def _without_grad(method: F) -> F:
     @functools.wraps(method)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         before = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
-        try:
+        try:  # before it is switched off: Ctrl-C may come in between
+            torch.set_grad_enabled(False)
             return method(*args, **kwargs)
         finally:
             torch.set_grad_enabled(before)
