@@ -317,7 +317,7 @@ py::object TensorReader::Gradients(py::handle candidates, const py::list& params
 }
 
 py::object TensorReader::State(py::handle state, const py::list& params, const py::str& name,
-                               const TensorList& like, bool numbers) const {
+                               const TensorList& like, bool numbers, py::handle seen) const {
   const auto* api = static_cast<const dlpack::ExchangeApi*>(exchange_api_);
   if (api == nullptr || params.size() != like.size() || !IsPlainDict(state.ptr())) {
     return py::none();
@@ -343,7 +343,10 @@ py::object TensorReader::State(py::handle state, const py::list& params, const p
     if (PyErr_Occurred()) throw py::error_already_set();
     if (found == nullptr || !IsPlain(found)) return py::none();
     py::object tensor = py::reinterpret_borrow<py::object>(found);
-    if (IsNegated(tensor)) return py::none();
+    const bool was_seen = PyList_Check(seen.ptr()) &&
+                          static_cast<size_t>(PyList_GET_SIZE(seen.ptr())) == params.size() &&
+                          PyList_GET_ITEM(seen.ptr(), i) == found;
+    if (!was_seen && IsNegated(tensor)) return py::none();
     if (numbers) {
       View view;
       if (!Read(api, tensor, &view)) {

@@ -91,8 +91,10 @@ class TensorReader {
   // state[p][name] of every p in params, state being a dict as torch.optim keeps it:
   // (list of tensors, TensorList). They have to be laid out as `like`; or, if they are numbers, to
   // be float32 or float64 of shape () on its device.
+  // `seen`: what this returned in the last step, or None; it is not negated, and not asked again.
   pybind11::object State(pybind11::handle state, const pybind11::list& params,
-                         const pybind11::str& name, const TensorList& like, bool numbers) const;
+                         const pybind11::str& name, const TensorList& like, bool numbers,
+                         pybind11::handle seen) const;
 
  private:
   bool IsPlain(pybind11::handle tensor) const {

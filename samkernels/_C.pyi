@@ -25,6 +25,7 @@ class TensorReader:
         name: str,
         like: TensorList,
         numbers: bool = False,
+        seen: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], TensorList] | None: ...
 
 class Recombination:

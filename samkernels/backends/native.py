@@ -72,6 +72,7 @@ class PreparedList(list[Tensor]):
     """A list of tensors that the core has read: good until one of them gets other memory."""
 
     core: _C.TensorList
+    state: dict[str, list[Tensor]] | None = None  # of parameters: what `state_of` found last
 
 
 def _prepared(tensors: TensorList, core: _C.TensorList) -> PreparedList:
@@ -108,8 +109,14 @@ def state_of(
 ) -> TensorList | None:
     if type(params) is not PreparedList:
         return None
-    read = _reader().state(state, params, name, params.core, numbers)
-    return None if read is None else _prepared(*read)
+    if params.state is None:
+        params.state = {}
+    seen = params.state.pop(name, None)
+    read = _reader().state(state, params, name, params.core, numbers, seen)
+    if read is None:
+        return None
+    params.state[name] = read[0]
+    return _prepared(*read)
 
 
 @lru_cache(maxsize=1)

@@ -149,7 +149,9 @@ class Perturbation:
 
     def moved_just(self, buckets: list[Bucket]) -> bool:
         """Whether these are the buckets that moved, as a look at them tells; False may be wrong."""
-        return [id(bucket.slots) for bucket in buckets] == [id(slots) for slots in self.moved]
+        if len(buckets) != len(self.moved):
+            return False
+        return all(map(operator.is_, [bucket.slots for bucket in buckets], self.moved))
 
     def note_streams(self, buckets: list[Bucket]) -> None:
         for bucket in buckets:
@@ -257,6 +259,10 @@ class Slots:
             backend = backends.choose(self._backend, device, dtype, dense)[0]
             self._places[key] = Place(device, dtype, backend, process_groups)
         return self._places[key]
+
+    def forget_lists(self) -> None:
+        """The next step looks closely. Nobody holds state that is about to be replaced then."""
+        self._last.clear()
 
     def buckets(
         self, groups: list[dict[str, Any]], perturbation: Perturbation | None = None

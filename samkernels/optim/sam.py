@@ -536,6 +536,7 @@ class SAM(Optimizer):
         for i, group in enumerate(groups):
             _check_options(group, f" of parameter group {i} in state_dict")
         self._check_state(state_dict)
+        self._slots.forget_lists()
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -791,7 +792,7 @@ class SAM(Optimizer):
             for bucket in updated:
                 ops.check_choice("granularity", bucket.granularity, ops.GRANULARITIES)
         fused = self._fused_base
-        if fused is not None and all(fused.serves(bucket.group) for bucket in updated):
+        if fused is not None and all([fused.serves(bucket.group) for bucket in updated]):
             # Of all groups, so that a wrong one is found before the first is updated.
             updates = [call for bucket in updated for call in fused.updates(bucket, self.state)]
             if not perturbation.moved_just(updated):
