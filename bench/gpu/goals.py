@@ -142,7 +142,7 @@ _OF_PEERS = (
     Prediction(OF_COMPILED, "WRN-28-10", 1.15, 1.05, 1.25, "the same bytes"),
     Prediction(OF_COMPILED, "ViT-L", 1.15, 1.05, 1.25, "the same bytes"),
     Prediction(OF_TRITON, "ViT-L", 1.05, 1.03, 1.08, "the same bytes"),
-    Prediction(HOST, "ResNet-18", 145, 100, 210, "131 us on CPU tensors, and three launches"),
+    Prediction(HOST, "ResNet-18", 145, 100, 210, "132 us on CPU tensors, and three launches"),
     Prediction(ODD, "ResNet-18", 0.98, 0.9, 1.05, "4 bytes at a time, several in flight"),
     Prediction(ODD_BF16, "ResNet-18", 0.85, 0.7, 1.05, "2 bytes at a time, several in flight"),
     Prediction(TRAINING, "ResNet-18", 2.0, 1.9, 2.05, "two passes, and 1 to 3% for the optimizer"),
