@@ -25,6 +25,8 @@ MISSING = stand_ins.register()  # before any module of tests asks which backends
 
 # Of modules, beside what parameters and fixtures say.
 MARKERS = {
+    "test_alignment": {"emulated"},
+    "test_reduction": {"emulated"},
     "test_traffic": {"emulated"},
     "test_emulation": {"emulated"},
     "test_on_gpu": {"load"},

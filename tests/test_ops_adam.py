@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from samkernels import backends, ops
+from samkernels import ops
 from samkernels.backends import reference
 from tests.helpers import (
     CHUNK_SIZE,
@@ -298,7 +298,7 @@ def test_powers_of_zero() -> None:
     assert powers.tolist() == [1, 0, 0]
 
 
-def test_a_step_is_two_launches_and_no_small_operations() -> None:
+def test_a_step_is_two_launches_and_no_small_operations(emulated_core: Any) -> None:
     """One launch counts and corrects the bias, whatever the number of tensors, and one updates."""
 
     class Names(TorchDispatchMode):
@@ -306,16 +306,15 @@ def test_a_step_is_two_launches_and_no_small_operations() -> None:
             names.append(str(func))
             return func(*args, **kwargs or {})
 
-    core: Any = backends.get("emulated")
     setting = Setting("cpu", "emulated", torch.float32)
     for slots in ([Slot((3,))], [Slot((3,))] * 70, [Slot((3,))] * 600):
         lists, names = AdamLists(slots, setting), []
         steps = steps_for(lists)
         checks = {"ascent_norm": scalar(1.5, setting), "found_inf": scalar(0.0, setting)}
-        core._C.take_launches()
+        emulated_core.take_launches()
         with Names():
             run(ops.adam_, lists, setting, steps, **checks)
-        assert core._C.take_launches() == 2
+        assert emulated_core.take_launches() == 2
         assert names == ["aten.empty.memory_format"]  # where the corrections go
         assert steps[0].item() == 1
 
