@@ -13,7 +13,7 @@ Shapes = list[torch.Size]
 
 def resnet18_shapes() -> Shapes:
     """The CIFAR ResNet-18 with 100 classes: 62 tensors, 11.2 M elements."""
-    return [p.shape for p in resnet18(in_channels=3, num_classes=100).parameters()]
+    return [p.shape for p in resnet18((3, 32, 32), num_classes=100).parameters()]
 
 
 def wrn_28_10_shapes() -> Shapes:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench import memory_floor, plots
+from bench.tables import markdown
 
 Rows = list[list[str]]
 
@@ -407,13 +408,6 @@ def times_floor(case: dict[str, Any]) -> str:
 
 def slug(text: str) -> str:
     return re.sub(r"\W+", "-", text.lower()).strip("-")
-
-
-def markdown(rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first row is the header, and the first column text."""
-    header, *body = rows
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _shown(file: Path) -> str:

@@ -1,15 +1,22 @@
-"""Tables in Markdown, of rows that are mappings."""
+"""Tables in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 LONGEST_CELL = 100
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table, with the keys of the first row as its head."""
+def markdown(rows: Iterable[Sequence[str]], align: str = "---:") -> str:
+    """A table, head first; the first column is text, and `align` is for the others: numbers."""
+    head, *body = rows
+    lines = [head, ["---", *[align] * (len(head) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_of_mappings(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table, with the keys of the first mapping as its head."""
     if not rows:
         return "(nothing)"
 
@@ -22,5 +29,4 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         return shown if len(shown) <= LONGEST_CELL else f"{shown[: LONGEST_CELL - 3]}..."
 
     head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([text(row.get(key, "")) for key in head] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown([head, *([text(row.get(key, "")) for key in head] for row in rows)], "---")

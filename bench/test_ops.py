@@ -14,6 +14,7 @@ from bench.clock import Clock, Work
 from bench.conftest import Take
 from bench.lists import LISTS, numel_of
 from samkernels import ops
+from samkernels.ops import Mix
 
 
 class Lists(NamedTuple):
@@ -26,7 +27,7 @@ class Lists(NamedTuple):
     m: list[Tensor]
     v: list[Tensor]
     steps: list[Tensor]
-    norm: Tensor
+    square: Tensor
 
 
 class Op(NamedTuple):
@@ -44,25 +45,28 @@ class Op(NamedTuple):
 
 def _adam(x: Lists, **options: Any) -> object:
     return ops.adam_(
-        x.w, x.old, x.g2, x.m, x.v, x.steps, decoupled_weight_decay=True,
-        ascent_norm=x.norm, **ADAMW_OPTIONS, **options,
+        x.w, x.old, Mix(x.g2, ascent_square=x.square), x.m, x.v, x.steps,
+        decoupled_weight_decay=True, **ADAMW_OPTIONS, **options,
     )  # fmt: skip
 
 
 def _direction(x: Lists, **options: Any) -> object:
-    return ops.recombine_(x.g2, x.g1, rule="samdirection", **options)
+    return ops.mix_(x.g2, Mix(x.g1, x.g2, function="sign"), **options)
 
 
+# By the names that bench/results knows them by.
 OPS: dict[str, Op] = {
-    "norms": Op(1, 2, lambda x, **o: ops.norms(x.g1, **o)),
-    "norms, adaptive": Op(2, 3, lambda x, **o: ops.norms(x.g1, x.w, **o)),
-    "perturb": Op(4, 2, lambda x, **o: ops.perturb_(x.w, x.g1, x.old, rho=RHO, norm=x.norm, **o)),
+    "norms": Op(1, 2, lambda x, **o: ops.dots(x.g1, **o)),
+    "norms, adaptive": Op(2, 3, lambda x, **o: ops.dots(x.g1, weights=x.w, **o)),
+    "perturb": Op(
+        4, 2, lambda x, **o: ops.perturb_(x.w, x.g1, x.old, rho=RHO, square=x.square, **o)
+    ),
     "restore": Op(2, 0, lambda x, **o: ops.restore_(x.w, x.old, **o)),
     "recombine": Op(3, 1, _direction),
-    "compare": Op(3, 12, lambda x, **o: ops.compare(x.g1, x.g2, x.w, **o)),
+    "compare": Op(3, 12, lambda x, **o: ops.dots(x.g1, x.g2, x.w, **o)),
     "sgd": Op(
         5, 6, lambda x, **o: ops.sgd_(
-            x.w, x.old, x.g2, x.m, ascent_norm=x.norm, **SGD_OPTIONS, **o
+            x.w, x.old, Mix(x.g2, ascent_square=x.square), x.m, **SGD_OPTIONS, **o
         )
     ),
     "adam": Op(7, 14, _adam),
@@ -96,7 +100,7 @@ def test_op(op: str, of: str, dtype: str, backend: str, take: Take, clock: Clock
 def lists_of(w: list[Tensor], g1: list[Tensor], g2: list[Tensor]) -> Lists:
     m, v = ([torch.zeros_like(t) for t in w] for _ in range(2))
     steps = [torch.zeros((), device=t.device) for t in w]
-    return Lists(w, g1, g2, [t.clone() for t in w], m, v, steps, ops.norms(g1).total)
+    return Lists(w, g1, g2, [t.clone() for t in w], m, v, steps, ops.dots(g1).total[0])
 
 
 def work(op: str, lists: Lists, backend: str) -> Work:

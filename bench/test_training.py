@@ -25,7 +25,7 @@ def test_resnet18(name: str, take: Take, clock: Clock, pytestconfig: pytest.Conf
     torch.manual_seed(0)
     precision = pytestconfig.getoption("--precision")
     batch = pytestconfig.getoption("--batch") or BATCH[clock.device.type]
-    model = resnet18(in_channels=3, num_classes=100).to(clock.device)
+    model = resnet18((3, 32, 32), num_classes=100).to(clock.device)
     images = torch.randn(batch, 3, 32, 32, device=clock.device)
     if precision == "bf16":
         model.to(memory_format=torch.channels_last)

@@ -160,33 +160,22 @@ class Workspace {
   void* address_;
 };
 
-// A number that Python gave, or a float32 in the memory that the op works on.
-Scalar ScalarOf(float value, std::uintptr_t address) {
-  return {value, Pointer<const float>(address)};
+// A number that Python gave, or float32 in the memory that the op works on.
+Scalar ScalarOf(float value, std::uintptr_t address, int64_t stride = 0) {
+  return {value, Pointer<const float>(address), stride};
 }
 
-// The Python side of Recombination.
-struct PyRecombination {
-  std::shared_ptr<TensorList> magnitude;
-  std::shared_ptr<TensorList> sign;  // or null
-  std::uintptr_t numerator;
-  std::uintptr_t denominator;
-  bool per_tensor;
-  float eps;
-  std::uintptr_t ascent_norm;
-  std::uintptr_t grad_scale;
-  std::uintptr_t found_inf;
+// The Python side of Mix.
+struct PyMix {
+  std::shared_ptr<TensorList> x;
+  std::shared_ptr<TensorList> y;  // or null
+  Mix rest;
 
-  Recombination For(const Shapes& shapes) const {
-    return {shapes.List("magnitude", *magnitude),
-            shapes.Optional("sign", sign.get()),
-            Pointer<const float>(numerator),
-            Pointer<const float>(denominator),
-            per_tensor ? 1 : 0,
-            eps,
-            Pointer<const float>(ascent_norm),
-            Pointer<const float>(grad_scale),
-            Pointer<const float>(found_inf)};
+  Mix For(const Shapes& shapes) const {
+    Mix mix = rest;
+    mix.x = shapes.List("mix.x", *x);
+    mix.y = shapes.Optional("mix.y", y.get());
+    return mix;
   }
 };
 
@@ -202,7 +191,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = SAMKERNELS_COMPILER;
-    info["openmp"] = SAMKERNELS_OPENMP;
+    info["threads"] = SAMKERNELS_CPU_THREADS;
     info["cpu_variant"] = CpuOps().name;
     info["cuda"] = SAMKERNELS_CUDA_VERSION;
     info["cuda_archs"] = SAMKERNELS_CUDA_ARCHS;
@@ -236,22 +225,35 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
         return WorkspaceBytes(num_chunks, list.size(), num_sums);
       },
       py::arg("target"), py::arg("tensors"), py::arg("num_sums"));
-  m.attr("NORMS_SUMS") = kNormsSums;
-  m.attr("COMPARE_SUMS") = kCompareSums;
+  m.def("num_dots", NumDots, py::arg("num_lists"), py::arg("weighted"));
 
-  py::class_<PyRecombination>(m, "Recombination", py::module_local())
-      .def(py::init<std::shared_ptr<TensorList>, std::shared_ptr<TensorList>, std::uintptr_t,
-                    std::uintptr_t, bool, float, std::uintptr_t, std::uintptr_t, std::uintptr_t>(),
-           py::arg("magnitude").none(false), py::arg("sign"), py::arg("numerator"),
-           py::arg("denominator"), py::arg("per_tensor"), py::arg("eps"), py::arg("ascent_norm"),
-           py::arg("grad_scale"), py::arg("found_inf"));
+  py::class_<PyMix>(m, "Mix", py::module_local())
+      .def(
+          py::init([](std::shared_ptr<TensorList> x, std::shared_ptr<TensorList> y, float a,
+                      std::uintptr_t a_address, int64_t a_stride, float b, std::uintptr_t b_address,
+                      int64_t b_stride, int function, std::uintptr_t divisor,
+                      std::uintptr_t ascent_square, std::uintptr_t found_inf) {
+            const auto known = static_cast<Function>(function);
+            if (function < 0 || function >= kFunctions || (!y && known != Function::kLinear)) {
+              throw std::invalid_argument("mix.function is unknown, or lacks mix.y");
+            }
+            return PyMix{std::move(x),
+                         std::move(y),
+                         {nullptr, nullptr, ScalarOf(a, a_address, a_stride),
+                          ScalarOf(b, b_address, b_stride), known, Pointer<const float>(divisor),
+                          Pointer<const double>(ascent_square), Pointer<const float>(found_inf)}};
+          }),
+          py::arg("x").none(false), py::arg("y"), py::arg("a"), py::arg("a_address"),
+          py::arg("a_stride"), py::arg("b"), py::arg("b_address"), py::arg("b_stride"),
+          py::arg("function"), py::arg("divisor"), py::arg("ascent_square"), py::arg("found_inf"));
   py::class_<SgdOptions>(m, "SgdOptions", py::module_local())
       .def(py::init([](float lr, std::uintptr_t lr_address, float momentum,
-                       float one_minus_dampening, float weight_decay, float gradient_sign,
-                       bool nesterov, bool has_momentum, bool init_momentum) {
+                       float one_minus_dampening, std::uintptr_t one_minus_dampening_address,
+                       float weight_decay, float gradient_sign, bool nesterov, bool has_momentum,
+                       bool init_momentum) {
              return SgdOptions{ScalarOf(lr, lr_address),
                                momentum,
-                               one_minus_dampening,
+                               ScalarOf(one_minus_dampening, one_minus_dampening_address),
                                weight_decay,
                                gradient_sign,
                                nesterov,
@@ -259,8 +261,9 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                                init_momentum};
            }),
            py::kw_only(), py::arg("lr"), py::arg("lr_address"), py::arg("momentum"),
-           py::arg("one_minus_dampening"), py::arg("weight_decay"), py::arg("gradient_sign"),
-           py::arg("nesterov"), py::arg("has_momentum"), py::arg("init_momentum"));
+           py::arg("one_minus_dampening"), py::arg("one_minus_dampening_address"),
+           py::arg("weight_decay"), py::arg("gradient_sign"), py::arg("nesterov"),
+           py::arg("has_momentum"), py::arg("init_momentum"));
 
   py::class_<AdamOptions>(m, "AdamOptions", py::module_local())
       .def(py::init([](float lr, std::uintptr_t lr_address, double beta1, float one_minus_beta1,
@@ -292,39 +295,49 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   m.def("set_driver_version", [](int version) { emulation::driver_version = version; });
 #endif
 
-  m.def("norms", [](const Target& target, const TensorList& x, const TensorList* weights,
-                    std::uintptr_t workspace, std::uintptr_t per_tensor, std::uintptr_t total) {
+  m.def("dots", [](const Target& target, const TensorList& x, const TensorList* y,
+                   const TensorList* z, const TensorList* weights, float eta,
+                   std::uintptr_t workspace, std::uintptr_t per_tensor, std::uintptr_t total) {
+    if ((z && !y) || (y && weights)) {
+      throw std::invalid_argument("dots: give x, y and z in their order, and weights with x alone");
+    }
     const Shapes shapes("x", x, *target.ops);
-    const Workspace room(target, shapes, kNormsSums, workspace);
-    const NormsArgs args = {shapes.tensors(),
-                            shapes.List("x", x),
-                            shapes.Optional("weights", weights),
-                            room.address(),
-                            Required<float>("per_tensor", per_tensor),
-                            Required<float>("total", total)};
+    const Workspace room(target, shapes, NumDots(1 + (y != nullptr) + (z != nullptr), weights),
+                         workspace);
+    const DotsArgs args = {shapes.tensors(),
+                           {shapes.List("x", x), shapes.Optional("y", y), shapes.Optional("z", z)},
+                           shapes.Optional("weights", weights),
+                           eta,
+                           room.address(),
+                           Required<double>("per_tensor", per_tensor),
+                           Required<double>("total", total)};
     py::gil_scoped_release release;
-    target.ops->norms(args, target.execution);
+    target.ops->dots(args, target.execution);
   });
   m.def("perturb",
-        [](const Target& target, const TensorList& params, const TensorList& grads,
-           const TensorList& old_params, std::uintptr_t norm, float rho, std::uintptr_t rho_address,
-           float eps, bool adaptive, bool rounds_at_random, std::optional<py::list> journal) {
+        [](const Target& target, const TensorList& params, const TensorList& direction,
+           const TensorList& old_params, std::uintptr_t square, int64_t square_stride, float rho,
+           std::uintptr_t rho_address, int64_t rho_stride, std::optional<float> eta, float eps,
+           bool rounds_at_random, bool saves, std::optional<py::list> journal) {
           const Shapes shapes("params", params, *target.ops);
           const PerturbArgs args = {shapes.tensors(),
                                     shapes.Disjoint("params", params),
-                                    shapes.List("grads", grads),
+                                    shapes.List("direction", direction),
                                     shapes.List("old_params", old_params),
-                                    Required<const float>("norm", norm),
-                                    ScalarOf(rho, rho_address),
+                                    Required<const double>("square", square),
+                                    square_stride,
+                                    ScalarOf(rho, rho_address, rho_stride),
                                     eps,
-                                    adaptive,
-                                    rounds_at_random};
+                                    eta.has_value(),
+                                    eta.value_or(0.0f),
+                                    rounds_at_random,
+                                    saves};
           {
             py::gil_scoped_release release;
             target.ops->perturb(args, target.execution);
           }
           // Here, where no signal handler of Python can come between: see
-          // contract.Backend.perturb_.
+          // contract.Backend.perturb_. The same in the updates.
           if (journal) journal->append(true);
         });
   m.def("restore",
@@ -335,20 +348,18 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
           py::gil_scoped_release release;
           target.ops->restore(args, target.execution);
         });
-  m.def("recombine",
-        [](const Target& target, const PyRecombination& recombination, const TensorList& out) {
-          const Shapes shapes("out", out, *target.ops);
-          const RecombineArgs args = {shapes.tensors(), recombination.For(shapes),
-                                      shapes.List("out", out)};
-          py::gil_scoped_release release;
-          target.ops->recombine(args, target.execution);
-        });
-  m.def("sgd", [](const Target& target, const PyRecombination& recombination,
-                  const TensorList& params, const TensorList& old_params,
-                  const TensorList* momentum_buffers, const SgdOptions& options) {
+  m.def("mix", [](const Target& target, const PyMix& mix, const TensorList& out, bool keeps) {
+    const Shapes shapes("out", out, *target.ops);
+    const MixArgs args = {shapes.tensors(), mix.For(shapes), keeps, shapes.List("out", out)};
+    py::gil_scoped_release release;
+    target.ops->mix(args, target.execution);
+  });
+  m.def("sgd", [](const Target& target, const PyMix& mix, const TensorList& params,
+                  const TensorList& old_params, const TensorList* momentum_buffers,
+                  const SgdOptions& options, std::optional<py::list> journal) {
     const Shapes shapes("params", params, *target.ops);
     const SgdArgs args = {shapes.tensors(),
-                          recombination.For(shapes),
+                          mix.For(shapes),
                           shapes.List("params", params),
                           shapes.List("old_params", old_params),
                           shapes.Optional("momentum_buffers", momentum_buffers),
@@ -356,49 +367,57 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
     if (options.has_momentum && args.momentum_buffer == nullptr) {
       throw std::invalid_argument("momentum_buffers is missing");
     }
-    py::gil_scoped_release release;
-    target.ops->sgd(args, target.execution);
+    {
+      py::gil_scoped_release release;
+      target.ops->sgd(args, target.execution);
+    }
+    if (journal) journal->append(true);
   });
-  m.def("sgd_hess", [](const Target& target, const TensorList& params, const TensorList& grads,
-                       const TensorList& hessian_products, const TensorList* momentum_buffers,
-                       const std::vector<std::pair<std::int64_t, std::int64_t>>& positions,
-                       float rho, std::uintptr_t rho_address, const SgdOptions& options) {
-    const Shapes shapes("params", params, *target.ops);
-    if (positions.size() != params.size()) {
-      throw std::invalid_argument("positions: give one pair for each of the params");
-    }
-    std::vector<Positions> of_tensors;
-    for (size_t i = 0; i < params.size(); ++i) {
-      const auto [count, stride] = positions[i];
-      if (count < 1 || stride < 1 || count > INT32_MAX || stride > INT32_MAX ||
-          params.numel()[i] % count != 0 || params.numel()[i] / count % stride != 0) {
-        throw std::invalid_argument("positions[" + std::to_string(i) + "] does not fit " +
-                                    std::to_string(params.numel()[i]) + " elements");
-      }
-      of_tensors.push_back({count, stride});
-    }
-    const SgdHessArgs args = {shapes.tensors(),
-                              shapes.List("params", params),
-                              shapes.List("grads", grads),
-                              shapes.List("hessian_products", hessian_products),
-                              shapes.Optional("momentum_buffers", momentum_buffers),
-                              of_tensors.data(),
-                              ScalarOf(rho, rho_address),
-                              options};
-    if (options.has_momentum && args.momentum_buffer == nullptr) {
-      throw std::invalid_argument("momentum_buffers is missing");
-    }
-    py::gil_scoped_release release;
-    target.ops->sgd_hess(args, target.execution);
-  });
+  m.def("sgd_hess",
+        [](const Target& target, const TensorList& params, const TensorList& grads,
+           const TensorList& hessian_products, const TensorList* momentum_buffers,
+           const std::vector<std::pair<std::int64_t, std::int64_t>>& positions, float rho,
+           std::uintptr_t rho_address, const SgdOptions& options, std::optional<py::list> journal) {
+          const Shapes shapes("params", params, *target.ops);
+          if (positions.size() != params.size()) {
+            throw std::invalid_argument("positions: give one pair for each of the params");
+          }
+          std::vector<Positions> of_tensors;
+          for (size_t i = 0; i < params.size(); ++i) {
+            const auto [count, stride] = positions[i];
+            if (count < 1 || stride < 1 || count > INT32_MAX || stride > INT32_MAX ||
+                params.numel()[i] % count != 0 || params.numel()[i] / count % stride != 0) {
+              throw std::invalid_argument("positions[" + std::to_string(i) + "] does not fit " +
+                                          std::to_string(params.numel()[i]) + " elements");
+            }
+            of_tensors.push_back({count, stride});
+          }
+          const SgdHessArgs args = {shapes.tensors(),
+                                    shapes.List("params", params),
+                                    shapes.List("grads", grads),
+                                    shapes.List("hessian_products", hessian_products),
+                                    shapes.Optional("momentum_buffers", momentum_buffers),
+                                    of_tensors.data(),
+                                    ScalarOf(rho, rho_address),
+                                    options};
+          if (options.has_momentum && args.momentum_buffer == nullptr) {
+            throw std::invalid_argument("momentum_buffers is missing");
+          }
+          {
+            py::gil_scoped_release release;
+            target.ops->sgd_hess(args, target.execution);
+          }
+          if (journal) journal->append(true);
+        });
   m.def("adam",
-        [](const Target& target, const PyRecombination& recombination, const TensorList& params,
+        [](const Target& target, const PyMix& mix, const TensorList& params,
            const TensorList& old_params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-           const TensorList& steps, std::uintptr_t bias_corrections, const AdamOptions& options) {
+           const TensorList& steps, std::uintptr_t bias_corrections, const AdamOptions& options,
+           std::optional<py::list> journal) {
           const Shapes shapes("params", params, *target.ops);
           const std::unique_ptr<bool[]> are_double = shapes.AreDouble("steps", steps);
           const AdamArgs args = {shapes.tensors(),
-                                 recombination.For(shapes),
+                                 mix.For(shapes),
                                  shapes.List("params", params),
                                  shapes.List("old_params", old_params),
                                  shapes.List("exp_avgs", exp_avgs),
@@ -406,25 +425,11 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                                  {steps.addresses().data(), are_double.get()},
                                  Required<BiasCorrections>("bias_corrections", bias_corrections),
                                  options};
-          py::gil_scoped_release release;
-          target.ops->adam(args, target.execution);
-        });
-  m.def("compare",
-        [](const Target& target, const TensorList& first_grads, const TensorList& second_grads,
-           const TensorList& weights, std::uintptr_t workspace, std::uintptr_t sums,
-           std::uintptr_t per_tensor, std::uintptr_t total) {
-          const Shapes shapes("first_grads", first_grads, *target.ops);
-          const Workspace room(target, shapes, kCompareSums, workspace);
-          const CompareArgs args = {shapes.tensors(),
-                                    shapes.List("first_grads", first_grads),
-                                    shapes.List("second_grads", second_grads),
-                                    shapes.List("weights", weights),
-                                    room.address(),
-                                    Required<double>("sums", sums),
-                                    Required<float>("per_tensor", per_tensor),
-                                    Required<float>("total", total)};
-          py::gil_scoped_release release;
-          target.ops->compare(args, target.execution);
+          {
+            py::gil_scoped_release release;
+            target.ops->adam(args, target.execution);
+          }
+          if (journal) journal->append(true);
         });
 }
 

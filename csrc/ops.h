@@ -38,39 +38,51 @@ struct Execution {
   int num_threads = 1;     // threads on the host; unused on a device
 };
 
-// A hyperparameter: a number, or an address in the op's memory where a number lies that may change
-// without the host (CUDA graphs).
+// A number, or an address in the op's memory where it lies and may change without the host (CUDA
+// graphs): one for all tensors, or one for each.
 struct Scalar {
   float value;
   const float* address;  // or null
+  int64_t stride;        // from the number of one tensor to that of the next; 0: one for all
 };
 
-constexpr int kNormsSums = 2;  // without weights, 1
-constexpr int kCompareSums = 6;
-constexpr int kSecondSquares = 1;  // the sum of g2^2 among them
+constexpr int kMaxDots = 6;
 
-// norm_i = ||x_i||_2; total over all i. If weights are given, ||weights_i * x_i||_2 first.
-struct NormsArgs {
+// How many sums Dots makes of so many lists.
+constexpr int NumDots(int num_lists, bool weighted) {
+  return weighted ? 2 : num_lists == 1 ? 1 : num_lists == 2 ? 3 : kMaxDots;
+}
+
+// Sums over all elements of
+//   x                   x * x
+//   x with weights      (T * x)^2, x * x;  T = |weights| + eta
+//   x, y                x * x, x * y, y * y
+//   x, y, z             x * x, x * y, y * y, z * z, [|y| > |x|], [x * y > 0]
+struct DotsArgs {
   Tensors tensors;
-  ReadOnlyList x;        // [in]
-  ReadOnlyList weights;  // [in] or null
-  void* workspace;       // [out] WorkspaceBytes(.., kNormsSums)
-  float* per_tensor;     // [out] [num_tensors]; with weights [2][num_tensors]
-  float* total;          // [out] [1]; with weights [2]
+  ReadOnlyList lists[3];  // [in] x, y, z; null where there are less
+  ReadOnlyList weights;   // [in] or null
+  float eta;
+  void* workspace;     // [out] WorkspaceBytes(.., NumDots)
+  double* per_tensor;  // [out] [num_tensors][NumDots]
+  double* total;       // [out] [NumDots]
 };
 
-// old_params = w;  w += scale * s^2 * g,  scale = rho / (norm + eps), s = |w| if adaptive, else 1.
-// A norm that is zero or not finite leaves w as it is.
+// old_params = w;  params = w + scale * T^2 * d,  scale = rho / (sqrt(square) + eps),  T = |w| +
+// eta if scaled, else 1. A square that is zero or has no finite root moves nothing of its tensor.
 struct PerturbArgs {
   Tensors tensors;
-  MutableList params;      // [in, out] w
-  ReadOnlyList grads;      // [in] g1
-  MutableList old_params;  // [out]
-  const float* norm;       // [in] [1]
-  Scalar rho;              // negative: away from the gradient
+  MutableList params;      // [in, out] w; [out] unless it saves
+  ReadOnlyList direction;  // [in] d, may be old_params
+  MutableList old_params;  // [out]; [in] w unless it saves
+  const double* square;    // [in] [1 + square_stride * (num_tensors - 1)]
+  int64_t square_stride;   // 0: one for all tensors
+  Scalar rho;              // negative: against d
   float eps;
-  bool adaptive;
+  bool scaled;
+  float eta;
   bool rounds_at_random;  // bfloat16 parameters
+  bool saves;
 };
 
 // params = old_params, bit for bit.
@@ -80,28 +92,33 @@ struct RestoreArgs {
   ReadOnlyList old_params;  // [in]
 };
 
-// What takes the gradient's place:
-//   u = |magnitude| * sign(sign)                          if `sign` is given, else
-//   u = (numerator / (denominator + eps)) * magnitude     if `numerator` is given, else
-//   u = magnitude,
-// divided by grad_scale if that is given.
-struct Recombination {
-  ReadOnlyList magnitude;    // [in]
-  ReadOnlyList sign;         // [in] or null
-  const float* numerator;    // [in] [1 + norm_stride * (num_tensors - 1)] or null
-  const float* denominator;  // [in] as numerator
-  int norm_stride;           // 0: one norm for all tensors; 1: one per tensor
-  float eps;
-  const float* ascent_norm;  // [in] [1] or null. Not finite: the step is skipped (see
-                             // RecombineArgs, SgdArgs, AdamArgs).
-  const float* grad_scale;   // [in] [1] or null
-  const float* found_inf;    // [in] [1] or null. Not 0: the step is skipped.
+// What u is of one element.
+enum class Function : int {
+  kLinear,   // a * x + b * y;  a * x without y
+  kSign,     // a * |x| * sign(y)
+  kDamp,     // a * x where 0 < x / (y + 1e-8) < 1, else x
+  kProduct,  // a * x * y
+};
+constexpr int kFunctions = 4;
+
+// What takes the gradient's place: u, divided by `divisor` if that is given.
+struct Mix {
+  ReadOnlyList x;  // [in]
+  ReadOnlyList y;  // [in] or null: then the function is linear
+  Scalar a;
+  Scalar b;
+  Function function;
+  const float* divisor;         // [in] [1] or null
+  const double* ascent_square;  // [in] [1] or null. No finite root: the step is skipped (see
+                                // MixArgs, SgdArgs, AdamArgs).
+  const float* found_inf;       // [in] [1] or null. Not 0: the step is skipped.
 };
 
-// out = u; 0 where the step is skipped.
-struct RecombineArgs {
+// out = u. Where the step is skipped, out is what it was if this `keeps`, else 0.
+struct MixArgs {
   Tensors tensors;
-  Recombination recombination;
+  Mix mix;
+  bool keeps;
   MutableList out;  // [out], may be one of the lists that are read
 };
 
@@ -109,11 +126,12 @@ struct RecombineArgs {
 //   u = gradient_sign * u + weight_decay * w
 //   buf = u if init_momentum else momentum * buf + (1 - dampening) * u
 //   d = u + momentum * buf if nesterov else buf;  params = w - lr * d
-// A skipped step restores params and leaves buf (0 if init_momentum).
+// A skipped step restores params and leaves buf; 0 if init_momentum, which is a first step again
+// with 1 in the place of 1 - dampening.
 struct SgdOptions {
   Scalar lr;
   float momentum;
-  float one_minus_dampening;
+  Scalar one_minus_dampening;
   float weight_decay;
   float gradient_sign;  // -1 to maximize, else 1
   bool nesterov;
@@ -123,7 +141,7 @@ struct SgdOptions {
 
 struct SgdArgs {
   Tensors tensors;
-  Recombination recombination;
+  Mix mix;
   MutableList params;           // [out]
   ReadOnlyList old_params;      // [in] w
   MutableList momentum_buffer;  // [in, out], null without momentum
@@ -184,7 +202,7 @@ struct AdamOptions {
 
 struct AdamArgs {
   Tensors tensors;
-  Recombination recombination;
+  Mix mix;
   MutableList params;                 // [out]
   ReadOnlyList old_params;            // [in] w
   MutableList exp_avg;                // [in, out] m
@@ -194,31 +212,17 @@ struct AdamArgs {
   AdamOptions options;
 };
 
-// Sums over all elements of g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0] and w^2, in this
-// order; and the norms of g2, as NormsArgs has them.
-struct CompareArgs {
-  Tensors tensors;
-  ReadOnlyList first_grads;   // [in] g1
-  ReadOnlyList second_grads;  // [in] g2
-  ReadOnlyList weights;       // [in] w
-  void* workspace;            // [out] WorkspaceBytes(.., kCompareSums)
-  double* sums;               // [out] [kCompareSums]
-  float* per_tensor;          // [out] [num_tensors]
-  float* total;               // [out] [1]
-};
-
 // One implementation of every op.
 struct OpTable {
   const char* name;
   int64_t chunk_size;  // elements; the Tensors given to an op are planned with it
-  void (*norms)(const NormsArgs&, const Execution&);
+  void (*dots)(const DotsArgs&, const Execution&);
   void (*perturb)(const PerturbArgs&, const Execution&);
   void (*restore)(const RestoreArgs&, const Execution&);
-  void (*recombine)(const RecombineArgs&, const Execution&);
+  void (*mix)(const MixArgs&, const Execution&);
   void (*sgd)(const SgdArgs&, const Execution&);
   void (*sgd_hess)(const SgdHessArgs&, const Execution&);
   void (*adam)(const AdamArgs&, const Execution&);
-  void (*compare)(const CompareArgs&, const Execution&);
 };
 
 // The widest instruction set that was compiled and that this processor has.

@@ -309,6 +309,9 @@ py::object TensorReader::Gradients(py::handle candidates, const py::list& params
     if (found == params.size() || param != PyList_GET_ITEM(params.ptr(), found)) return py::none();
     if (!IsPlain(grad) || IsNegated(grad)) return py::none();
     if (!of_params.Add(api, param) || !of_grads.Add(api, grad)) return py::none();
+    if (of_grads.addresses()[found] == of_params.addresses()[found] && known->numel()[found] > 0) {
+      return py::none();  // p.grad = p.data
+    }
     PyList_SET_ITEM(grads.ptr(), found++, grad.inc_ref().ptr());
   }
   if (found != params.size()) return py::none();

@@ -1,4 +1,4 @@
-// The arithmetic of perturb, recombine and update, per element, in fp32. Written once: the CPU and
+// The arithmetic of perturb, mix and update, per element, in fp32. Written once: the CPU and
 // the CUDA ops call these functions. Contraction into fused multiply-adds is switched off in the
 // build, so that both give the same bits from the same inputs.
 //
@@ -16,6 +16,10 @@
 #define SAMKERNELS_HOST_DEVICE __host__ __device__
 #else
 #define SAMKERNELS_HOST_DEVICE
+#endif
+
+#ifdef _MSC_VER
+#pragma fp_contract(off)
 #endif
 
 namespace samkernels {
@@ -43,8 +47,18 @@ static inline SAMKERNELS_HOST_DEVICE float Sign(float x) {
   return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f);
 }
 
-static inline SAMKERNELS_HOST_DEVICE float Read(const Scalar& x) {
-  return x.address ? *x.address : x.value;
+static inline SAMKERNELS_HOST_DEVICE float Read(const Scalar& x, int64_t tensor = 0) {
+  return x.address ? x.address[x.stride * tensor] : x.value;
+}
+
+static inline SAMKERNELS_HOST_DEVICE float NormOf(double square) {
+  return static_cast<float>(sqrt(square));
+}
+
+// Whether NormOf(square) is finite. A root is far dearer: this is where roots begin that round to
+// infinity, (2^128 - 2^103)^2.
+static inline SAMKERNELS_HOST_DEVICE bool HasFiniteRoot(double square) {
+  return square >= 0.0 && square < 1.1579208233556995e+77;
 }
 
 // 0 stands for "perturb nothing": without a gradient there is no direction, and a gradient that is
@@ -53,14 +67,20 @@ static inline SAMKERNELS_HOST_DEVICE float PerturbScale(float norm, float rho, f
   return norm > 0.0f && norm <= kLargestFloat ? rho / (norm + eps) : 0.0f;
 }
 
-// w + e(w), e(w) = scale * s^2 * g, s = |w| if adaptive, else 1. scale is not 0.
-static inline SAMKERNELS_HOST_DEVICE float Perturbed(float w, float g, float scale, bool adaptive) {
-  const float direction = adaptive ? w * w * g : g;
-  return w + scale * direction;
+// T of one weight.
+static inline SAMKERNELS_HOST_DEVICE float WeightScale(float w, float eta) {
+  return fabsf(w) + eta;
+}
+
+// w + e(w), e(w) = scale * T^2 * d; where scale is 0, it is not to be used.
+static inline SAMKERNELS_HOST_DEVICE float Perturbed(float w, float d, float scale, bool scaled,
+                                                     float eta) {
+  const float t = WeightScale(w, eta);
+  return w + scale * (scaled ? t * t * d : d);
 }
 
 // Random bits from a number: a bijection (C. Wellons, "lowbias32").
-static inline SAMKERNELS_HOST_DEVICE uint32_t Mixed(uint32_t x) {
+static inline SAMKERNELS_HOST_DEVICE uint32_t Scrambled(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
@@ -71,7 +91,7 @@ static inline SAMKERNELS_HOST_DEVICE uint32_t Mixed(uint32_t x) {
 // Where the random numbers of a tensor's rounding start. The norm is another one in every step, so
 // no state is kept, and the same inputs give the same bits.
 static inline SAMKERNELS_HOST_DEVICE uint32_t RoundingKey(float norm, int64_t tensor) {
-  return Mixed(BitsOf(norm) ^ Mixed(static_cast<uint32_t>(tensor)));
+  return Scrambled(BitsOf(norm) ^ Scrambled(static_cast<uint32_t>(tensor)));
 }
 
 // x rounded to a bfloat16, up or down at random, so that it is x on average: nearest rounding would
@@ -79,57 +99,71 @@ static inline SAMKERNELS_HOST_DEVICE uint32_t RoundingKey(float norm, int64_t te
 // place: of the element in its tensor's memory.
 static inline SAMKERNELS_HOST_DEVICE float RoundedAtRandom(float x, uint32_t key, int64_t place) {
   if (!IsFinite(x)) return x;
-  const uint32_t random = Mixed(key + static_cast<uint32_t>(place));
+  const uint32_t random = Scrambled(key + static_cast<uint32_t>(place));
   return FromBits((BitsOf(x) + (random & 0xffffu)) & 0xffff0000u);
 }
 
-// The factor of tensor i, if HasCoefficient: numerator / (denominator + eps) / grad_scale.
-static inline SAMKERNELS_HOST_DEVICE float Coefficient(const Recombination& r, int64_t tensor) {
-  float coefficient = 1.0f;
-  if (r.numerator != nullptr) {
-    const int64_t i = r.norm_stride * tensor;
-    coefficient = r.numerator[i] / (r.denominator[i] + r.eps);
-  }
-  return r.grad_scale != nullptr ? coefficient / *r.grad_scale : coefficient;
+// What all elements of a tensor share in a mix.
+struct MixScalars {
+  float a;
+  float b;
+  float whole;  // in place of `a` where kDamp does not damp
+};
+
+static inline SAMKERNELS_HOST_DEVICE MixScalars MixScalarsOf(const Mix& mix, int64_t tensor) {
+  const float a = Read(mix.a, tensor);
+  const float b = Read(mix.b, tensor);
+  if (mix.divisor == nullptr) return {a, b, 1.0f};
+  return {a / *mix.divisor, b / *mix.divisor, 1.0f / *mix.divisor};
 }
 
-static inline SAMKERNELS_HOST_DEVICE bool HasCoefficient(const Recombination& r) {
-  return r.numerator != nullptr || r.grad_scale != nullptr;
+static inline SAMKERNELS_HOST_DEVICE bool IsSkipped(const Mix& mix) {
+  return (mix.ascent_square != nullptr && !HasFiniteRoot(*mix.ascent_square)) ||
+         (mix.found_inf != nullptr && *mix.found_inf != 0.0f);
 }
 
-static inline SAMKERNELS_HOST_DEVICE bool IsSkipped(const Recombination& r) {
-  return (r.ascent_norm != nullptr && !IsFinite(*r.ascent_norm)) ||
-         (r.found_inf != nullptr && *r.found_inf != 0.0f);
+// 0 < x / d < 1 as floats, where the quotient may round to 0 but never up to 1.
+static inline SAMKERNELS_HOST_DEVICE bool IsProperFraction(float x, float d) {
+  const float along = d < 0.0f ? -x : x;
+  const float size = fabsf(d);
+  // The quotient rounds to 0 up to 2^-150.
+  return along > 0.0f && along < size && along * 0x1p75f > size * 0x1p-75f;
 }
 
-static inline SAMKERNELS_HOST_DEVICE float Scaled(float x, float coefficient,
-                                                  bool has_coefficient) {
-  return has_coefficient ? coefficient * x : x;
+// u of one element. One multiplication for all functions, and no branch: the loops stay short.
+template <bool kHasY>
+static inline SAMKERNELS_HOST_DEVICE float Mixed(Function function, const MixScalars& s, float x,
+                                                 float y) {
+  if (!kHasY) return s.a * x;
+  const bool stays = function == Function::kDamp && !IsProperFraction(x, y + 1e-8f);
+  const float product = function == Function::kSign      ? fabsf(x) * Sign(y)
+                        : function == Function::kProduct ? x * y
+                                                         : x;
+  const float u = (stays ? s.whole : s.a) * product;
+  return function == Function::kLinear ? u + s.b * y : u;
 }
 
-// u from signs: |magnitude| * sign(sign).
-static inline SAMKERNELS_HOST_DEVICE float WithSign(float magnitude, float sign) {
-  return fabsf(magnitude) * Sign(sign);
+// What all elements share.
+struct SgdScalars {
+  float lr;
+  float one_minus_dampening;
+};
+
+static inline SAMKERNELS_HOST_DEVICE SgdScalars SgdScalarsOf(const SgdOptions& o) {
+  return {Read(o.lr), Read(o.one_minus_dampening)};
 }
 
-enum class Momentum { kNone, kInit, kRunning };
-
-static inline SAMKERNELS_HOST_DEVICE Momentum MomentumOf(const SgdOptions& o) {
-  return !o.has_momentum ? Momentum::kNone : o.init_momentum ? Momentum::kInit : Momentum::kRunning;
-}
-
-// The new weight, with lr = Read(o.lr); buf is read if it is running, and written unless there is
-// none.
-template <Momentum kMomentum>
-static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, float lr, float w,
-                                                      float u, float& buf) {
+// The new weight; buf becomes the new buffer if there is one.
+template <bool kHasBuffer>
+static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, const SgdScalars& s,
+                                                      float w, float u, float& buf) {
   u = o.gradient_sign * u;
   if (o.weight_decay != 0.0f) u = u + o.weight_decay * w;
-  if (kMomentum != Momentum::kNone) {
-    buf = kMomentum == Momentum::kInit ? u : o.momentum * buf + o.one_minus_dampening * u;
+  if (kHasBuffer) {
+    buf = o.init_momentum ? u : o.momentum * buf + s.one_minus_dampening * u;
     u = o.nesterov ? u + o.momentum * buf : buf;
   }
-  return w - lr * u;
+  return w - s.lr * u;
 }
 
 // What SGDHess puts in the gradient's place: d is |Hv|, or its mean over the spatial positions.

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-NORMS_SUMS: int
-COMPARE_SUMS: int
-
 class Target: ...
 
 class TensorList:
@@ -28,17 +25,20 @@ class TensorReader:
         seen: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], TensorList] | None: ...
 
-class Recombination:
+class Mix:
     def __init__(
         self,
-        magnitude: TensorList,
-        sign: TensorList | None,
-        numerator: int,
-        denominator: int,
-        per_tensor: bool,
-        eps: float,
-        ascent_norm: int,
-        grad_scale: int,
+        x: TensorList,
+        y: TensorList | None,
+        a: float,
+        a_address: int,
+        a_stride: int,
+        b: float,
+        b_address: int,
+        b_stride: int,
+        function: int,
+        divisor: int,
+        ascent_square: int,
         found_inf: int,
     ) -> None: ...
 
@@ -50,6 +50,7 @@ class SgdOptions:
         lr_address: int,
         momentum: float,
         one_minus_dampening: float,
+        one_minus_dampening_address: int,
         weight_decay: float,
         gradient_sign: float,
         nesterov: bool,
@@ -78,10 +79,14 @@ def why_no_cuda() -> str | None: ...
 def cpu(num_threads: int) -> Target: ...
 def cuda(stream: int) -> Target: ...
 def workspace_bytes(target: Target, tensors: TensorList, num_sums: int) -> int: ...
-def norms(
+def num_dots(num_lists: int, weighted: bool) -> int: ...
+def dots(
     target: Target,
     x: TensorList,
+    y: TensorList | None,
+    z: TensorList | None,
     weights: TensorList | None,
+    eta: float,
     workspace: int,
     per_tensor: int,
     total: int,
@@ -89,25 +94,29 @@ def norms(
 def perturb(
     target: Target,
     params: TensorList,
-    grads: TensorList,
+    direction: TensorList,
     old_params: TensorList,
-    norm: int,
+    square: int,
+    square_stride: int,
     rho: float,
     rho_address: int,
+    rho_stride: int,
+    eta: float | None,
     eps: float,
-    adaptive: bool,
     rounds_at_random: bool,
+    saves: bool,
     journal: list[bool] | None,
 ) -> None: ...
 def restore(target: Target, params: TensorList, old_params: TensorList) -> None: ...
-def recombine(target: Target, recombination: Recombination, out: TensorList) -> None: ...
+def mix(target: Target, mix: Mix, out: TensorList, keeps: bool) -> None: ...
 def sgd(
     target: Target,
-    recombination: Recombination,
+    mix: Mix,
     params: TensorList,
     old_params: TensorList,
     momentum_buffers: TensorList | None,
     options: SgdOptions,
+    journal: list[bool] | None,
 ) -> None: ...
 def sgd_hess(
     target: Target,
@@ -119,10 +128,11 @@ def sgd_hess(
     rho: float,
     rho_address: int,
     options: SgdOptions,
+    journal: list[bool] | None,
 ) -> None: ...
 def adam(
     target: Target,
-    recombination: Recombination,
+    mix: Mix,
     params: TensorList,
     old_params: TensorList,
     exp_avgs: TensorList,
@@ -130,14 +140,5 @@ def adam(
     steps: TensorList,
     bias_corrections: int,
     options: AdamOptions,
-) -> None: ...
-def compare(
-    target: Target,
-    first_grads: TensorList,
-    second_grads: TensorList,
-    weights: TensorList,
-    workspace: int,
-    sums: int,
-    per_tensor: int,
-    total: int,
+    journal: list[bool] | None,
 ) -> None: ...

@@ -5,9 +5,9 @@ samkernels.ops has the operations on lists of tensors that they are made of. `py
 tells what this installation can do.
 """
 
-from samkernels import ops
+from samkernels import ops, optim
 from samkernels.batchnorm import frozen_batchnorm_stats
-from samkernels.optim import SAM, SAMDirection, SAMMagnitude, SGDHess
+from samkernels.optim import *  # noqa: F403
 
-__all__ = ["SAM", "SAMDirection", "SAMMagnitude", "SGDHess", "frozen_batchnorm_stats", "ops"]
-__version__ = "0.1.0"
+__all__ = [*optim.__all__, "frozen_batchnorm_stats", "ops"]
+__version__ = "0.2.0.dev0"

@@ -31,9 +31,9 @@ def _core() -> str:
     if native.IMPORT_ERROR is not None:
         return "none"
     info = native.build_info()
-    openmp = f"OpenMP {info['openmp']}" if info["openmp"] else "no OpenMP (one thread)"
+    threads = info["threads"] or "no OpenMP (one thread)"
     cuda = f"CUDA {info['cuda']} for {info['cuda_archs']}" if info["cuda"] else "no CUDA"
-    return f"built with {info['compiler']}; {openmp}; CPU code {info['cpu_variant']}; {cuda}"
+    return f"built with {info['compiler']}; {threads}; CPU code {info['cpu_variant']}; {cuda}"
 
 
 def _why_no_device(device: torch.device) -> str | None:

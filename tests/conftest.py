@@ -31,6 +31,7 @@ MARKERS = {
     "test_emulation": {"emulated"},
     "test_on_gpu": {"load"},
     "test_cuda_build": {"build"},
+    "test_portability": {"build"},
     "test_sanitizers": {"build"},
     "test_fsdp": {"processes"},
     "test_optim_ranks": {"processes"},

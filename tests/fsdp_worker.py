@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -312,17 +313,29 @@ def check_norms_have_the_same_bits_everywhere(world: World) -> None:
         net.groups(), granularity="global", adaptive=True, track_statistics=True, **OPTIONS
     )
     part = share_of(world.rank, world.size)
-    for step in range(3):
-        loss_of(net, step, part, torch.float32).backward()
-        optimizer.first_step()
-        perturbation = optimizer._perturbation
-        loss_of(net, step, part, torch.float32).backward()
-        optimizer.second_step(zero_grad=True)
-        for norm in (perturbation.ascent_norm, perturbation.first_norm, perturbation.second_norm):
-            assert same_everywhere(world, norm)
-        for _, norms in (*perturbation.first_norms, *perturbation.second_norms):
-            assert same_everywhere(world, norms.per_tensor)
-        assert all(same_everywhere(world, value) for value in optimizer.statistics)
+    reduced: list[ops.Dots] = []
+    right = ops.all_reduce
+
+    def all_reduce(*arguments: Any) -> list[ops.Dots]:
+        dots = right(*arguments)
+        reduced.extend(dots)
+        return dots
+
+    with mock.patch.object(ops, "all_reduce", all_reduce):
+        for step in range(3):
+            loss_of(net, step, part, torch.float32).backward()
+            optimizer.first_step()
+            perturbation = optimizer._perturbation
+            in_first = len(reduced)
+            assert in_first and same_everywhere(world, perturbation.ascent_square)
+            loss_of(net, step, part, torch.float32).backward()
+            optimizer.second_step(zero_grad=True)
+            assert len(reduced) > in_first
+            for dots in reduced:
+                assert same_everywhere(world, dots.total)
+                assert same_everywhere(world, dots.per_tensor)
+            assert all(same_everywhere(world, value) for value in optimizer.statistics)
+            reduced.clear()
 
 
 def check_one_reduction_for_all_norms(world: World) -> None:
@@ -625,7 +638,8 @@ def check_mixed_precision(world: World) -> None:
         grads = [full(p.grad) for p in net.parameters()]
         optimizer.first_step()
         n = torch.cat([g.flatten() for g in grads]).norm()
-        torch.testing.assert_close(optimizer._perturbation.ascent_norm, n, rtol=1e-6, atol=0)
+        square = optimizer._perturbation.ascent_square
+        torch.testing.assert_close(square.sqrt().to(n), n, rtol=1e-6, atol=0)
         loss_of(net, 0, dtype=torch.float32).backward()
         optimizer.second_step(zero_grad=True)
         losses.append(loss.item())

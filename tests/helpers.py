@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from samkernels import backends
+from samkernels.ops import Mix
 from tests import stand_ins
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -108,6 +109,33 @@ LISTS = {
     "thousand": [Slot((i % 6,), offset=i % 4) for i in range(1000)],
     "empty": [Slot((0,)), Slot((3, 0))],
 }
+
+
+# Mixes of x and y. a and b: numbers, or "scalar" and "tensors" for one or several on the device.
+MIXES: dict[str, dict[str, Any]] = {
+    "x": {},
+    "negated": {"a": -0.3},
+    "scaled": {"a": "tensors"},
+    "linear": {"y": True, "a": 0.7, "b": -1.3},
+    "linear-tensors": {"y": True, "a": "scalar", "b": "tensors"},
+    "sign": {"y": True, "function": "sign"},
+    "sign-scaled": {"y": True, "a": "tensors", "function": "sign"},
+    "damp": {"y": True, "a": 0.3, "function": "damp"},
+    "product": {"y": True, "a": "scalar", "function": "product"},
+}
+
+
+def make_mix(name: str, x: list[Tensor], y: list[Tensor], **guards: Any) -> Mix:
+    """One of MIXES, with numbers that are the same for lists of another dtype or device."""
+    options = dict(MIXES[name])
+    generator = torch.Generator().manual_seed(len(name))
+    wide = torch.promote_types(x[0].dtype, torch.float32)
+    for number in ("a", "b"):
+        shape = {"scalar": (), "tensors": (len(x),)}.get(options.get(number, ""))
+        if shape is not None:
+            values = torch.rand(shape, generator=generator) - 1.5
+            options[number] = values.to(x[0].device, wide)
+    return Mix(x, y if options.pop("y", False) else None, **options, **guards)
 
 
 class GuardedList(list[Tensor]):

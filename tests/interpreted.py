@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,22 +23,20 @@ from samkernels.backends import triton
 
 
 def backend() -> ModuleType:
-    """Second instances of the Triton backend and of its kernels. Those that everybody else imports
-    are compiled, and never see TRITON_INTERPRET."""
-    path = Path(triton.__file__)
+    """A second instance of the Triton backend. The one that everybody else imports is compiled, and
+    never sees TRITON_INTERPRET."""
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        kernels = _load(
-            "samkernels.backends.interpreted_kernels", path.parent / "triton_kernels.py"
-        )
+        module = _load("samkernels.backends.interpreted", Path(triton.__file__))
+        kernels = module.availability.load_kernels()
     assert kernels.INTERPRETED
-    module = _load("samkernels.backends.interpreted", path)
-    run = module._run
+    run = module.launching.run
 
     def interpret(*arguments: Any, **options: Any) -> None:
         with mended_interpreter():
             run(*arguments, **options)
 
-    vars(module).update(_kernels=lambda: kernels, _is_interpreted=lambda: True, _run=interpret)
+    vars(module.availability).update(is_interpreted=lambda: True)
+    vars(module.launching).update(run=interpret)
     return module
 
 
@@ -48,7 +47,7 @@ def register() -> None:
     NumPy 2.5 refuses."""
     if "interpreted" not in backends.BACKENDS:
         module = backend()
-        module.norms([torch.ones(1)])
+        module.dots([[torch.ones(1)]])
         backends._MODULES["interpreted"] = module
         backends.BACKENDS = (*backends.BACKENDS, "interpreted")
 
@@ -110,8 +109,11 @@ def _rounded_to_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def _load(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
+    """The package at `path` under another name, with modules of its own."""
+    spec = importlib.util.spec_from_file_location(
+        name, path, submodule_search_locations=[str(path.parent)]
+    )
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -45,6 +45,7 @@ def main(path: str, numel: int, count: int, stride: int) -> None:
         lr_address=0,
         momentum=0.9,
         one_minus_dampening=1.0,
+        one_minus_dampening_address=0,
         weight_decay=0.1,
         gradient_sign=1.0,
         nesterov=False,
@@ -53,7 +54,7 @@ def main(path: str, numel: int, count: int, stride: int) -> None:
     )
     tensors = [Tensor(numel) for _ in range(4)]  # alive while the core knows addresses only
     lists = [core.TensorList([t], use_exchange_api=False) for t in tensors]
-    core.sgd_hess(core.cpu(1), *lists, [(count, stride)], 0.1, 0, options)
+    core.sgd_hess(core.cpu(1), *lists, [(count, stride)], 0.1, 0, options, None)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,23 @@ def take_step(optimizer: SAM, seed: int) -> None:
     optimizer.second_step(zero_grad=True)
 
 
+def assert_equal(a: Any, b: Any) -> None:
+    """Of state_dicts and the like: the same, tensors bit for bit and in the same dtype."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert same_bits(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -125,8 +142,13 @@ def plain_sam_step(
     recombine: Callable[[Tensor, Tensor], Tensor] = lambda g1, g2: g2,
 ) -> None:
     """A step of SAM as its paper writes it, with nothing of samkernels: `compute` makes a forward
-    and a backward pass, and the optimizer is the base optimizer. A group may have its own rho."""
-    rhos = {p: group.get("rho", rho) for group in optimizer.param_groups for p in group["params"]}
+    and a backward pass, and the optimizer is the base optimizer. A group may have its own rho, or
+    sam_rho."""
+    rhos = {
+        p: group.get("sam_rho", group.get("rho", rho))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     model.zero_grad()
     compute()
     grads = {p: p.grad for p in rhos if p.grad is not None}

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from samkernels import SAM, SAMDirection, SAMMagnitude, ops
+from samkernels import SAM, SAMDirection, SAMMagnitude
+from samkernels.optim.samdirection import GRANULARITIES
 
 BACKENDS = ("native", "foreach", "reference")
 
@@ -60,17 +61,17 @@ def mixture(
     return [factor * d for d in direction]
 
 
-GRANULARITIES = tuple({"granularity": granularity} for granularity in ops.GRANULARITIES)
+EACH_GRANULARITY = tuple({"granularity": granularity} for granularity in GRANULARITIES)
 OPTIMIZER_TABLE = (
     OptimizerInfo(SAM, lambda g1, g2: g2, keeps_first_grads=False),
     OptimizerInfo(
         SAMDirection,
         lambda g1, g2, granularity: mixture(g1, g2, granularity),
-        GRANULARITIES,
+        EACH_GRANULARITY,
         has_the_norm_of_g2=False,
     ),
     OptimizerInfo(
-        SAMMagnitude, lambda g1, g2, granularity: mixture(g2, g1, granularity), GRANULARITIES
+        SAMMagnitude, lambda g1, g2, granularity: mixture(g2, g1, granularity), EACH_GRANULARITY
     ),
 )
 

@@ -1,29 +1,34 @@
-"""The snippets of docs/recipes.md, and the loops that they are compared with."""
+"""The snippets of docs/recipes.md and README's loop, and the loops that they are compared with."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from samkernels import SAM
+from samkernels.integrations import _unwrap as unwrap
 from tests.optim_helpers import plain_sam_step, snapshot
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs" / "recipes.md", ROOT / "README.md"
 SHARED = "Recipes"  # the heading of the page: what stands below it comes before every snippet
 
 
-def read_page() -> dict[str, str]:
+def read_page(page: Path) -> dict[str, str]:
     """The python blocks by heading; the second one of a heading has " 2" after it."""
     blocks: dict[str, str] = {}
     heading, start, in_block = "", 0, False
-    lines = PAGE.read_text().splitlines()
+    lines = page.read_text().splitlines()
     for i, line in enumerate(lines):
         if in_block and line == "```":
             name, n = heading, 2
@@ -40,20 +45,46 @@ def read_page() -> dict[str, str]:
     return blocks
 
 
-BLOCKS = read_page()
+BLOCKS = {**read_page(PAGE), "README": read_page(README)["Use it"]}
 
 
 def execute(name: str, namespace: dict[str, Any]) -> None:
-    exec(compile(BLOCKS[name], PAGE, "exec"), namespace)
+    page = README if name == "README" else PAGE
+    # As a script of its own: without this file's `from __future__ import annotations`.
+    exec(compile(BLOCKS[name], page, "exec", dont_inherit=True), namespace)
 
 
 def run(name: str, **replaced: Any) -> SimpleNamespace:
     """The variables that a snippet leaves; `replaced` stands in for what all snippets share."""
-    namespace: dict[str, Any] = {"__name__": "recipe"}
-    execute(SHARED, namespace)
+    namespace = shared_namespace()
     namespace.update(replaced)
     execute(name, namespace)
     return SimpleNamespace(**namespace)
+
+
+def shared_namespace() -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "recipe", "epochs": 1}  # README has epochs
+    execute(SHARED, namespace)
+    return namespace
+
+
+def interrupt(name: str, call: int) -> tuple[SimpleNamespace, list[list[Tensor]]]:
+    """A snippet that is interrupted when its loss is computed for the call-th time, counted from 0.
+    Returns its variables, and the weights at each computation."""
+    namespace = shared_namespace()
+    seen: list[list[Tensor]] = []
+
+    def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
+        seen.append(snapshot(namespace["model"].parameters()))
+        if len(seen) > call:
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(logits, target)
+
+    namespace["loss_fn"] = loss_fn
+    with pytest.raises((KeyboardInterrupt, SystemExit)):  # Lightning exits
+        execute(name, namespace)
+    assert len(seen) == call + 1
+    return SimpleNamespace(**namespace), seen
 
 
 def weights(result: SimpleNamespace) -> list[Tensor]:
@@ -67,12 +98,17 @@ def loss_of(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
         return nn.functional.cross_entropy(network(x), y).item()
 
 
-def sam_of(result: SimpleNamespace) -> SAM:
+def optimizer_of(result: SimpleNamespace) -> torch.optim.Optimizer:
     """The optimizer itself, without a framework's wrapper."""
-    optimizer = getattr(result, "optimizer", None) or result.trainer.optimizers[0]
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's
-    assert isinstance(optimizer, SAM)
-    return optimizer
+    holder = result if hasattr(result, "optimizer") else result.trainer
+    if hasattr(holder, "optimizers"):  # Lightning's
+        return holder.optimizers[0]
+    optimizer = holder.optimizer if hasattr(holder, "optimizer") else holder.opt  # fastai's
+    return getattr(optimizer, "optimizer", None) or getattr(optimizer, "opt", None) or optimizer
+
+
+def sam_of(result: SimpleNamespace) -> SAM:
+    return unwrap.sam_of(optimizer_of(result))
 
 
 def by_hand(
@@ -122,6 +158,16 @@ def assert_close(result: SimpleNamespace, expected: list[Tensor]) -> None:
     """Equal but for the order of sums."""
     for p, q in zip(weights(result), expected, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+
+
+def import_quietly(name: str) -> Any:
+    """A framework, or a skip; fastai's dependencies warn when they are imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = pytest.importorskip(name)
+        if name == "fastai":
+            importlib.import_module("samkernels.integrations.fastai")
+    return module
 
 
 def forget_accelerate() -> None:

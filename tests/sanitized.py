@@ -23,13 +23,8 @@ from torch import Tensor
 
 from samkernels import ops
 from tests import emulated
-from tests.helpers import CHUNK_SIZE, LISTS, SPATIAL, Slot, make_list
+from tests.helpers import CHUNK_SIZE, LISTS, MIXES, SPATIAL, Slot, make_list, make_mix
 
-RULES = [("sam", "element")] + [
-    (rule, granularity)
-    for rule in ("samdirection", "sammagnitude")
-    for granularity in ops.GRANULARITIES
-]
 SGD_OPTIONS: list[dict[str, Any]] = [
     {"weight_decay": 0.1, "maximize": True},
     {"momentum": 0.9, "dampening": 0.3, "init_momentum": True},
@@ -66,21 +61,25 @@ class Runner:
     def every_op(self, slots: Sequence[Slot], dtype: torch.dtype) -> None:
         w, old, g1, g2, buf, v = (self.alone(slots, dtype, seed) for seed in range(6))
         for weights in (None, w):
-            self.call("norms", g1, weights)
-        for adaptive in (False, True):
-            self.call("perturb_", w, g1, old, rho=0.05, adaptive=adaptive)
+            self.call("dots", g1, weights=weights)
+        self.call("dots", g1, g2)
+        self.call("dots", g1, g2, w)
+        for eta in (None, 0.1):
+            self.call("perturb_", w, g1, old, rho=0.05, eta=eta)
+            self.call("perturb_", w, g1, old, rho=0.05, eta=eta, saves=False)
             self.call("restore_", w, old)
-        self.call("compare", g1, g2, w)
-        norm = torch.tensor(1.0).to(self.device)
-        for rule, granularity in RULES:
-            how: dict[str, Any] = {"rule": rule, "granularity": granularity, "ascent_norm": norm}
+        self.call("perturb_", w, old, old, rho=0.05)
+        one = torch.tensor(1.0).to(self.device)
+        square = torch.tensor(1.0, dtype=torch.float64).to(self.device)
+        for name in MIXES:
+            mix = make_mix(name, g2, g1, ascent_square=square)
             for options in SGD_OPTIONS:
-                self.call("sgd_", w, old, g2, buf, lr=0.1, first_grads=g1, **options, **how)
-            for options in (*ADAM_OPTIONS, {"found_inf": norm}):  # the last one is skipped
+                self.call("sgd_", w, old, mix, buf, lr=0.1, **options)
+            for options in (*ADAM_OPTIONS, {}):
                 steps = [torch.zeros(()).to(self.device) for _ in w]
-                options = {"lr": 0.1, "first_grads": g1, **options}
-                self.call("adam_", w, old, g2, buf, v, steps, **options, **how)
-            self.call("recombine_", g2, g1, **how)
+                given = mix if options else mix._replace(found_inf=one)  # the last one is skipped
+                self.call("adam_", w, old, given, buf, v, steps, lr=0.1, **options)
+            self.call("mix_", g2, mix)
         for options in SGD_OPTIONS:
             self.call("sgd_hess_", w, g1, g2, buf, lr=0.1, rho=0.1, **options)
 
@@ -88,9 +87,8 @@ class Runner:
         """So many that five lists of them need two tables (csrc/cuda/multi_tensor_apply.cuh)."""
         slots = LISTS["thousand"][:700]
         w, old, g1, g2, buf = (self.alone(slots, torch.float32, seed) for seed in range(5))
-        self.call(
-            "sgd_", w, old, g2, buf, lr=0.1, momentum=0.9, first_grads=g1, rule="samdirection"
-        )
+        mix = make_mix("sign", g1, g2)
+        self.call("sgd_", w, old, mix, buf, lr=0.1, momentum=0.9)
         self.call("sgd_hess_", w, g1, g2, buf, lr=0.1, rho=0.1, momentum=0.9)
 
     def lie(self, lie: str, numel: int) -> None:
@@ -103,7 +101,7 @@ class Runner:
         if lie == "write":
             self.call("restore_", [liar], [honest])
         else:
-            self.call("norms", [honest], [liar])
+            self.call("dots", [honest], [liar])
 
 
 def work(brief: bool) -> Iterator[tuple[list[Slot], torch.dtype]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from samkernels import backends, ops
+from samkernels.ops import Mix
 from tests.helpers import CHANNELS_LAST, Slot, assert_same_bits, copies, make_list
 
 # Chunks of 8192 elements: two whole ones; loads in flight, single ones and a rest in the third.
@@ -37,20 +38,29 @@ def lists_with(which: int | None, offset: int, dtype: torch.dtype) -> list[list[
 def everything(w: Any, old: Any, g1: Any, g2: Any, buffer: Any, squares: Any) -> list[Tensor]:
     """The results of every kernel."""
     torch._foreach_abs_(squares)
-    norms = [*ops.norms(g1, w, **EMULATED), *ops.norms(g1, **EMULATED)]
-    norms += [ops.compare(g1, g2, w, **EMULATED).sums]
-    ops.perturb_(w, g1, old, rho=0.1, norm=torch.tensor(2.0), **EMULATED)
-    results = [*norms, *copies(w)]
-    for rule in ("sam", "samdirection"):
-        options = {"rule": rule, "first_grads": None if rule == "sam" else g1, **EMULATED}
+    forms = (
+        ops.dots(g1, **EMULATED),
+        ops.dots(g1, weights=w, **EMULATED),
+        ops.dots(g1, g2, **EMULATED),
+        ops.dots(g1, g2, w, **EMULATED),
+    )
+    sums = [found for form in forms for found in form]
+    square = torch.tensor(4.0, dtype=torch.float64)
+    ops.perturb_(w, g1, old, rho=0.1, square=square, **EMULATED)
+    results = [*sums, *copies(w)]
+    ops.perturb_(w, g1, old, rho=0.1, square=square, eta=0.1, saves=False, **EMULATED)
+    results += copies(w)
+    ops.perturb_(w, old, old, rho=0.1, square=square, **EMULATED)
+    results += [*copies(w), *copies(old)]
+    for mix in (Mix(g2), Mix(g1, g2, function="sign")):
         for init_momentum in (True, False):
             momentum = {"momentum": 0.9, "init_momentum": init_momentum}
-            ops.sgd_(w, old, g2, buffer, lr=0.1, **momentum, **options)
+            ops.sgd_(w, old, mix, buffer, lr=0.1, **momentum, **EMULATED)
         results += copies(w)
         steps = [torch.zeros(()) for _ in w]
-        ops.adam_(w, old, g2, buffer, squares, steps, lr=0.1, **options)
+        ops.adam_(w, old, mix, buffer, squares, steps, lr=0.1, **EMULATED)
         results += copies(w)
-    ops.recombine_(g2, g1, rule="sammagnitude", **EMULATED)
+    ops.mix_(g2, Mix(g2, g1, function="sign"), **EMULATED)
     ops.sgd_hess_(w, g1, g2, buffer, lr=0.1, rho=0.1, momentum=0.9, **EMULATED)
     results += copies(w)
     ops.restore_(w, old, **EMULATED)
@@ -82,7 +92,7 @@ def test_alignment_changes_nothing(dtype: torch.dtype, offset: int, which: int |
         for tensors in lists:
             tensors.assert_intact()  # type: ignore[attr-defined]
     # Sums are made in another order where other threads have the elements.
-    sums = 5
+    sums = 8
     torch.testing.assert_close(results[1][:sums], results[0][:sums], rtol=1e-6, atol=0)
     assert_same_bits(results[1][sums:], results[0][sums:])
     assert traffic[1] == traffic[0]

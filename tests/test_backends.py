@@ -1,6 +1,6 @@
 """Which backend serves what, what the compiled core itself refuses, and life without it."""
 
-import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from samkernels import _C, backends, ops
-from samkernels.backends import contract
+from samkernels.backends import contract, native
+from samkernels.ops import Mix
 from tests.helpers import DTYPES, assert_same_bits, copies
 
 CPU = torch.device("cpu")
@@ -114,22 +115,19 @@ LISTS_THAT_NATIVE_REFUSES: dict[str, tuple[Callable[[], Tensor], str]] = {
 @pytest.mark.parametrize(
     ("make", "reason"), LISTS_THAT_NATIVE_REFUSES.values(), ids=LISTS_THAT_NATIVE_REFUSES
 )
-@pytest.mark.parametrize(
-    "op", ["norms", "perturb_", "restore_", "recombine_", "sgd_", "sgd_hess_", "compare"]
-)
+@pytest.mark.parametrize("op", ["dots", "perturb_", "restore_", "mix_", "sgd_", "sgd_hess_"])
 def test_ops_on_native_refuse_what_it_cannot_serve(
     make: Callable[[], Tensor], reason: str, op: str
 ) -> None:
     a, b, c = ([make()] for _ in range(3))
     before = copies([*a, *b, *c])
     calls: dict[str, Callable[[], Any]] = {
-        "norms": lambda: ops.norms(a, backend="native"),
+        "dots": lambda: ops.dots(a, b, c, backend="native"),
         "perturb_": lambda: ops.perturb_(a, b, c, rho=0.1, backend="native"),
         "restore_": lambda: ops.restore_(a, b, backend="native"),
-        "recombine_": lambda: ops.recombine_(a, b, rule="samdirection", backend="native"),
-        "sgd_": lambda: ops.sgd_(a, b, c, lr=0.1, backend="native"),
+        "mix_": lambda: ops.mix_(a, Mix(b, c), backend="native"),
+        "sgd_": lambda: ops.sgd_(a, b, Mix(c), lr=0.1, backend="native"),
         "sgd_hess_": lambda: ops.sgd_hess_(a, b, c, lr=0.1, rho=0.1, backend="native"),
-        "compare": lambda: ops.compare(a, b, c, backend="native"),
     }
     with pytest.raises(RuntimeError, match=reason):
         calls[op]()
@@ -139,8 +137,8 @@ def test_ops_on_native_refuse_what_it_cannot_serve(
 def test_a_gap_in_any_tensor_of_the_list_counts() -> None:
     tensors = [torch.ones(4), torch.ones(8)[::2]]
     with pytest.raises(RuntimeError, match="without gaps or overlap"):
-        ops.norms(tensors, backend="native")
-    assert ops.norms(tensors, backend="auto").per_tensor.tolist() == [2, 2]
+        ops.dots(tensors, backend="native")
+    assert ops.dots(tensors, backend="auto").per_tensor.tolist() == [[4], [4]]
 
 
 @pytest.mark.parametrize(
@@ -195,42 +193,40 @@ class Core:
 
     def __init__(self) -> None:
         self.tensors = torch.arange(36.0).view(6, 2, 3)
-        self.sums = torch.zeros(_C.COMPARE_SUMS, dtype=torch.float64)
-        self.norms = torch.ones(6)
+        self.sums = torch.ones(3 * 6, dtype=torch.float64)
         self.steps = [torch.zeros(()), torch.zeros((), dtype=torch.float64)]
         self.bias_corrections = torch.zeros(2, 2)
         self.target = _C.cpu(1)
-        room = _C.workspace_bytes(self.target, self.list_of(0), _C.COMPARE_SUMS)
-        self.workspace = torch.empty(room, dtype=torch.uint8)
 
     def list_of(self, i: int, second_numel: int = 3) -> Any:
         first, second = self.tensors[i]
         return fakes((first.data_ptr(), 3), (second.data_ptr(), second_numel))
 
-    def recombination(self, lists: list[Any]) -> Any:
-        return _C.Recombination(lists[3], lists[4], 0, 0, False, 0.0, 0, 0, 0)
+    def mix(self, lists: list[Any]) -> Any:
+        return _C.Mix(lists[3], lists[4], 1.0, 0, 0, 1.0, 0, 0, 0, 0, 0, 0)
 
     def call(self, op: str, *, second_numel: int = 3, **wrong: Any) -> None:
         """With lists called "0", "1", ...; `wrong` replaces some of them."""
         lists = [wrong.get(str(i), self.list_of(i, second_numel)) for i in range(len(self.tensors))]
-        norm, workspace = self.norms.data_ptr(), self.workspace.data_ptr()
-        if op == "norms":
-            _C.norms(self.target, lists[0], lists[1], workspace, norm, norm + 16)
+        sums = self.sums.data_ptr()
+        if op == "dots":
+            _C.dots(self.target, *lists[:3], None, 0.0, 0, sums, sums + 8 * 12)
+        elif op == "dots with weights":
+            _C.dots(self.target, lists[0], None, None, lists[1], 0.0, 0, sums, sums + 8 * 4)
         elif op == "perturb":
-            _C.perturb(self.target, *lists[:3], norm, 0.1, 0, 0.0, False, False, None)
+            number = sums, 0, 0.1, 0, 0, None, 0.0
+            _C.perturb(self.target, *lists[:3], *number, False, True, None)
         elif op == "restore":
             _C.restore(self.target, *lists[:2])
-        elif op == "recombine":
-            _C.recombine(self.target, self.recombination(lists), lists[0])
+        elif op == "mix":
+            _C.mix(self.target, self.mix(lists), lists[0], False)
         elif op == "sgd":
-            _C.sgd(self.target, self.recombination(lists), *lists[:3], SGD_WITH_MOMENTUM)
+            _C.sgd(self.target, self.mix(lists), *lists[:3], SGD_WITH_MOMENTUM, None)
         elif op == "adam":
             steps = wrong.get("steps", _C.TensorList(self.steps))
             corrections = wrong.get("bias_corrections", self.bias_corrections.data_ptr())
-            lists = [self.recombination(lists), *lists[:3], lists[5]]
-            _C.adam(self.target, *lists, steps, corrections, ADAM)
-        elif op == "compare":
-            _C.compare(self.target, *lists[:3], workspace, self.sums.data_ptr(), norm, norm + 8)
+            lists = [self.mix(lists), *lists[:3], lists[5]]
+            _C.adam(self.target, *lists, steps, corrections, ADAM, None)
         else:
             raise ValueError(op)
 
@@ -252,6 +248,7 @@ SGD_WITH_MOMENTUM = _C.SgdOptions(
     lr_address=0,
     momentum=0.9,
     one_minus_dampening=1.0,
+    one_minus_dampening_address=0,
     weight_decay=0.0,
     gradient_sign=1.0,
     nesterov=False,
@@ -259,26 +256,26 @@ SGD_WITH_MOMENTUM = _C.SgdOptions(
     init_momentum=False,
 )
 CORE_LISTS = {
-    "norms": {"0": "x", "1": "weights"},
-    "perturb": {"0": "params", "1": "grads", "2": "old_params"},
+    "dots": {"0": "x", "1": "y", "2": "z"},
+    "dots with weights": {"0": "x", "1": "weights"},
+    "perturb": {"0": "params", "1": "direction", "2": "old_params"},
     "restore": {"0": "params", "1": "old_params"},
-    "recombine": {"0": "out", "3": "magnitude", "4": "sign"},
+    "mix": {"0": "out", "3": "mix.x", "4": "mix.y"},
     "sgd": {
         "0": "params",
         "1": "old_params",
         "2": "momentum_buffers",
-        "3": "magnitude",
-        "4": "sign",
+        "3": "mix.x",
+        "4": "mix.y",
     },
     "adam": {
         "0": "params",
         "1": "old_params",
         "2": "exp_avgs",
-        "3": "magnitude",
-        "4": "sign",
+        "3": "mix.x",
+        "4": "mix.y",
         "5": "exp_avg_sqs",
     },
-    "compare": {"0": "first_grads", "1": "second_grads", "2": "weights"},
 }
 every_core_list = pytest.mark.parametrize(
     ("op", "which", "name"),
@@ -563,12 +560,11 @@ class Fake:
     def __init__(self, address, numel):
         self.data_ptr, self.shape, self.stride = lambda: address, (numel,), lambda: (1,)
 
-x, norms = array.array("f", [3.0, 4.0, 12.0]), array.array("f", [0.0] * 3)
-sums = array.array("d", [0.0] * core.COMPARE_SUMS)
+x = array.array("f", [3.0, 4.0, 12.0])
+sums = array.array("d", [0.0] * 3 * core.num_dots(3, False))
 tensors = core.TensorList([Fake(at(x), 2), Fake(at(x) + 8, 1)])
 others = core.TensorList([Fake(at(x) + 4, 2), Fake(at(x), 1)])
 target = core.cpu(2)
-room = array.array("B", bytes(core.workspace_bytes(target, tensors, core.COMPARE_SUMS)))
 """
 
 
@@ -576,31 +572,29 @@ def test_the_core_works_without_torch() -> None:
     printed = run_python(
         LOAD_THE_CORE_WITHOUT_TORCH
         + """
-core.norms(target, tensors, None, at(room), at(norms), at(norms) + 8)
-print(list(norms))
-core.compare(target, tensors, others, tensors, at(room), at(sums), at(norms), at(norms) + 8)
-print(*(f"{norm:.4f}" for norm in norms), list(sums))
+core.dots(target, tensors, None, None, None, 0.0, 0, at(sums), at(sums) + 16)
+print(list(sums)[:3])
+core.dots(target, tensors, others, tensors, None, 0.0, 0, at(sums), at(sums) + 96)
+print(list(sums)[12:])
 """
     )
     of_tensors, of_both = printed.splitlines()
-    assert of_tensors == "[5.0, 12.0, 13.0]"
+    assert of_tensors == "[25.0, 144.0, 169.0]"
     # The second list is x[1:3], x[0].
-    second = [f"{math.hypot(4, 12):.4f}", "3.0000", "13.0000"]
-    assert of_both == f"{' '.join(second)} [169.0, 169.0, 96.0, 2.0, 3.0, 169.0]"
+    assert of_both == "[169.0, 96.0, 169.0, 169.0, 2.0, 3.0]"
 
 
 @pytest.mark.parametrize(
     ("argument", "call"),
     [
         (
-            "norm",
-            "core.perturb(target, tensors, tensors, tensors, 0, 0.1, 0, 0.0, False, False, None)",
+            "square",
+            "core.perturb(target, *[tensors] * 3, 0, 0, 0.1, 0, 0, None, 0.0, False, True, None)",
         ),
-        ("per_tensor", "core.norms(target, tensors, None, at(room), 0, at(norms))"),
-        ("total", "core.norms(target, tensors, None, at(room), at(norms), 0)"),
-        ("sums", "core.compare(target, *[tensors] * 3, at(room), 0, at(norms), at(norms))"),
+        ("per_tensor", "core.dots(target, tensors, None, None, None, 0.0, 0, 0, at(sums))"),
+        ("total", "core.dots(target, tensors, None, None, None, 0.0, 0, at(sums), 0)"),
     ],
-    ids=["perturb-norm", "per_tensor", "total", "sums"],
+    ids=["square", "per_tensor", "total"],
 )
 def test_the_core_refuses_null_addresses_of_scalars(argument: str, call: str) -> None:
     # In an interpreter of its own: a null address that is used kills it.
@@ -619,29 +613,70 @@ except ValueError as error:
 def test_the_core_makes_room_for_sums_by_itself_on_the_cpu() -> None:
     tensors = [torch.randn(40_000), torch.zeros(0), torch.randn(3)]
     core = _C.TensorList(tensors)
-    assert _C.workspace_bytes(_C.cpu(1), core, _C.NORMS_SUMS) == 0
-    per_tensor, total = torch.zeros(3), torch.zeros(())
-    _C.norms(_C.cpu(1), core, None, 0, per_tensor.data_ptr(), total.data_ptr())
-    expected = torch.stack([t.double().norm() for t in tensors])
-    torch.testing.assert_close(per_tensor, expected.float())
-    torch.testing.assert_close(total, expected.norm().float())
+    assert _C.workspace_bytes(_C.cpu(1), core, 1) == 0
+    per_tensor, total = (torch.zeros(n, dtype=torch.float64) for n in (3, 1))
+    sums = per_tensor.data_ptr(), total.data_ptr()
+    _C.dots(_C.cpu(1), core, None, None, None, 0.0, 0, *sums)
+    expected = torch.stack([t.double().square().sum() for t in tensors])
+    torch.testing.assert_close(per_tensor, expected)
+    torch.testing.assert_close(total[0], expected.sum())
+
+
+def test_the_core_refuses_lists_that_make_no_form_of_dots() -> None:
+    x, sums = _C.TensorList([torch.ones(3)]), torch.zeros(6, dtype=torch.float64)
+    for y, z, weights in ((None, x, None), (x, None, x), (x, x, x)):
+        with pytest.raises(ValueError, match="dots: give x, y and z in their order"):
+            _C.dots(_C.cpu(1), x, y, z, weights, 0.0, 0, sums.data_ptr(), sums.data_ptr())
+
+
+@pytest.mark.parametrize(("function", "has_y"), [(-1, True), (4, True), (1, False), (3, False)])
+def test_the_core_refuses_mixes_that_it_does_not_know(function: int, has_y: bool) -> None:
+    x = _C.TensorList([torch.ones(3)])
+    numbers = 1.0, 0, 0, 1.0, 0, 0
+    with pytest.raises(ValueError, match=r"mix\.function is unknown, or lacks mix\.y"):
+        _C.Mix(x, x if has_y else None, *numbers, function, 0, 0, 0)
+
+
+WRONG_SCALARS: dict[str, Callable[[list[Tensor]], None]] = {
+    "square": lambda x: native.perturb_(
+        x, x, copies(x), square=torch.tensor(1.0), rho=0.1, **PLAIN
+    ),
+    "rho": lambda x: native.perturb_(
+        x, x, copies(x), square=torch.ones((), dtype=torch.float64), rho=x[0].double(), **PLAIN
+    ),
+    "a": lambda x: native.mix_(x, Mix(x, a=torch.ones((), dtype=torch.float64))),
+    "b": lambda x: native.mix_(x, Mix(x, x, b=torch.ones((), dtype=torch.float16))),
+    "divisor": lambda x: native.mix_(x, Mix(x, divisor=torch.ones((), dtype=torch.float64))),
+    "found_inf": lambda x: native.mix_(x, Mix(x, found_inf=torch.ones((), dtype=torch.float64))),
+    "ascent_square": lambda x: native.mix_(x, Mix(x, ascent_square=torch.tensor(1.0))),
+}
+PLAIN: dict[str, Any] = {"eta": None, "eps": 0.0, "rounds_at_random": False, "journal": None}
+
+
+@pytest.mark.parametrize("call", WRONG_SCALARS.values(), ids=WRONG_SCALARS)
+def test_the_core_is_given_no_number_of_a_wrong_dtype(call: Callable[[list[Tensor]], None]) -> None:
+    """It reads addresses: float32 taken for float64 would be another number."""
+    x = [torch.ones(3)]
+    with pytest.raises(AssertionError):
+        call(x)
+    assert x[0].tolist() == [1, 1, 1]
 
 
 def test_a_device_needs_room_for_sums(emulated_core: Any) -> None:
     core = emulated_core
-    x, numbers = core.TensorList([torch.ones(3)]), torch.full((4,), -1.0)
-    assert core.workspace_bytes(core.cuda(0), x, core.NORMS_SUMS) > 0
-    with pytest.raises(ValueError, match="workspace has no memory"):
-        core.norms(core.cuda(0), x, None, 0, numbers.data_ptr(), numbers.data_ptr() + 4)
-    with pytest.raises(ValueError, match="workspace has no memory"):
-        core.compare(core.cuda(0), x, x, x, 0, *[numbers.data_ptr()] * 3)
-    assert (numbers == -1).all()
+    x, sums = core.TensorList([torch.ones(3)]), torch.full((6,), -1.0, dtype=torch.float64)
+    assert core.workspace_bytes(core.cuda(0), x, 1) > 0
+    for others in ((None, None, None), (x, None, None), (x, x, None), (None, None, x)):
+        with pytest.raises(ValueError, match="workspace has no memory"):
+            core.dots(core.cuda(0), x, *others, 0.0, 0, *[sums.data_ptr()] * 2)
+    assert (sums == -1).all()
 
 
 def test_build_info() -> None:
     info = _C.build_info()
     assert info["cpu_variant"] in ("baseline", "avx2")
     assert info["compiler"]
+    assert re.fullmatch(r"OpenMP \d.*|Grand Central Dispatch|", info["threads"])
     assert info["cuda"] or _C.why_no_cuda() is not None
 
 
@@ -660,7 +695,7 @@ cpu = torch.device("cpu")
 print(backends.why_unavailable("native", cpu))
 print(backends.choose("auto", cpu, torch.float32)[0])
 w, g, old = [torch.zeros(2)], [torch.tensor([3.0, 4.0])], [torch.ones(2)]
-print(ops.perturb_(w, g, old, rho=5.0).item(), w[0].tolist(), old[0].tolist())
+print(ops.perturb_(w, g, old, rho=5.0).sqrt().item(), w[0].tolist(), old[0].tolist())
 try:
     ops.restore_(w, old, backend="native")
 except RuntimeError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
 from samkernels import SAM, frozen_batchnorm_stats
@@ -236,6 +239,198 @@ def test_models_without_normalisation() -> None:
     model = nn.Linear(5, 2)
     with frozen_batchnorm_stats(model):
         assert model(X).shape == (6, 4, 5, 2)
+
+
+# -- what does not mind track_running_stats: buffers that are put back -----------------------------
+
+
+class ByHand(nn.BatchNorm2d):
+    """Minds momentum and nothing else, as several synchronised ones of users."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.running_mean += self.momentum * (x.mean((0, 2, 3)) - self.running_mean)
+            self.num_batches_tracked = self.num_batches_tracked + 1  # another tensor
+        return functional.batch_norm(x, None, None, self.weight, self.bias, True)
+
+
+class Functional(nn.Module):
+    """Statistics of its own, which functional.batch_norm updates; beside a matrix, if wanted."""
+
+    def __init__(self, with_matrix: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(4))
+        self.register_buffer("running_var", torch.ones(4), persistent=False)
+        if with_matrix:
+            self.register_buffer("queue", torch.zeros(3, 4))
+            self.register_buffer("position", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "queue"):
+            self.queue[self.position] = x.detach().mean((0, 2, 3))
+            self.position.copy_((self.position + 1) % 3)
+        return functional.batch_norm(x, self.running_mean, self.running_var, training=True)
+
+
+class Whitening(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_covariance", torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.transpose(0, 1).flatten(1)
+        covariance = flat @ flat.T / flat.shape[1]
+        self.running_covariance.lerp_(covariance.detach(), 0.1)
+        return torch.einsum("ij,njhw->nihw", covariance, x)
+
+
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and still used
+        return torch.jit.script(nn.BatchNorm2d(4))
+
+
+def traced() -> nn.Module:
+    return torch.fx.symbolic_trace(nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True)))
+
+
+def with_another_forward() -> nn.Module:
+    """As libraries wrap the forward of one object."""
+    layer = nn.BatchNorm2d(4)
+
+    def forward(x: Tensor) -> Tensor:
+        return functional.batch_norm(x, layer.running_mean, layer.running_var, training=True)
+
+    layer.forward = forward  # type: ignore[method-assign]
+    return layer
+
+
+def fake_quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao moves to a package of its own
+        from torch.ao.quantization import FakeQuantize, PerChannelMinMaxObserver
+
+    return FakeQuantize(
+        PerChannelMinMaxObserver, ch_axis=1, quant_min=0, quant_max=255, dtype=torch.quint8
+    )
+
+
+PUT_BACK: dict[str, Callable[[], nn.Module]] = {
+    "instance norm": lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+    "minds momentum only": lambda: ByHand(4),
+    "functional": Functional,
+    "functional beside a matrix": lambda: Functional(with_matrix=True),
+    "matrix of statistics": Whitening,
+    "scripted": scripted,
+    "traced": traced,
+    "another forward": with_another_forward,
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 2, 3)),
+    "spectral norm, older": lambda: nn.utils.spectral_norm(nn.Conv2d(4, 2, 3)),
+    "observer": fake_quantized,
+    "beside batch norm": lambda: nn.Sequential(nn.BatchNorm2d(4), Functional()),
+}
+
+
+def put_back_layer(name: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = PUT_BACK[name]()
+        layer(X)
+    return layer
+
+
+def statistics_of(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in buffers_of(model).items() if not k.endswith(("queue", "position"))}
+
+
+@pytest.mark.parametrize("name", PUT_BACK)
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_buffers_are_put_back(name: str, error: type[BaseException] | None) -> None:
+    """The same tensors, in the same memory, with the same bits."""
+    layer = put_back_layer(name)
+    before, settings = statistics_of(layer), settings_of(layer)
+    places = {k: (id(v), v.data_ptr()) for k, v in layer.named_buffers()}
+    with contextlib.suppress(KeyboardInterrupt, ValueError), frozen_batchnorm_stats(layer):
+        layer(3 * X + 3)
+        with frozen_batchnorm_stats(layer):
+            layer(3 * X - 3)
+        if error:
+            raise error
+    after = statistics_of(layer)
+    assert after.keys() == before.keys()
+    assert all(same_bits(after[k], v) for k, v in before.items())
+    assert settings_of(layer) == settings
+    assert {k: (id(v), v.data_ptr()) for k, v in layer.named_buffers()} == places
+    layer(3 * X + 3)
+    after = statistics_of(layer)
+    assert not all(same_bits(after[k], v) for k, v in before.items()), "updated again"
+
+
+@pytest.mark.parametrize("name", PUT_BACK)
+def test_backward_after_the_context(name: str) -> None:
+    """It finds what forward saved, and the gradients are those without the context."""
+    layer, twin = put_back_layer(name), put_back_layer(name)
+    assert all(map(same_bits, layer.buffers(), twin.buffers()))
+    x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+    with frozen_batchnorm_stats(layer):
+        output = layer(2 * x)
+    expected = twin(2 * y)
+    assert torch.equal(output, expected)
+    output.square().sum().backward()
+    expected.square().sum().backward()
+    assert x.grad is not None and y.grad is not None
+    assert torch.equal(x.grad, y.grad)
+
+
+def test_a_queue_and_its_position_stay_together() -> None:
+    """Neither is put back: one without the other would make no sense."""
+    layer = Functional(with_matrix=True)
+    with frozen_batchnorm_stats(layer):
+        layer(X)
+    assert layer.position == 1 and layer.queue[0].any()
+
+
+def test_an_observer_that_has_seen_nothing() -> None:
+    observer = fake_quantized().activation_post_process
+    before = buffers_of(observer)
+    with frozen_batchnorm_stats(observer):
+        observer(X)
+        assert observer.min_val.shape == (4,)
+    assert same_buffers(observer, before) and observer.min_val.shape == (0,)
+    observer(X)
+    assert observer.min_val.shape == (4,)
+
+
+def test_lazy_layers_that_have_seen_nothing() -> None:
+    layer = nn.LazyInstanceNorm2d(track_running_stats=True)
+    with frozen_batchnorm_stats(layer):
+        layer(X)
+    assert type(layer) is nn.InstanceNorm2d
+
+
+def test_buffers_of_other_kinds() -> None:
+    """Several dtypes, none at all, on no device."""
+
+    class Counters(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("seen", torch.zeros(1, 4, 1, 1, dtype=torch.bool))
+            self.register_buffer("mean", torch.zeros(4, dtype=torch.bfloat16))
+            self.register_buffer("nothing", None)
+            self.register_buffer("abstract", torch.zeros(4, device="meta"))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            self.seen |= True
+            self.mean = (self.mean + x.mean((0, 2, 3))).bfloat16()
+            return x
+
+    layer = Counters()
+    with frozen_batchnorm_stats(layer):
+        layer(X)
+        assert layer.count == 1 and layer.mean.all()
+    assert layer.count == 0 and not layer.seen.any() and not layer.mean.any()
 
 
 @pytest.mark.parametrize("model", [None, "model", [nn.BatchNorm2d(4)], nn.BatchNorm2d])

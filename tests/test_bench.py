@@ -108,7 +108,7 @@ def test_the_memory_floor_is_a_sam_step() -> None:
     expected, expected_buffer = w.clone(), momentum_buffer.clone()
     old = torch.empty_like(w)
     ops.perturb_([expected], [g1], [old], rho=RHO)
-    ops.sgd_([expected], [old], [g2], [expected_buffer], **SGD_OPTIONS)
+    ops.sgd_([expected], [old], ops.Mix([g2]), [expected_buffer], **SGD_OPTIONS)
     step()
     # The norm's last bit may differ.
     torch.testing.assert_close(w, expected, rtol=1e-6, atol=1e-7)

@@ -106,9 +106,9 @@ def step(core: Any, num_tensors: int) -> tuple[list[Tensor], int]:
     slots = [Slot((i % 50,)) for i in range(num_tensors)]
     w, old, g1, g2, buf = (make_list(slots, torch.float32, seed=seed) for seed in range(5))
     core.take_launches()
-    norms = ops.norms(g1, backend="emulated")
-    ops.sgd_(w, old, g2, buf, first_grads=g1, rule="samdirection", **OPTIONS)
-    return [*w, *buf, norms.total, norms.per_tensor], core.take_launches()
+    sums = ops.dots(g1, backend="emulated")
+    ops.sgd_(w, old, ops.Mix(g1, g2, function="sign"), buf, **OPTIONS)
+    return [*w, *buf, *sums], core.take_launches()
 
 
 @pytest.mark.parametrize("version", [12000, 12010])

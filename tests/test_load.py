@@ -195,9 +195,9 @@ def test_chunks_of_a_billion_parameters(emulated_core: Any) -> None:
     assert num_chunks(core, target, BILLION) == expected
     # The sums of the norms are all that a step takes beside its lists: 2 MB at most.
     tensors = core.TensorList([tensor_without_memory(numel) for numel in BILLION])
-    num_bytes = core.workspace_bytes(target, tensors, core.NORMS_SUMS)
+    num_bytes = core.workspace_bytes(target, tensors, core.num_dots(1, True))
     assert num_bytes == 8 * (2 * expected + 3 * len(BILLION) + 1) < 2 << 20
-    assert core.workspace_bytes(core.cpu(1), tensors, core.NORMS_SUMS) == 0  # it makes its own
+    assert core.workspace_bytes(core.cpu(1), tensors, 2) == 0  # it makes its own
 
 
 @pytest.mark.parametrize("sizes", [[2**31 + 1], [2**33] * 3, [2**45, 1], [5, 2**44, 0, 2**44]])
@@ -244,7 +244,7 @@ def test_one_more_tensor_is_at_most_one_more_launch_of_each_kernel(emulated_core
         emulated_core.take_launches()
         w, g, old, buf = lists
         ops.perturb_(w, g, old, rho=0.1, backend="emulated")  # with the norm
-        ops.sgd_(w, old, g, buf, lr=0.1, momentum=0.9, backend="emulated")
+        ops.sgd_(w, old, ops.Mix(g), buf, lr=0.1, momentum=0.9, backend="emulated")
         launches.append(emulated_core.take_launches())
     assert launches[0] == 3
     for (before, after), (n, m) in zip(pairwise(launches), pairwise(counts), strict=True):
@@ -311,8 +311,8 @@ ABOVE_INT32 = 2**31 + 512
 @linux
 def test_more_elements_than_int32_counts() -> None:
     a, b = (sparse(ABOVE_INT32, torch.bfloat16, seed) for seed in range(2))
-    total = ops.norms([a], backend="native").total
-    expected = ops.norms(ends(a), backend="reference").total
+    total = ops.dots([a], backend="native").total
+    expected = ops.dots(ends(a), backend="reference").total
     torch.testing.assert_close(total, expected, rtol=2**-22, atol=0)
     kept = copies(ends(b))
     ops.restore_([a], [b], backend="native")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler, swa_utils
 
-from samkernels import SAM, SAMDirection, SAMMagnitude, frozen_batchnorm_stats
+from samkernels import SAM, SAMDirection, SAMMagnitude, SGDHess, frozen_batchnorm_stats
 from tests.optim_helpers import (
     ConvNet,
     images,
@@ -293,6 +293,105 @@ def test_a_compiled_model_is_not_compiled_again(
                 step(i)
         assert graphs() == (1 + freeze if compiled else 0)
         assert model.norm1.num_batches_tracked == (8 if freeze else 16)
+        return snapshot(model.state_dict().values())
+
+    eager = train(compiled=False)
+    assert unchanged(train(compiled=True), eager)
+
+
+def whole_step(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> Tensor:
+    loss = cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.first_step()
+    with frozen_batchnorm_stats(model):
+        cross_entropy(model(x), y).backward()
+    optimizer.second_step(zero_grad=True)
+    return loss
+
+
+def step_in_a_context(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> Any:
+    cross_entropy(model(x), y).backward()
+    with optimizer.perturbed():
+        cross_entropy(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer.statistics
+
+
+def step_with_a_closure(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> Tensor:
+    def closure() -> Tensor:
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure)
+
+
+def step_of_parts(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    for part in optimizer.parts(zip(x.chunk(2), y.chunk(2), strict=True)):
+        cross_entropy(model(part[0]), part[1]).backward()
+        optimizer.first_step()
+        cross_entropy(model(part[0]), part[1]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def step_that_is_undone(model: nn.Module, optimizer: SAM, x: Tensor, y: Tensor) -> None:
+    cross_entropy(model(x), y).backward()
+    optimizer.first_step()
+    optimizer.restore()
+    whole_step(model, optimizer, x, y)
+
+
+def step_of_sgdhess(model: nn.Module, optimizer: SGDHess, x: Tensor, y: Tensor) -> None:
+    optimizer.backward(cross_entropy(model(x), y))
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+COMPILED_STEPS: dict[str, tuple[Callable[..., Any], Callable[[Any], Any]]] = {
+    "SAM": (whole_step, lambda p: SAM(p, rho=RHO, lr=0.1, momentum=0.9)),
+    "SAMDirection": (whole_step, lambda p: SAMDirection(p, rho=RHO, lr=0.1)),
+    "SAMMagnitude": (
+        whole_step,
+        lambda p: SAMMagnitude(p, torch.optim.AdamW, RHO, granularity="tensor", lr=0.01),
+    ),
+    "statistics": (
+        step_in_a_context,
+        lambda p: SAM(p, torch.optim.RMSprop, RHO, track_statistics=True, lr=0.01),
+    ),
+    "closure": (step_with_a_closure, lambda p: SAMDirection(p, rho=RHO, lr=0.1)),
+    "parts": (step_of_parts, lambda p: SAMDirection(p, rho=RHO, lr=0.1)),
+    "restore": (step_that_is_undone, lambda p: SAM(p, rho=RHO, lr=0.1, max_grad_norm=1.0)),
+    "SGDHess": (step_of_sgdhess, lambda p: SGDHess(p, lr=0.1, momentum=0.9, k=2, seed=1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's
+@pytest.mark.parametrize("name", COMPILED_STEPS)
+def test_a_compiled_training_step(name: str, graphs: Callable[[], int]) -> None:
+    """The optimizer stays out of the graphs: a break for each call of it and of backward, nothing
+    new in later steps, and the weights of the step that is not compiled, bit for bit."""
+    step, make = COMPILED_STEPS[name]
+    breaks = torch._dynamo.utils.counters["graph_break"]
+
+    def train(compiled: bool) -> list[Tensor]:
+        model = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), ConvNet())
+        optimizer = make(model.parameters())
+        scheduler = lr_scheduler.LinearLR(optimizer, 0.5, total_iters=5)
+
+        def run(x: Tensor, y: Tensor) -> Any:
+            return step(model, optimizer, x, y)
+
+        run = torch.compile(run, backend="eager") if compiled else run
+        for i in range(5):
+            run(*images(i))
+            scheduler.step()
+            if i == 0:
+                known = sum(breaks.values()), graphs()
+        if compiled:
+            assert (sum(breaks.values()), graphs()) == known
+            assert 0 < known[0] <= 8
         return snapshot(model.state_dict().values())
 
     eager = train(compiled=False)

@@ -1,8 +1,8 @@
 """Every op on every backend, device and dtype, against the reference in float64.
 
 The bounds are derived: each op states how many roundings its result has been through, and
-helpers.assert_near turns that into an error. A perturbation is compared given the norm that the
-backend found, and the norm is compared on its own.
+helpers.assert_near turns that into an error. A perturbation is compared given the sum of
+squares that the backend found, and that sum is compared on its own.
 """
 
 import math
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from samkernels import ops
+from samkernels.ops import Mix
 from tests.helpers import (
     CHUNK_SIZE,
     DEVICES,
     INTEGER_OF,
     LAYOUTS,
     LISTS,
+    MIXES,
     SETTINGS,
     GuardedList,
     Setting,
@@ -30,28 +32,28 @@ from tests.helpers import (
     bits,
     copies,
     doubles,
-    flat,
     make_list,
+    make_mix,
     rejects,
     unit_roundoff,
 )
 
 # Roundings on the longest way to a result. A scalar option counts one: it is rounded to float32.
-PERTURB_ROUNDINGS = 8  # rho, + eps, rho / n (two as a reciprocal), w * w, * g, * scale, w +
-RECOMBINE_ROUNDINGS = 6  # n1, n2, + eps, n1 / n2 (two), * g
-SGD_ROUNDINGS = RECOMBINE_ROUNDINGS + 12  # 4 scalars; decay 2, momentum 2, Nesterov 2, update 2
+PERTURB_ROUNDINGS = (
+    9  # the root, rho, + eps, rho / n (two as a reciprocal), t * t, * d, * scale, w +
+)
+ETA_ROUNDINGS = 4  # of t * t: eta and + eta, each twice
+MIX_ROUNDINGS = 6  # a, a / divisor (two), x * y, * a, +
+SGD_ROUNDINGS = MIX_ROUNDINGS + 12  # 4 scalars; decay 2, momentum 2, Nesterov 2, update 2
 
 RHO = 0.05
-PERTURBATIONS = {
+PERTURBATIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "adaptive": {"adaptive": True},
+    "adaptive": {"eta": 0.0},
+    "eta": {"eta": 0.1},
     "maximize": {"maximize": True},
-    "adaptive-maximize": {"adaptive": True, "maximize": True},
+    "eta-maximize": {"eta": 0.1, "maximize": True},
 }
-RULES = [
-    ("sam", "element"),
-    *((r, g) for r in ("samdirection", "sammagnitude") for g in ops.GRANULARITIES),
-]
 SGD_OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "decay": {"weight_decay": 0.1},
@@ -66,7 +68,9 @@ SGD_OPTIONS: dict[str, dict[str, Any]] = {
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 every_list = pytest.mark.parametrize("slots", LISTS.values(), ids=LISTS)
 every_perturbation = pytest.mark.parametrize("options", PERTURBATIONS.values(), ids=PERTURBATIONS)
-every_rule = pytest.mark.parametrize(("rule", "granularity"), RULES)
+every_mix = pytest.mark.parametrize("mix", MIXES)
+# Without "damp", which jumps where rounding decides: in float64 it may go the other way.
+every_smooth_mix = pytest.mark.parametrize("mix", [name for name in MIXES if name != "damp"])
 NATIVE = [s for s in SETTINGS if s.backend == "native"]
 KERNELS = [s for s in SETTINGS if s.backend in ("native", "triton", "interpreted")]
 every_kernel = pytest.mark.parametrize("setting", KERNELS, ids=str)
@@ -94,7 +98,7 @@ class Lists:
 
 
 def norm_roundings(setting: Setting, numel: int) -> float:
-    """2 where squares are summed in float64: the product with the weight, and the result.
+    """2 where squares are summed in float64: + eta, and the product with the weight.
 
     foreach sums in the dtype's own arithmetic: the errors of n additions are independent, and add
     up to sqrt(n) roundings (Higham and Mary, SIAM J. Sci. Comput. 41, 2019), which the root halves.
@@ -117,80 +121,101 @@ def check_perturb(
     w, g = lists.params, lists.first_grads
     before, wide, wide_grads = copies(w), doubles(w), doubles(g)
     grads_before = copies(g)
-    norm = perturb(w, g, lists.old_params, rho=RHO, backend=setting.backend, **options)
-    assert norm.shape == ()
+    square = perturb(w, g, lists.old_params, rho=RHO, backend=setting.backend, **options)
+    assert square.dtype is torch.float64
     expected = copies(wide)
     ops.perturb_(
         expected,
         wide_grads,
         copies(wide),
         rho=RHO,
-        norm=norm.double(),
+        square=square,
         backend="reference",
         **options,
     )
     sizes = [a.abs() + (e - a).abs() for a, e in zip(wide, expected, strict=True)]
-    assert_near(w, expected, sizes, PERTURB_ROUNDINGS)
+    assert_near(w, expected, sizes, PERTURB_ROUNDINGS + ETA_ROUNDINGS * ("eta" in options))
     assert_same_bits(lists.old_params, before)
     assert_same_bits(g, grads_before)
     lists.assert_guards_intact()
 
 
-def check_recombine(
-    recombine: Callable[..., None], slots: list[Slot], setting: Setting, **options: Any
+def doubled(mix: Mix) -> Mix:
+    """The same in float64, for the reference."""
+    y = None if mix.y is None else doubles(mix.y)
+    numbers = [x.double() if isinstance(x, Tensor) else x for x in mix[2:4]]
+    guards = [None if x is None else x.double() for x in mix[5:]]
+    return Mix(doubles(mix.x), y, *numbers, mix.function, *guards)
+
+
+def sizes_of(mix: Mix) -> list[Tensor]:
+    """Bounds of the terms of u."""
+    sizes: list[Tensor] = [torch.empty_like(x) for x in mix.x]
+    x, y = ([t.abs() for t in tensors] for tensors in (mix.x, mix.y or mix.x))
+    a, b = (abs(value) for value in (mix.a, mix.b))
+    ops.mix_(sizes, mix._replace(x=x, y=mix.y and y, a=a, b=b), backend="reference")
+    return [size.abs() for size in sizes]
+
+
+def check_mix(
+    mix_: Callable[..., None], slots: list[Slot], setting: Setting, mix: str, **guards: Any
 ) -> None:
     lists = Lists(slots, setting)
     first_before = copies(lists.first_grads)
-    expected, wide_first = doubles(lists.grads), doubles(lists.first_grads)
-    recombine(lists.grads, lists.first_grads, backend=setting.backend, **options)
-    ops.recombine_(expected, wide_first, backend="reference", **options)
-    if options.get("granularity", "element") == "element":
+    given = make_mix(mix, lists.grads, lists.first_grads, **guards)
+    wide = doubled(given)
+    expected = doubles(lists.grads)
+    if mix == "damp":  # it jumps: in the same arithmetic
+        in_place = copies(lists.grads)
+        ops.mix_(in_place, given._replace(x=in_place), backend="reference")
+        expected = doubles(in_place)
+    else:
+        ops.mix_(expected, wide, backend="reference")
+    mix_(lists.grads, given, backend=setting.backend)
+    if mix in ("x", "sign") and given.divisor is None:
         assert_equal(lists.grads, expected)
     else:
-        roundings = RECOMBINE_ROUNDINGS + 2 * norm_roundings(setting, total_numel(expected))
-        assert_near(lists.grads, expected, [e.abs() for e in expected], roundings)
+        assert_near(lists.grads, expected, sizes_of(wide), MIX_ROUNDINGS)
     assert_same_bits(lists.first_grads, first_before)
     lists.assert_guards_intact()
 
 
 def check_sgd(
-    sgd: Callable[..., None], slots: list[Slot], setting: Setting, **options: Any
+    sgd: Callable[..., None],
+    slots: list[Slot],
+    setting: Setting,
+    mix: str = "x",
+    guards: dict[str, Tensor] | None = None,
+    **options: Any,
 ) -> None:
     lists = Lists(slots, setting)
     unwritten = copies([*lists.old_params, *lists.grads, *lists.first_grads])
-    w, u, buf, first = map(
-        doubles, (lists.old_params, lists.grads, lists.momentum_buffers, lists.first_grads)
-    )
+    given = make_mix(mix, lists.grads, lists.first_grads, **(guards or {}))
+    wide = doubled(given)
+    w, buf = map(doubles, (lists.old_params, lists.momentum_buffers))
     new, new_buf = copies(w), copies(buf)
     sgd(
         lists.params,
         lists.old_params,
-        lists.grads,
+        given,
         lists.momentum_buffers,
         lr=0.1,
-        first_grads=lists.first_grads,
         backend=setting.backend,
         **options,
     )
-    ops.sgd_(new, w, u, new_buf, lr=0.1, first_grads=first, backend="reference", **options)
+    ops.sgd_(new, w, wide, new_buf, lr=0.1, backend="reference", **options)
 
-    recombination = {key: options[key] for key in ("rule", "granularity") if key in options}
-    if recombination:
-        ops.recombine_(u, first, backend="reference", **recombination)
     momentum, decay = options.get("momentum", 0), options.get("weight_decay", 0)
     buf_sizes = [
-        u_.abs() + decay * w_.abs() + momentum * b_.abs()
-        for u_, w_, b_ in zip(u, w, buf, strict=True)
+        u + decay * w_.abs() + momentum * b_.abs()
+        for u, w_, b_ in zip(sizes_of(wide), w, buf, strict=True)
     ]
     sizes = [w_.abs() + 0.1 * (1 + momentum) * size for w_, size in zip(w, buf_sizes, strict=True)]
-    roundings: float = SGD_ROUNDINGS
-    if options.get("granularity", "element") != "element":
-        roundings += 2 * norm_roundings(setting, total_numel(w))
-    assert_near(lists.params, new, sizes, roundings)
+    assert_near(lists.params, new, sizes, SGD_ROUNDINGS)
     if momentum == 0:
         assert_equal(lists.momentum_buffers, buf)
     else:
-        assert_near(lists.momentum_buffers, new_buf, buf_sizes, roundings)
+        assert_near(lists.momentum_buffers, new_buf, buf_sizes, SGD_ROUNDINGS)
     assert_same_bits([*lists.old_params, *lists.grads, *lists.first_grads], unwritten)
     lists.assert_guards_intact()
 
@@ -198,62 +223,149 @@ def check_sgd(
 # Every op, list of tensors and setting
 
 
+# What dots is called with: of first_grads, grads and old_params.
+DOTS: dict[str, dict[str, Any]] = {
+    "x": {"count": 1},
+    "weights": {"count": 1, "weighted": True},
+    "eta": {"count": 1, "weighted": True, "eta": 0.1},
+    "xy": {"count": 2},
+    "xyz": {"count": 3},
+}
+every_form = pytest.mark.parametrize("form", DOTS.values(), ids=DOTS)
+
+
 @every_setting
 @every_list
-@pytest.mark.parametrize("weighted", [False, True])
-def test_norms(slots: list[Slot], setting: Setting, weighted: bool) -> None:
+@every_form
+def test_dots(slots: list[Slot], setting: Setting, form: dict[str, Any]) -> None:
     lists = Lists(slots, setting)
-    x, weights = lists.grads, lists.params if weighted else None
-    norms = total, per_tensor = ops.norms(x, weights, backend=setting.backend)
-    wide_weights = doubles(lists.params) if weighted else None
-    expected = ops.norms(doubles(x), wide_weights, backend="reference")
-    for actual, e in ((total, expected.total), (per_tensor, expected.per_tensor)):
-        assert actual.dtype is (torch.float64 if setting.dtype is torch.float64 else torch.float32)
-        assert actual.device.type == setting.device
-        assert_near([actual], [e], [e], norm_roundings(setting, total_numel(x)))
-    if weights is not None:
-        both = ops.weighted_norms(x, weights, backend=setting.backend)
-        assert_same_bits(list(both[0]), list(norms))
-        assert_same_bits(list(both[1]), list(ops.norms(x, backend=setting.backend)))
+    check_dots([lists.first_grads, lists.grads, lists.old_params], setting, **form)
     lists.assert_guards_intact()
 
 
+def check_dots(
+    lists: list[list[Tensor]],
+    setting: Setting,
+    count: int,
+    weighted: bool = False,
+    eta: float = 0.0,
+) -> None:
+    """Of the first `count` lists, or of the first one with the second as weights."""
+    weights = lists[1] if weighted else None
+    actual = ops.dots(*lists[:count], weights=weights, eta=eta, backend=setting.backend)
+    expected, sizes = [], []
+    for x, y, z in zip(*map(doubles, lists), strict=True):
+        if weighted:
+            values = [((y.abs() + eta) * x).square().sum(), (x * x).sum()]
+            bounds = values
+        else:
+            values = [
+                *((x * x).sum(), (x * y).sum(), (y * y).sum(), (z * z).sum()),
+                (y.abs() > x.abs()).sum(),
+                (x.sign() * y.sign() > 0).sum(),
+            ]
+            bounds = [*values[:4], *torch.zeros(2, device=x.device)]  # counts are exact
+            bounds[1] = (x * y).abs().sum()
+        length = (0, 1, 3, 6)[count]
+        expected.append(torch.stack(values[: max(length, 2 * weighted)]).double())
+        sizes.append(torch.stack(bounds[: max(length, 2 * weighted)]).double())
+    # foreach has its sums from products, and from norms whose squares double the roundings.
+    roundings = 2 * (norm_roundings(setting, total_numel(lists[0])) + (eta != 0))
+    per_tensor, bound = (torch.stack(values) for values in (expected, sizes))
+    for sums, e, size in (
+        (actual.per_tensor, per_tensor, bound),
+        (actual.total, per_tensor.sum(0), bound.sum(0)),
+    ):
+        assert sums.dtype is torch.float64 and sums.device.type == setting.device
+        assert sums.shape == e.shape
+        assert bool(((sums - e).abs() <= roundings * unit_roundoff(setting.dtype) * size).all())
+
+
 @every_setting
 @every_list
-@pytest.mark.parametrize("options", ["plain", "adaptive-maximize"])
+@pytest.mark.parametrize("options", ["plain", "eta-maximize"])
 def test_perturb(slots: list[Slot], setting: Setting, options: str) -> None:
     check_perturb(ops.perturb_, slots, setting, **PERTURBATIONS[options])
 
 
 @every_setting
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_perturb_returns_the_norm(setting: Setting, adaptive: bool) -> None:
+@pytest.mark.parametrize("eta", [None, 0.0, 0.1])
+def test_perturb_returns_the_square(setting: Setting, eta: float | None) -> None:
     lists = Lists(LAYOUTS, setting)
-    weights = lists.params if adaptive else None
-    expected = ops.norms(lists.grads, weights, backend=setting.backend).total
-    norm = ops.perturb_(
-        lists.params,
-        lists.grads,
-        lists.old_params,
-        rho=RHO,
-        adaptive=adaptive,
-        backend=setting.backend,
-    )
-    assert_same_bits([norm], [expected])
+    scaled = {} if eta is None else {"weights": lists.params, "eta": eta}
+    expected = ops.dots(lists.grads, **scaled, backend=setting.backend).total[0]
+    w, old = lists.params, lists.old_params
+    square = ops.perturb_(w, lists.grads, old, rho=RHO, eta=eta, backend=setting.backend)
+    assert square.shape == ()
+    assert_same_bits([square], [expected])
+
+
+def squares(slots: list[Slot], setting: Setting) -> Tensor:
+    """One for each tensor; one is 0 and one has no root in float32 or float64."""
+    values = torch.rand(len(slots), generator=torch.Generator().manual_seed(0)).double() + 1
+    values[1], values[-1] = 0, math.inf
+    return values.to(setting.device)
 
 
 @every_setting
 @every_perturbation
-def test_perturb_with_a_known_norm(setting: Setting, options: dict[str, Any]) -> None:
-    norm = torch.tensor(3.0, dtype=torch.float32, device=setting.device)
-    norm = norm.double() if setting.dtype is torch.float64 else norm
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_perturb_with_a_known_square(
+    setting: Setting, options: dict[str, Any], per_tensor: bool
+) -> None:
+    square = torch.tensor(9.0, dtype=torch.float64, device=setting.device)
+    if per_tensor:
+        square = squares(LAYOUTS, setting)
 
     def perturb(*args: Any, **kwargs: Any) -> Tensor:
-        returned = ops.perturb_(*args, norm=norm, **kwargs)
-        assert returned is norm
+        returned = ops.perturb_(*args, square=square, **kwargs)
+        assert returned is square
         return returned
 
     check_perturb(perturb, LAYOUTS, setting, **options)
+
+
+@every_setting
+@pytest.mark.parametrize("eta", [None, 0.1])
+def test_perturb_along_what_old_params_holds(setting: Setting, eta: float | None) -> None:
+    """A direction may be made in the room for w."""
+    results = []
+    for is_apart in (True, False):
+        lists = Lists(LISTS["sizes"], setting)
+        old = lists.old_params
+        direction = copies(old) if is_apart else old
+        options = {"rho": RHO, "eta": eta, "backend": setting.backend}
+        square = ops.perturb_(lists.params, direction, old, **options)
+        results.append([*lists.params, *old, square])
+    assert_same_bits(*results)
+
+
+@every_setting
+@every_perturbation
+def test_perturb_from_weights_that_are_saved_already(
+    setting: Setting, options: dict[str, Any]
+) -> None:
+    options = {"rho": RHO, "backend": setting.backend, **options}
+    for square in (None, squares(LAYOUTS, setting)):
+        lists, saved = Lists(LAYOUTS, setting), Lists(LAYOUTS, setting)
+        ops.perturb_(lists.params, lists.grads, lists.old_params, square=square, **options)
+        for old, w in zip(saved.old_params, saved.params, strict=True):
+            old.copy_(w)
+            w.fill_(math.nan)
+        journal: list[bool] = []
+        ops.perturb_(
+            saved.params,
+            saved.grads,
+            saved.old_params,
+            square=square,
+            saves=False,
+            journal=journal,
+            **options,
+        )
+        assert journal == [True]
+        for name, tensors in vars(lists).items():
+            assert_same_bits(getattr(saved, name), tensors)
+        saved.assert_guards_intact()
 
 
 @every_setting
@@ -296,109 +408,67 @@ def test_perturb_saves_any_value_and_restore_returns_it(
 
 
 @every_setting
-@every_rule
-def test_recombine(setting: Setting, rule: str, granularity: str) -> None:
-    check_recombine(ops.recombine_, LAYOUTS, setting, rule=rule, granularity=granularity)
+@every_mix
+def test_mix(setting: Setting, mix: str) -> None:
+    check_mix(ops.mix_, LAYOUTS, setting, mix)
 
 
 @every_setting
 @every_list
-@pytest.mark.parametrize(
-    ("rule", "granularity"),
-    [("samdirection", "element"), ("sammagnitude", "tensor")],
-)
-def test_recombine_on_every_list(
-    slots: list[Slot], setting: Setting, rule: str, granularity: str
-) -> None:
-    check_recombine(ops.recombine_, slots, setting, rule=rule, granularity=granularity)
+@pytest.mark.parametrize("mix", ["sign", "linear-tensors"])
+def test_mix_on_every_list(slots: list[Slot], setting: Setting, mix: str) -> None:
+    check_mix(ops.mix_, slots, setting, mix)
+
+
+@every_setting
+@every_mix
+def test_mix_into_either_of_its_lists(setting: Setting, mix: str) -> None:
+    results = []
+    for place in ("apart", "x", "y"):
+        lists = Lists(LAYOUTS, setting)
+        given = make_mix(mix, lists.grads, lists.first_grads)
+        out = {"apart": lists.params, "x": lists.grads, "y": lists.first_grads}[place]
+        ops.mix_(out, given, backend=setting.backend)
+        results.append(out)
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
 
 
 @every_setting
 @pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
-@every_rule
-def test_sgd(setting: Setting, options: dict[str, Any], rule: str, granularity: str) -> None:
-    check_sgd(ops.sgd_, LAYOUTS, setting, rule=rule, granularity=granularity, **options)
+@every_smooth_mix
+def test_sgd(setting: Setting, options: dict[str, Any], mix: str) -> None:
+    check_sgd(ops.sgd_, LAYOUTS, setting, mix, **options)
 
 
 @every_setting
 @every_list
 def test_sgd_on_every_list(slots: list[Slot], setting: Setting) -> None:
-    recombination = {"rule": "sammagnitude", "granularity": "tensor"}
-    check_sgd(ops.sgd_, slots, setting, **SGD_OPTIONS["nesterov"], **recombination)
+    check_sgd(ops.sgd_, slots, setting, "linear-tensors", **SGD_OPTIONS["nesterov"])
 
 
 @every_setting
 def test_sgd_without_old_params_of_their_own(setting: Setting) -> None:
     lists, in_place = Lists(LAYOUTS, setting), Lists(LAYOUTS, setting)
     for one, params in ((lists, lists.params), (in_place, in_place.old_params)):
-        ops.sgd_(params, one.old_params, one.grads, lr=0.1, backend=setting.backend)
+        ops.sgd_(params, one.old_params, Mix(one.grads), lr=0.1, backend=setting.backend)
     assert_same_bits(in_place.old_params, lists.params)
 
 
 @every_setting
-@pytest.mark.parametrize("granularity", ["tensor", "global"])
-@pytest.mark.parametrize("rule", ["samdirection", "sammagnitude"])
-def test_known_norms_are_used(setting: Setting, rule: str, granularity: str) -> None:
-    lists = Lists(LAYOUTS, setting)
-    wide = torch.float64 if setting.dtype is torch.float64 else torch.float32
-    shape = () if granularity == "global" else (len(LAYOUTS),)
-    generator = torch.Generator().manual_seed(0)
-    first_norm, second_norm = torch.rand(2, *shape, generator=generator).add(0.5).to(wide)
-    ratios = first_norm / second_norm if rule == "samdirection" else second_norm / first_norm
-    magnitude = lists.grads if rule == "samdirection" else lists.first_grads
-    expected = [
-        ratio * m
-        for ratio, m in zip(
-            ratios.double().expand(len(LAYOUTS)).unbind(), doubles(magnitude), strict=True
-        )
-    ]
-    ops.recombine_(
-        lists.grads,
-        lists.first_grads,
-        rule=rule,
-        granularity=granularity,
-        first_norm=first_norm.to(setting.device),
-        second_norm=second_norm.to(setting.device),
-        eps=0,
-        backend=setting.backend,
-    )
-    # The ratio above was rounded as well: one more.
-    sizes = [e.abs() for e in expected]
-    assert_near(lists.grads, expected, sizes, RECOMBINE_ROUNDINGS + 1)
-
-
-@every_setting
-@every_list
-def test_compare(slots: list[Slot], setting: Setting) -> None:
-    lists = Lists(slots, setting)
-    check_comparison(lists.first_grads, lists.grads, lists.old_params, setting)
-    lists.assert_guards_intact()
-
-
-def check_comparison(
-    first: list[Tensor], second: list[Tensor], weights: list[Tensor], setting: Setting
-) -> None:
-    sums, numel, second_norms = ops.compare(first, second, weights, backend=setting.backend)
-    assert_same_bits(list(second_norms), list(ops.norms(second, backend=setting.backend)))
-    g1, g2, w = (flat(doubles(tensors)) for tensors in (first, second, weights))
-    expected = torch.stack(
-        [
-            (g1 * g1).sum(),
-            (g2 * g2).sum(),
-            (g1 * g2).sum(),
-            (g2.abs() > g1.abs()).sum(),
-            (g1.sign() * g2.sign() > 0).sum(),
-            (w * w).sum(),
-        ]
-    )
-    sizes = expected.clone()
-    sizes[2] = (g1 * g2).abs().sum()
-    sizes[3:5] = 0  # counts are exact
-    assert sums.dtype is torch.float64 and sums.device.type == setting.device
-    assert numel == len(g1)
-    # foreach has its sums from products, and from norms whose squares double the roundings.
-    bound = 2 * norm_roundings(setting, numel) * unit_roundoff(setting.dtype) * sizes
-    assert bool(((sums - expected).abs() <= bound).all())
+def test_numbers_of_tensors_with_a_stride(setting: Setting) -> None:
+    """Columns of what dots returns."""
+    lists, apart = Lists(LAYOUTS, setting), Lists(LAYOUTS, setting)
+    per_tensor = ops.dots(lists.grads, lists.first_grads, backend=setting.backend).per_tensor
+    wide = per_tensor.to(torch.promote_types(setting.dtype, torch.float32))
+    for one, square, a in (
+        (lists, per_tensor[:, 2], wide[:, 1]),
+        (apart, per_tensor[:, 2].clone(), wide[:, 1].clone()),
+    ):
+        options = {"rho": a.abs(), "backend": setting.backend}
+        ops.perturb_(one.params, one.grads, one.old_params, square=square, **options)
+        ops.mix_(one.grads, Mix(one.grads, one.first_grads, a, a), backend=setting.backend)
+    assert_same_bits([*lists.params, *lists.grads], [*apart.params, *apart.grads])
 
 
 # Bits: the kernels do the reference's arithmetic, on every device
@@ -411,62 +481,75 @@ def in_setting_and_in_reference(setting: Setting) -> tuple[Setting, Setting]:
     return setting, Setting("cpu", "reference", setting.dtype)
 
 
-def known_norms(setting: Setting, rule: str, granularity: str, length: int) -> dict[str, Tensor]:
-    if rule == "sam" or granularity == "element":
-        return {}
-    shape = () if granularity == "global" else (length,)
-    generator = torch.Generator().manual_seed(0)
-    first_norm, second_norm = torch.rand(2, *shape, generator=generator).to(setting.device) + 0.5
-    return {"first_norm": first_norm, "second_norm": second_norm}
+# Where d and w lie when perturb_ is called.
+PLACES: dict[str, Callable[[Lists], dict[str, Any]]] = {
+    "apart": lambda lists: {"direction": lists.grads},
+    "along-old": lambda lists: {"direction": lists.old_params},
+    "saved": lambda lists: {"direction": lists.grads, "saves": False},
+}
 
 
 @every_kernel
-@every_perturbation
+@pytest.mark.parametrize(
+    "options",
+    [*PERTURBATIONS.values(), {"rounding": "stochastic"}],
+    ids=[*PERTURBATIONS, "stochastic"],
+)
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 def test_kernels_perturb_as_the_reference_bit_for_bit(
-    setting: Setting, options: dict[str, Any]
-) -> None:
-    results = []
-    for device, backend, dtype in in_setting_and_in_reference(setting):
-        lists = Lists(MIXED, Setting(device, backend, dtype))
-        ops.perturb_(
-            lists.params,
-            lists.grads,
-            lists.old_params,
-            rho=RHO,
-            norm=torch.tensor(7.5, device=device),  # RHO / 7.5 is not RHO * (1 / 7.5) in float32
-            backend=backend,
-            **options,
-        )
-        results.append(lists.params)
-    assert_equal(*results)
-
-
-@every_kernel
-@every_rule
-def test_kernels_recombine_as_the_reference_bit_for_bit(
-    setting: Setting, rule: str, granularity: str
+    setting: Setting,
+    options: dict[str, Any],
+    per_tensor: bool,
+    places: Callable[[Lists], dict[str, Any]],
 ) -> None:
     results = []
     for one in in_setting_and_in_reference(setting):
         lists = Lists(MIXED, one)
-        ops.recombine_(
-            lists.grads,
-            lists.first_grads,
-            rule=rule,
-            granularity=granularity,
-            ascent_norm=scalar(1.0, one),
+        with_negative_zeros(lists.params)
+        # RHO / 7.5 is not RHO * (1 / 7.5) in float32.
+        square = torch.tensor(7.5**2, dtype=torch.float64, device=one.device)
+        rho: float | Tensor = RHO
+        if per_tensor:
+            square = squares(MIXED, one)
+            rho = square.nan_to_num(0, posinf=1).float() * RHO
+        ops.perturb_(
+            lists.params,
+            old_params=lists.old_params,
+            rho=rho,
+            square=square,
             backend=one.backend,
-            **known_norms(one, rule, granularity, len(MIXED)),
+            **places(lists),
+            **options,
         )
+        results.append([t.cpu() for t in (*lists.params, *lists.old_params)])
+        lists.assert_guards_intact()
+    assert_same_bits(*results)
+
+
+@every_kernel
+@every_mix
+@pytest.mark.parametrize("divides", [False, True])
+def test_kernels_mix_as_the_reference_bit_for_bit(
+    setting: Setting, mix: str, divides: bool
+) -> None:
+    results = []
+    for one in in_setting_and_in_reference(setting):
+        lists = Lists(MIXED, one)
+        guards = {"ascent_square": scalar(1.0, one).double()}
+        if divides:
+            guards["divisor"] = scalar(3.0, one)
+        given = make_mix(mix, lists.grads, lists.first_grads, **guards)
+        ops.mix_(lists.grads, given, backend=one.backend)
         results.append(lists.grads)
     assert_equal(*results)
 
 
 @every_kernel
 @pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
-@every_rule
+@every_mix
 def test_kernels_update_as_the_reference_bit_for_bit(
-    setting: Setting, options: dict[str, Any], rule: str, granularity: str
+    setting: Setting, options: dict[str, Any], mix: str
 ) -> None:
     results = []
     for one in in_setting_and_in_reference(setting):
@@ -474,18 +557,51 @@ def test_kernels_update_as_the_reference_bit_for_bit(
         ops.sgd_(
             lists.params,
             lists.old_params,
-            lists.grads,
+            make_mix(mix, lists.grads, lists.first_grads),
             lists.momentum_buffers,
             lr=0.1,
-            rule=rule,
-            granularity=granularity,
-            first_grads=lists.first_grads,
             backend=one.backend,
-            **known_norms(one, rule, granularity, len(MIXED)),
             **options,
         )
         results.append(lists.params + lists.momentum_buffers)
     assert_equal(*results)
+
+
+@every_kernel
+def test_kernels_damp_as_the_reference_at_the_edges(setting: Setting) -> None:
+    """Where the ratio rounds to 0 or 1, underflows, overflows, or is not a number."""
+    info = torch.finfo(setting.dtype)
+    ends = [0.0, 1e-8, -1e-8, 1.0, info.tiny, info.smallest_normal * info.eps, info.max, math.inf]
+    edges = torch.tensor([*ends, math.nan], dtype=torch.float64)
+    edges = torch.cat([edges, -edges, edges * (1 - info.eps), edges * 1e-5]).to(setting.dtype)
+    x, y = (t.contiguous() for t in torch.meshgrid(edges, edges, indexing="ij"))
+    results = []
+    for one in in_setting_and_in_reference(setting):
+        given = Mix([x.to(one.device)], [y.to(one.device)], 0.5, function="damp")
+        out = [torch.empty_like(x, device=one.device)]
+        ops.mix_(out, given, backend=one.backend)
+        results.append([out[0].nan_to_num(7.0).cpu()])
+    assert_equal(*results)
+
+
+@every_setting
+def test_a_square_whose_root_no_longer_fits(setting: Setting) -> None:
+    """Which side of the end a root is rounded to decides over skipped steps."""
+    largest = torch.finfo(torch.promote_types(setting.dtype, torch.float32)).max
+    exact = torch.tensor(largest, dtype=torch.float64)
+    end = exact * 1e-30 * exact * 1e30 if setting.dtype is torch.float64 else exact * exact
+    values = [end]
+    for _ in range(2):
+        values = [*values, values[-1] * (1 + 2**-25), values[-1] * (1 - 2**-25)]
+    for value in [*values, torch.tensor(math.inf), torch.tensor(math.nan), torch.tensor(0.0)]:
+        square = value.double().to(setting.device)
+        root = ops.Mix([scalar(0.0, setting)], ascent_square=square).takes_place()
+        assert root is not None
+        lists = Lists([Slot((17,))], setting)
+        given = Mix(lists.first_grads, ascent_square=square)
+        ops.mix_(lists.grads, given, backend=setting.backend)
+        wanted = [g if bool(root) else torch.zeros_like(g) for g in lists.first_grads]
+        assert_equal(lists.grads, wanted)
 
 
 @native_on_cpu
@@ -500,17 +616,18 @@ def test_native_with_streaming_stores_and_threads_bit_for_bit(
     for one, backend in ((lists, "native"), (plain, "reference")):
         before = copies(one.params)
         # A scale that is exact, so that only the elements' arithmetic is compared.
-        norm = torch.tensor(2.0)
+        square = torch.tensor(4.0, dtype=torch.float64)
         ops.perturb_(
-            one.params, one.grads, one.old_params, rho=0.5, norm=norm, eps=0, backend=backend
+            one.params, one.grads, one.old_params, rho=0.5, square=square, eps=0, backend=backend
         )
         assert_same_bits(one.old_params, before)
-        ops.recombine_(one.grads, one.first_grads, rule="samdirection", backend=backend)
+        given = Mix(one.first_grads, one.grads, function="sign")
+        ops.mix_(one.grads, given, backend=backend)
         perturbed = copies(one.params)
         ops.sgd_(
             one.params,
             one.old_params,
-            one.grads,
+            Mix(one.grads),
             one.momentum_buffers,
             lr=0.1,
             momentum=0.9,
@@ -554,35 +671,35 @@ def with_negative_zeros(tensors: list[Tensor]) -> None:
 @every_setting
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("where", PLANTS)
-def test_norms_of_gradients_that_are_not_finite(setting: Setting, where: str, value: float) -> None:
+def test_dots_of_gradients_that_are_not_finite(setting: Setting, where: str, value: float) -> None:
     grads = Lists(PLANT_SLOTS, setting).grads
     plant(grads, where, value)
-    total, per_tensor = ops.norms(grads, backend=setting.backend)
+    total, per_tensor = ops.dots(grads, backend=setting.backend)
     planted = torch.arange(len(grads)) == PLANTS[where][0]
     assert not total.isfinite()
-    assert torch.equal(per_tensor.isfinite().cpu(), ~planted)
+    assert torch.equal(per_tensor[:, 0].isfinite().cpu(), ~planted)
 
 
 @every_setting
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("where", PLANTS)
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("eta", [None, 0.1])
 def test_a_gradient_that_is_not_finite_does_not_touch_the_weights(
-    setting: Setting, where: str, value: float, adaptive: bool
+    setting: Setting, where: str, value: float, eta: float | None
 ) -> None:
     lists = Lists(PLANT_SLOTS, setting)
     plant(lists.first_grads, where, value)
     with_negative_zeros(lists.params)
     before = copies(lists.params)
-    norm = ops.perturb_(
+    square = ops.perturb_(
         lists.params,
         lists.first_grads,
         lists.old_params,
         rho=RHO,
-        adaptive=adaptive,
+        eta=eta,
         backend=setting.backend,
     )
-    assert not norm.isfinite()
+    assert not square.isfinite()
     assert_same_bits(lists.params, before)
     assert_same_bits(lists.old_params, before)
     lists.assert_guards_intact()
@@ -591,11 +708,10 @@ def test_a_gradient_that_is_not_finite_does_not_touch_the_weights(
 @every_setting
 @pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
 @pytest.mark.parametrize(
-    ("norm", "rule"),
-    [(math.inf, "sam"), (math.nan, "samdirection"), (math.inf, "sammagnitude")],
+    ("square", "mix"), [(math.inf, "x"), (math.nan, "sign"), (math.inf, "linear-tensors")]
 )
-def test_sgd_skips_a_step_whose_norm_is_not_finite(
-    setting: Setting, norm: float, options: dict[str, Any], rule: str
+def test_sgd_skips_a_step_whose_square_is_not_finite(
+    setting: Setting, square: float, options: dict[str, Any], mix: str
 ) -> None:
     lists = Lists(PLANT_SLOTS, setting)
     for tensors in (lists.old_params, lists.momentum_buffers):
@@ -604,15 +720,13 @@ def test_sgd_skips_a_step_whose_norm_is_not_finite(
         plant(lists.first_grads, where, math.nan)
         plant(lists.grads, where, math.inf)
     old, buffers = copies(lists.old_params), copies(lists.momentum_buffers)
+    guards = {"ascent_square": scalar(square, setting).double()}
     ops.sgd_(
         lists.params,
         lists.old_params,
-        lists.grads,
+        make_mix(mix, lists.grads, lists.first_grads, **guards),
         lists.momentum_buffers,
         lr=0.1,
-        rule=rule,
-        first_grads=lists.first_grads,
-        ascent_norm=scalar(norm, setting),
         backend=setting.backend,
         **options,
     )
@@ -624,69 +738,98 @@ def test_sgd_skips_a_step_whose_norm_is_not_finite(
 
 
 @every_setting
-@every_rule
+@every_smooth_mix
 @pytest.mark.parametrize("options", ["plain", "nesterov", "init"])
-def test_a_finite_ascent_norm_changes_nothing(
-    setting: Setting, rule: str, granularity: str, options: str
-) -> None:
-    def sgd(*args: Any, **kwargs: Any) -> None:
-        ops.sgd_(*args, ascent_norm=scalar(1.5, setting), **kwargs)
-
-    recombination = {"rule": rule, "granularity": granularity}
-    check_sgd(sgd, LAYOUTS, setting, **recombination, **SGD_OPTIONS[options])
+def test_a_finite_ascent_square_changes_nothing(setting: Setting, mix: str, options: str) -> None:
+    guards = {"ascent_square": scalar(1.5, setting).double()}
+    check_sgd(ops.sgd_, LAYOUTS, setting, mix, guards, **SGD_OPTIONS[options])
 
 
 @every_setting
-@every_rule
-@pytest.mark.parametrize("norm", [-math.inf, math.nan])
-def test_recombine_gives_zero_where_the_norm_is_not_finite(
-    setting: Setting, rule: str, granularity: str, norm: float
+@every_mix
+@pytest.mark.parametrize("square", [math.inf, math.nan])
+def test_mix_gives_zero_where_the_square_is_not_finite(
+    setting: Setting, mix: str, square: float
 ) -> None:
     lists = Lists(PLANT_SLOTS, setting)
     for where in PLANTS:
         plant(lists.first_grads, where, math.inf)
         plant(lists.grads, where, math.nan)
-    ops.recombine_(
-        lists.grads,
-        lists.first_grads,
-        rule=rule,
-        granularity=granularity,
-        ascent_norm=scalar(norm, setting),
-        backend=setting.backend,
-    )
+    guards = {"ascent_square": scalar(square, setting).double()}
+    given = make_mix(mix, lists.grads, lists.first_grads, **guards)
+    ops.mix_(lists.grads, given, backend=setting.backend)
     assert_equal(lists.grads, [torch.zeros_like(g) for g in lists.grads])
     lists.assert_guards_intact()
 
 
+# What of a mix skips its step, or does not.
+GUARDS: dict[str, dict[str, float]] = {
+    "no-guards": {},
+    "takes-place": {"ascent_square": 1.5, "found_inf": 0.0},
+    "square-inf": {"ascent_square": math.inf},
+    "square-nan": {"ascent_square": math.nan, "found_inf": 0.0},
+    "found-inf": {"ascent_square": 1.5, "found_inf": 1.0},
+}
+
+
 @every_setting
-@every_rule
-@pytest.mark.parametrize("scale", [1024.0, 3.0])
-def test_sgd_divides_by_the_grad_scale(
-    setting: Setting, rule: str, granularity: str, scale: float
+@every_mix
+@pytest.mark.parametrize("values", GUARDS.values(), ids=GUARDS)
+def test_a_mix_that_keeps_writes_nothing_in_a_skipped_step(
+    setting: Setting, mix: str, values: dict[str, float]
 ) -> None:
+    skipped = values not in (GUARDS["no-guards"], GUARDS["takes-place"])
+    for place in ("params", "grads", "first_grads"):  # apart, x, y
+        results = []
+        for one in in_setting_and_in_reference(setting):
+            lists = Lists(PLANT_SLOTS, one)
+            out = getattr(lists, place)
+            with_negative_zeros(out)
+            for where in PLANTS if skipped else ():
+                for read, value in ((lists.grads, math.inf), (lists.first_grads, math.nan)):
+                    if read is not out:
+                        plant(read, where, value)
+            before = copies(out)
+            guards = {name: scalar(value, one) for name, value in values.items()}
+            if "ascent_square" in guards:
+                guards["ascent_square"] = guards["ascent_square"].double()
+            given = make_mix(mix, lists.grads, lists.first_grads, **guards)
+            ops.mix_(out, given, keeps=True, backend=one.backend)
+            lists.assert_guards_intact()
+            if skipped:
+                assert_same_bits(out, before)
+            results.append([t.cpu() for t in out])
+        if setting.backend == "foreach" and not skipped:
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual, expected)
+        else:
+            assert_same_bits(*results)
+
+
+@every_setting
+@every_smooth_mix
+@pytest.mark.parametrize("scale", [1024.0, 3.0])
+def test_sgd_divides(setting: Setting, mix: str, scale: float) -> None:
     """As if lr and weight decay, without momentum, belonged to gradients that were divided."""
 
     def sgd(*args: Any, lr: float, weight_decay: float, **kwargs: Any) -> None:
+        params, old, given, buffers = args
+        given = given._replace(divisor=scalar(scale, setting))
         options = {"lr": lr * scale, "weight_decay": weight_decay / scale, **kwargs}
-        ops.sgd_(*args, grad_scale=scalar(scale, setting), **options)
+        ops.sgd_(params, old, given, buffers, **options)
 
-    check_sgd(sgd, LAYOUTS, setting, rule=rule, granularity=granularity, weight_decay=0.01)
+    check_sgd(sgd, LAYOUTS, setting, mix, weight_decay=0.01)
 
 
 @every_setting
-@every_rule
-def test_recombine_divides_by_the_grad_scale(setting: Setting, rule: str, granularity: str) -> None:
+@every_mix
+def test_mix_divides(setting: Setting, mix: str) -> None:
     results = []
     for scale in (None, 64.0):  # a power of 2: exact
         lists = Lists(LAYOUTS, setting)
-        ops.recombine_(
-            lists.grads,
-            lists.first_grads,
-            rule=rule,
-            granularity=granularity,
-            grad_scale=None if scale is None else scalar(scale, setting),
-            backend=setting.backend,
-        )
+        divisor = None if scale is None else scalar(scale, setting)
+        given = make_mix(mix, lists.grads, lists.first_grads, divisor=divisor)
+        ops.mix_(lists.grads, given, backend=setting.backend)
         results.append(doubles(lists.grads))
     if setting.dtype is torch.float16:  # may lose bits where it becomes subnormal
         for u, divided in zip(*results, strict=True):
@@ -697,10 +840,10 @@ def test_recombine_divides_by_the_grad_scale(setting: Setting, rule: str, granul
 
 @every_setting
 @pytest.mark.parametrize("options", SGD_OPTIONS.values(), ids=SGD_OPTIONS)
-@pytest.mark.parametrize("rule", ops.RULES)
+@pytest.mark.parametrize("mix", ["x", "sign", "linear"])
 @pytest.mark.parametrize("found_inf", [0.0, 1.0, 2.0])
 def test_sgd_skips_a_step_that_overflowed(
-    setting: Setting, options: dict[str, Any], rule: str, found_inf: float
+    setting: Setting, options: dict[str, Any], mix: str, found_inf: float
 ) -> None:
     results = []
     for found in (None, scalar(found_inf, setting)):
@@ -708,16 +851,13 @@ def test_sgd_skips_a_step_that_overflowed(
         if found is not None and found_inf != 0:
             for where in PLANTS:
                 plant(lists.grads, where, math.inf)
+        guards = {"ascent_square": scalar(1.5, setting).double(), "found_inf": found}
         ops.sgd_(
             lists.params,
             lists.old_params,
-            lists.grads,
+            make_mix(mix, lists.grads, lists.first_grads, **guards),
             lists.momentum_buffers,
             lr=0.1,
-            rule=rule,
-            first_grads=lists.first_grads,
-            ascent_norm=scalar(1.5, setting),
-            found_inf=found,
             backend=setting.backend,
             **options,
         )
@@ -734,21 +874,13 @@ def test_sgd_skips_a_step_that_overflowed(
 
 
 @every_setting
-@every_rule
-def test_recombine_gives_zero_after_an_overflow(
-    setting: Setting, rule: str, granularity: str
-) -> None:
+@every_mix
+def test_mix_gives_zero_after_an_overflow(setting: Setting, mix: str) -> None:
     lists = Lists(PLANT_SLOTS, setting)
     for where in PLANTS:
         plant(lists.grads, where, math.inf)
-    ops.recombine_(
-        lists.grads,
-        lists.first_grads,
-        rule=rule,
-        granularity=granularity,
-        found_inf=scalar(1.0, setting),
-        backend=setting.backend,
-    )
+    given = make_mix(mix, lists.grads, lists.first_grads, found_inf=scalar(1.0, setting))
+    ops.mix_(lists.grads, given, backend=setting.backend)
     assert_equal(lists.grads, [torch.zeros_like(g) for g in lists.grads])
 
 
@@ -758,21 +890,21 @@ def scalar(value: float, setting: Setting) -> Tensor:
 
 
 @every_setting
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_zero_gradients_perturb_nothing(setting: Setting, adaptive: bool) -> None:
+@pytest.mark.parametrize("eta", [None, 0.1])
+def test_zero_gradients_perturb_nothing(setting: Setting, eta: float | None) -> None:
     lists = Lists(PLANT_SLOTS, setting)
     with_negative_zeros(lists.params)
     before = copies(lists.params)
     zeros = [torch.zeros_like(g) for g in lists.grads]
-    norm = ops.perturb_(
+    square = ops.perturb_(
         lists.params,
         zeros,
         lists.old_params,
         rho=RHO,
-        adaptive=adaptive,
+        eta=eta,
         backend=setting.backend,
     )
-    assert norm.item() == 0
+    assert square.item() == 0
     assert_same_bits(lists.params, before)
     assert_same_bits(lists.old_params, before)
 
@@ -803,11 +935,12 @@ def extreme_list(setting: Setting, which: int, seed: int = 0) -> list[Tensor]:
 @every_extreme
 def test_norms_of_extreme_gradients(setting: Setting, which: int) -> None:
     grads = extreme_list(setting, which)
-    total, per_tensor = ops.norms(grads, backend=setting.backend)
+    total, per_tensor = (sums.sqrt() for sums in ops.dots(grads, backend=setting.backend))
     wide = doubles(grads)
     expected = [torch.linalg.vector_norm(g) for g in (*wide, torch.cat(wide))]
     roundings = norm_roundings(setting, 10_000)
-    assert_near([*per_tensor, total], expected, expected, roundings)
+    error = (torch.cat([*per_tensor, total]) - torch.stack(expected)).abs()
+    assert bool((error <= roundings * unit_roundoff(setting.dtype) * torch.stack(expected)).all())
 
 
 @every_setting
@@ -825,9 +958,8 @@ def test_extreme_gradients_perturb_by_rho(setting: Setting, which: int) -> None:
 
 @every_setting
 @every_extreme
-def test_comparison_of_extreme_gradients(setting: Setting, which: int) -> None:
-    first, second, weights = (extreme_list(setting, which, seed) for seed in range(3))
-    check_comparison(first, second, weights, setting)
+def test_dots_of_extreme_gradients(setting: Setting, which: int) -> None:
+    check_dots([extreme_list(setting, which, seed) for seed in range(3)], setting, count=3)
 
 
 # Memory
@@ -845,9 +977,9 @@ def test_slices_with_gaps(device: str, backend: str, dtype: torch.dtype) -> None
     def on_backend(op: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **options: op(*args, **{**options, "backend": backend})
 
-    check_perturb(on_backend(ops.perturb_), slots, bounds, adaptive=True)
-    check_recombine(on_backend(ops.recombine_), slots, bounds, rule="samdirection")
-    check_sgd(on_backend(ops.sgd_), slots, bounds, rule="sammagnitude", **SGD_OPTIONS["nesterov"])
+    check_perturb(on_backend(ops.perturb_), slots, bounds, eta=0.0)
+    check_mix(on_backend(ops.mix_), slots, bounds, "sign")
+    check_sgd(on_backend(ops.sgd_), slots, bounds, "linear", **SGD_OPTIONS["nesterov"])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -855,7 +987,7 @@ def test_slices_with_gaps(device: str, backend: str, dtype: torch.dtype) -> None
 def test_interleaved_slices_of_one_storage(device: str, backend: str) -> None:
     storage, ones = torch.arange(1.0, 9.0, device=device), torch.ones(8, device=device)
     params, grads = [storage[0::2], storage[1::2]], [ones[0::2], ones[1::2]]
-    ops.sgd_(params, params, grads, lr=1, backend=backend)
+    ops.sgd_(params, params, Mix(grads), lr=1, backend=backend)
     assert torch.equal(storage, torch.arange(8.0, device=device))
 
 
@@ -864,7 +996,7 @@ def test_interleaved_slices_of_one_storage(device: str, backend: str) -> None:
 def test_lazily_negated_gradients(device: str, backend: str) -> None:
     # PyTorch may keep a sign in a bit of the tensor and not in its memory, as in x.conj().imag.
     params, grads = [torch.zeros(3, device=device)], [torch.ones(3, device=device)]
-    ops.sgd_(params, params, [torch._neg_view(grads[0])], lr=1, backend=backend)
+    ops.sgd_(params, params, Mix([torch._neg_view(grads[0])]), lr=1, backend=backend)
     assert torch.equal(params[0], grads[0])
 
 
@@ -884,13 +1016,13 @@ def test_tuples_do_the_same(setting: Setting) -> None:
             ),
         )
         backend = {"backend": setting.backend}
-        norms = ops.norms(g1, w, **backend)
-        norm = ops.perturb_(w, g1, old, rho=RHO, **backend)
-        sums = ops.compare(g1, g2, w, **backend).sums
-        ops.recombine_(g2, g1, rule="sammagnitude", **backend)
-        ops.sgd_(w, old, g2, buf, lr=0.1, momentum=0.9, **backend)
+        weighted = ops.dots(g1, weights=w, **backend)
+        square = ops.perturb_(w, g1, old, rho=RHO, **backend)
+        sums = ops.dots(g1, g2, w, **backend)
+        ops.mix_(g2, Mix(g2, g1, function="sign"), **backend)
+        ops.sgd_(w, old, Mix(g2, g1), buf, lr=0.1, momentum=0.9, **backend)
         ops.restore_(old, w, **backend)
-        results.append([*norms, norm, sums, *w, *old, *g2, *buf])
+        results.append([*weighted, square, *sums, *w, *old, *g2, *buf])
     assert_same_bits(*results)
 
 
@@ -909,7 +1041,7 @@ def test_rho_and_lr_as_tensors(setting: Setting) -> None:
         ops.perturb_(w, lists.first_grads, old, rho=rho, backend=backend)
         perturbed = copies(w)
         buffers = lists.momentum_buffers
-        ops.sgd_(w, old, lists.grads, buffers, lr=lr, momentum=0.9, backend=backend)
+        ops.sgd_(w, old, Mix(lists.grads), buffers, lr=lr, momentum=0.9, backend=backend)
         results.append([*perturbed, *old, *w, *buffers])
     assert_same_bits(results[1], results[0])
 
@@ -946,33 +1078,27 @@ def step(lists: Lists, setting: Setting) -> list[Tensor]:
     """All that the ops of a step write and return."""
     w, old = lists.params, lists.old_params
     options = {"backend": setting.backend}
-    norm = ops.perturb_(w, lists.first_grads, old, rho=RHO, adaptive=True, **options)
-    norms = ops.norms(lists.grads, **options)
-    sums = ops.compare(lists.first_grads, lists.grads, old, **options).sums
+    square = ops.perturb_(w, lists.first_grads, old, rho=RHO, eta=0.0, **options)
+    single = ops.dots(lists.grads, **options)
+    pair = ops.dots(lists.first_grads, lists.grads, **options)
+    triple = ops.dots(lists.first_grads, lists.grads, old, **options)
+    wide = torch.promote_types(setting.dtype, torch.float32)
+    ratios = (pair.per_tensor[:, 0] / (pair.per_tensor[:, 2] + 1)).to(wide)
     ops.sgd_(
         w,
         old,
-        lists.grads,
+        Mix(lists.first_grads, lists.grads, ratios, 0.5, ascent_square=square),
         lists.momentum_buffers,
         lr=0.1,
         momentum=0.9,
         weight_decay=0.1,
-        rule="sammagnitude",
-        granularity="tensor",
-        first_grads=lists.first_grads,
-        ascent_norm=norm,
         **options,
     )
-    ops.recombine_(
-        lists.grads,
-        lists.first_grads,
-        rule="samdirection",
-        granularity="global",
-        ascent_norm=norm,
-        **options,
-    )
+    given = Mix(lists.first_grads, lists.grads, function="sign", ascent_square=square)
+    ops.mix_(lists.grads, given, **options)
     ops.restore_(old, w, **options)
-    return [norm, *norms, sums, *w, *old, *lists.grads, *lists.momentum_buffers]
+    sums = [*single, *pair, *triple]
+    return [square, *sums, *w, *old, *lists.grads, *lists.momentum_buffers]
 
 
 # CUDA
@@ -1021,13 +1147,14 @@ def test_version_counters_of_what_is_written(setting: Setting) -> None:
     )
     backend = {"backend": setting.backend}
     calls: list[tuple[Callable[[], Any], list[Tensor]]] = [
-        (lambda: ops.norms(g1, w, **backend), []),
+        (lambda: ops.dots(g1, weights=w, **backend), []),
         (lambda: ops.perturb_(w, g1, old, rho=RHO, **backend), [*w, *old]),
         (lambda: ops.restore_(w, old, **backend), w),
-        (lambda: ops.recombine_(g2, g1, rule="samdirection", **backend), g2),
-        (lambda: ops.sgd_(w, old, g2, lr=0.1, **backend), w),
-        (lambda: ops.sgd_(w, old, g2, buf, lr=0.1, momentum=0.9, **backend), [*w, *buf]),
-        (lambda: ops.compare(g1, g2, w, **backend), []),
+        (lambda: ops.perturb_(w, g1, old, rho=RHO, saves=False, **backend), w),
+        (lambda: ops.mix_(g2, Mix(g1, g2, function="sign"), **backend), g2),
+        (lambda: ops.sgd_(w, old, Mix(g2), lr=0.1, **backend), w),
+        (lambda: ops.sgd_(w, old, Mix(g2), buf, lr=0.1, momentum=0.9, **backend), [*w, *buf]),
+        (lambda: ops.dots(g1, g2, w, **backend), []),
     ]
     everything = [*w, *old, *g1, *g2, *buf]
     for call, written in calls:
@@ -1051,14 +1178,12 @@ def test_autograd_refuses_a_backward_through_overwritten_weights(setting: Settin
         elif op == "restore_":
             ops.restore_([w], [old], **backend)
         else:
-            ops.sgd_([w], [old], [g], lr=0.1, **backend)
+            ops.sgd_([w], [old], Mix([g]), lr=0.1, **backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
 # Mutants: the comparisons above reject wrong code
-
-SWAPPED = {"samdirection": "sammagnitude", "sammagnitude": "samdirection"}
 
 
 def perturb_with(**wrong: Any) -> Callable[..., Tensor]:
@@ -1075,7 +1200,7 @@ PERTURB_MUTANTS: dict[str, Callable[..., Tensor]] = {
     "rho=0": perturb_with(rho=0.0),
     "ten times rho": perturb_with(rho=10 * RHO),
     "negative rho": perturb_with(maximize=True),
-    "adaptive": perturb_with(adaptive=True),
+    "adaptive": perturb_with(eta=0.0),
     "no backup": perturb_without_backup,
 }
 
@@ -1093,16 +1218,30 @@ def test_a_perturbation_that_is_slightly_too_far_is_rejected(setting: Setting) -
     assert rejects(lambda: check_perturb(mutant, LISTS["sizes"], setting))
 
 
-@every_setting
-@pytest.mark.parametrize("granularity", ops.GRANULARITIES)
-@pytest.mark.parametrize("rule", SWAPPED)
-def test_swapped_rules_are_rejected(setting: Setting, rule: str, granularity: str) -> None:
-    def swapped(op: Callable[..., None]) -> Callable[..., None]:
-        return lambda *args, **options: op(*args, **{**options, "rule": SWAPPED[rule]})
+# Of a mix, what of it may be wrong.
+MIX_MUTANTS: dict[str, dict[str, Any]] = {
+    "linear": {"b": 1.3},
+    "linear-tensors": {"b": 1.0},
+    "scaled": {"a": 1.0},
+    "sign": {"function": "product"},
+    "damp": {"a": 0.6},
+    "product": {"function": "sign"},
+}
 
-    options = {"rule": rule, "granularity": granularity}
-    assert rejects(lambda: check_recombine(swapped(ops.recombine_), LAYOUTS, setting, **options))
-    assert rejects(lambda: check_sgd(swapped(ops.sgd_), LAYOUTS, setting, **options))
+
+@every_setting
+@pytest.mark.parametrize(("mix", "wrong"), MIX_MUTANTS.items(), ids=MIX_MUTANTS)
+def test_wrong_mixes_are_rejected(setting: Setting, mix: str, wrong: dict[str, Any]) -> None:
+    def mutant(out: list[Tensor], given: Mix, **options: Any) -> None:
+        ops.mix_(out, given._replace(**wrong), **options)
+
+    def sgd_mutant(*args: Any, **options: Any) -> None:
+        params, old, given, buffers = args
+        ops.sgd_(params, old, given._replace(**wrong), buffers, **options)
+
+    assert rejects(lambda: check_mix(mutant, LAYOUTS, setting, mix))
+    if mix != "damp":
+        assert rejects(lambda: check_sgd(sgd_mutant, LAYOUTS, setting, mix))
 
 
 def sgd_without_restore(
@@ -1114,13 +1253,13 @@ def sgd_without_restore(
 def sgd_with_decay_of_perturbed_weights(
     params: list[Tensor],
     old_params: list[Tensor],
-    grads: list[Tensor],
+    mix: Mix,
     *args: Any,
     weight_decay: float,
     **options: Any,
 ) -> None:
-    decayed = [g + weight_decay * w for g, w in zip(grads, params, strict=True)]
-    ops.sgd_(params, old_params, decayed, *args, **options)
+    decayed = [g + weight_decay * w for g, w in zip(mix.x, params, strict=True)]
+    ops.sgd_(params, old_params, Mix(decayed), *args, **options)
 
 
 def sgd_with(**wrong: Any) -> Callable[..., None]:

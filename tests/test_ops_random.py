@@ -7,10 +7,9 @@ from torch import Tensor
 
 from samkernels import ops
 from tests import test_ops_adam
-from tests.helpers import CHUNK_SIZE, SETTINGS, Setting, Slot, assert_same_bits, copies
+from tests.helpers import CHUNK_SIZE, MIXES, SETTINGS, Setting, Slot, assert_same_bits, copies
 from tests.test_ops import (
     PERTURBATIONS,
-    RULES,
     SGD_OPTIONS,
     check_perturb,
     check_sgd,
@@ -37,6 +36,8 @@ def slots_of_any_layout() -> st.SearchStrategy[Slot]:
     )
 
 
+SMOOTH = [name for name in MIXES if name != "damp"]  # see tests/test_ops.py
+
 random_lists = given(
     slots=st.lists(slots_of_any_layout(), min_size=1, max_size=6),
     setting=st.sampled_from(SETTINGS),
@@ -57,12 +58,12 @@ def test_perturb_and_restore_of_random_lists(
         params: list[Tensor], grads: list[Tensor], old_params: list[Tensor], **kwargs: Any
     ) -> Tensor:
         before = copies(params)
-        norm = ops.perturb_(params, grads, old_params, **kwargs)
+        square = ops.perturb_(params, grads, old_params, **kwargs)
         perturbed = copies(params)
         ops.restore_(params, old_params, backend=setting.backend)
         assert_same_bits(params, before)
         ops.restore_(params, perturbed, backend=setting.backend)
-        return norm
+        return square
 
     check_perturb(perturb, slots, setting, **options)
 
@@ -70,15 +71,14 @@ def test_perturb_and_restore_of_random_lists(
 @reproducible
 @random_lists
 def test_sgd_of_random_lists(slots: list[Slot], setting: Setting, data: st.DataObject) -> None:
-    rule, granularity = data.draw(st.sampled_from(RULES))
+    mix = data.draw(st.sampled_from(SMOOTH))
     options = data.draw(st.sampled_from(list(SGD_OPTIONS.values())))
-    check_sgd(ops.sgd_, slots, setting, rule=rule, granularity=granularity, **options)
+    check_sgd(ops.sgd_, slots, setting, mix, **options)
 
 
 @reproducible
 @random_lists
 def test_adam_of_random_lists(slots: list[Slot], setting: Setting, data: st.DataObject) -> None:
-    rule, granularity = data.draw(st.sampled_from(RULES))
+    mix = data.draw(st.sampled_from(SMOOTH))
     options = data.draw(st.sampled_from(list(test_ops_adam.OPTIONS.values())))
-    how = {"rule": rule, "granularity": granularity, **options}
-    test_ops_adam.check_adam(ops.adam_, slots, setting, **how)
+    test_ops_adam.check_adam(ops.adam_, slots, setting, mix, **options)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from samkernels import ops
 from samkernels.backends.contract import positions_of
+from samkernels.ops import Mix
 from tests.helpers import (
     CHANNELS_LAST,
     CHUNK_SIZE,
@@ -95,7 +96,7 @@ def check_sgd_hess(
         **options,
     )
     u = [g_ * (1 + RHO * curvature(hv_)) for g_, hv_ in zip(g, hv, strict=True)]
-    ops.sgd_(new, w, u, new_buf, lr=0.1, backend="reference", **options)
+    ops.sgd_(new, w, Mix(u), new_buf, lr=0.1, backend="reference", **options)
 
     momentum, decay = options.get("momentum", 0), options.get("weight_decay", 0)
     buf_sizes = [
@@ -214,7 +215,7 @@ def test_rho_0_is_sgd_bit_for_bit(setting: Setting) -> None:
     ops.sgd_hess_(
         lists.params, lists.grads, lists.products, lists.momentum_buffers, rho=0, **options
     )
-    ops.sgd_(plain.params, plain.params, plain.grads, plain.momentum_buffers, **options)
+    ops.sgd_(plain.params, plain.params, Mix(plain.grads), plain.momentum_buffers, **options)
     assert_equal(lists.params, plain.params)
     assert_equal(lists.momentum_buffers, plain.momentum_buffers)
 
@@ -318,7 +319,7 @@ def test_the_core_refuses_positions_that_do_not_fit(positions: list[tuple[int, i
         SgdOptions(0.1, 0.0, 0.0, 0.0, False, False, False), has_momentum=False
     )
     with pytest.raises(ValueError, match="positions"):
-        _C.sgd_hess(_C.cpu(1), *lists, None, positions, 0.1, 0, options)
+        _C.sgd_hess(_C.cpu(1), *lists, None, positions, 0.1, 0, options, None)
     assert all(bool((t == 1).all()) for t in tensors)
 
 

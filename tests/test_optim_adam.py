@@ -298,7 +298,7 @@ def test_groups_that_do_not_say_whether_the_decay_is_decoupled(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("lr", -1.0, r"lr=-1\.0"),
+        ("lr", float("nan"), "lr=nan"),
         ("betas", (0.9, 1.0), r"betas\[1\]=1\.0: give a number below 1"),
         ("betas", (float("nan"), 0.9), r"betas\[0\]=nan"),
         ("eps", -1e-8, "eps=-1e-08"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
 from samkernels import SAM, SAMMagnitude
+from tests import earlier
 from tests.optim_helpers import (
     ConvNet,
+    assert_equal,
     images,
     linear,
     parameter,
@@ -34,6 +37,7 @@ from tests.optim_helpers import (
 from tests.optimizers import (
     BACKENDS,
     INFO,
+    OPTIMIZER_TABLE,
     Variant,
     each_backend,
     each_cls_and_variant,
@@ -66,6 +70,47 @@ def same_state(a: dict[str, Any], b: dict[str, Any]) -> bool:
         else state == other
         for state, other in zip(a["state"].values(), b["state"].values(), strict=True)
     )
+
+
+# -- of earlier commits ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written_earlier() -> dict[str, Any]:
+    return torch.load(Path(__file__).parent / "data" / "9ba4230.pt", weights_only=True)
+
+
+def goes_on_as_then(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    earlier.train(optimizer, range(earlier.SAVED_AFTER, earlier.STEPS))
+    for p, then in zip(earlier.params_of(optimizer), saved["later_weights"], strict=True):
+        torch.testing.assert_close(p.detach(), then, rtol=1e-6, atol=1e-6)
+
+
+@each_backend
+@pytest.mark.parametrize("name", earlier.CASES)
+def test_a_checkpoint_of_an_earlier_commit(
+    name: str, backend: str, written_earlier: dict[str, Any]
+) -> None:
+    saved = copy.deepcopy(written_earlier[name])
+    options = {"backend": backend, "lr": 3.0, "rho": 2.0}  # which the checkpoint has
+    if "granularity" in earlier.CASES[name][2]:
+        options["granularity"] = "element"
+    optimizer = earlier.new(name, **options)
+    with torch.no_grad():
+        for p, then in zip(earlier.params_of(optimizer), saved["weights"], strict=True):
+            p.copy_(then)
+    optimizer.load_state_dict(saved["state_dict"])
+    goes_on_as_then(optimizer, saved)
+
+
+@pytest.mark.parametrize("name", earlier.CASES)
+def test_an_optimizer_that_an_earlier_commit_has_pickled(
+    name: str, written_earlier: dict[str, Any]
+) -> None:
+    optimizer = pickle.loads(written_earlier[name]["pickled"])
+    again = pickle.loads(pickle.dumps(optimizer))
+    for of in (optimizer, again):
+        goes_on_as_then(of, written_earlier[name])
 
 
 # -- layout ----------------------------------------------------------------------------------------
@@ -526,7 +571,12 @@ def group_option(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (group_option("rho", "big"), TypeError, "rho of parameter group 1 in state_dict is str"),
         (group_option("adaptive", 1), TypeError, "adaptive of parameter group 1 in state_dict"),
-        (group_option("granularity", "layer"), ValueError, "granularity of parameter group 1"),
+        (group_option("lr", float("nan")), ValueError, "parameter group 1 in state_dict: lr=nan"),
+        (group_option("lr", torch.tensor(float("nan"))), ValueError, "lr=tensor.nan"),
+        (group_option("lr", "big"), TypeError, "parameter group 1 in state_dict: lr is str"),
+        (group_option("weight_decay", 1e39), ValueError, r"weight_decay=1e\+39"),
+        (group_option("momentum", -0.1), ValueError, r"momentum=-0\.1"),
+        (group_option("nesterov", 1), TypeError, "nesterov is int"),
     ],
 )
 @each_optimizer
@@ -548,6 +598,63 @@ def test_checkpoints_that_do_not_fit(
         optimizer.load_state_dict(checkpoint)
     assert same_state(optimizer.state_dict(), state)
     take_step(optimizer, 2)
+
+
+@pytest.mark.parametrize(
+    "cls", [info.cls for info in OPTIMIZER_TABLE if "granularity" in info.group_options]
+)
+def test_a_checkpoint_with_another_granularity(cls: type[SAM]) -> None:
+    optimizer = cls(groups_of(linear()), **SGD_OPTIONS)
+    checkpoint = copy.deepcopy(optimizer.state_dict())
+    checkpoint["param_groups"][1]["granularity"] = "layer"
+    with pytest.raises(ValueError, match="granularity of parameter group 1"):
+        optimizer.load_state_dict(checkpoint)
+    assert optimizer.param_groups[1]["granularity"] == "element"
+
+
+@pytest.mark.parametrize(
+    ("base", "spoil", "text"),
+    [
+        (torch.optim.Adam, group_option("betas", (0.9,)), r"betas=\(0\.9,\): give 2 numbers"),
+        (torch.optim.Adam, group_option("betas", (0.9, 1.5)), r"betas\[1\]=1\.5"),
+        (torch.optim.Adam, group_option("eps", 1e39), r"eps=1e\+39"),
+        (torch.optim.Adam, group_option("amsgrad", True), "parameter 2 has no max_exp_avg_sq"),
+        (torch.optim.NAdam, group_option("lr", float("nan")), "lr=nan"),
+        (torch.optim.NAdam, group_option("betas", (0.9,)), "give 2 numbers"),
+        (torch.optim.NAdam, group_option("betas", (0.9, 1.5)), "beta parameter at index 1: 1.5"),
+        (torch.optim.NAdam, group_option("weight_decay", float("inf")), "weight_decay=inf"),
+        (torch.optim.Adadelta, group_option("rho", 1.5), "rho value: 1.5"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_the_base_optimizer(
+    base: type[torch.optim.Optimizer], spoil: Callable[[dict[str, Any]], None], text: str
+) -> None:
+    """A step with them would fail, or spoil the weights."""
+
+    def build() -> SAM:
+        model = linear()
+        groups = [{k: v for k, v in g.items() if k == "params"} for g in groups_of(model)]
+        return SAM(model.parameters(), base(groups, lr=0.1))
+
+    optimizer, other = build(), build()
+    take_step(optimizer, 0)
+    take_step(other, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    checkpoint = through_a_file(other.state_dict())
+    spoil(checkpoint)
+    with pytest.raises(ValueError, match=text):
+        optimizer.load_state_dict(checkpoint)
+    assert_equal(optimizer.state_dict(), state)
+    take_step(optimizer, 2)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam])
+def test_a_checkpoint_of_the_last_step_of_a_decay(base: type[torch.optim.Optimizer]) -> None:
+    """Schedules end a hair below zero."""
+    optimizer = SAM(linear().parameters(), base, lr=0.1)
+    optimizer.param_groups[0]["lr"] = -1e-18
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups[0]["lr"] == -1e-18
 
 
 def test_loading_does_not_keep_a_hold_on_the_checkpoint() -> None:

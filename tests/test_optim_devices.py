@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, SGDHess, backends
-from samkernels.optim import _lists
+from samkernels.optim import _perturbation
 from tests.helpers import DEVICES, serves
 from tests.optim_helpers import (
     same_bits,
@@ -322,7 +322,7 @@ class Streams:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current = "A"
         self.recorded: list[tuple[int, str]] = []
-        monkeypatch.setattr(_lists, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(_perturbation, "current_stream", lambda device: self.current)
         monkeypatch.setattr(
             Tensor, "record_stream", lambda t, stream: self.recorded.append((t.data_ptr(), stream))
         )
@@ -347,13 +347,12 @@ def test_what_the_first_step_left_is_recorded_on_another_stream(
     first = [p.grad for p in params]
     optimizer.first_step()
     perturbation = optimizer._perturbation
-    assert perturbation is not None and perturbation.ascent_norm is not None
-    left = [perturbation.ascent_norm, *(slot.old for slot in perturbation.slots)]
+    assert perturbation is not None and perturbation.ascent_square is not None
+    left = [perturbation.ascent_square, *(slot.old for slot in perturbation.slots)]
     if cls is not SAM:
         left += [g for g in first if g is not None]
     if variant.get("granularity", "element") != "element":
-        left += [norms.per_tensor for _, norms in perturbation.first_norms]
-        left += [x for x in [perturbation.first_norm] if x is not None]
+        left += [x for _, dots in perturbation.first_dots for x in dots]
     assert not streams.recorded
     streams.current = other
     if ends_with == "second_step":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import lr_scheduler
 
-from samkernels import SAM, SAMDirection, SAMMagnitude, ops
+from samkernels import SAM, SAMDirection, SAMMagnitude
+from samkernels.optim.samdirection import GRANULARITIES
 from tests.optim_helpers import (
     count_calls,
     linear,
     parameter,
     parameters_of,
+    same_bits,
     set_gradients,
     snapshot,
     take_step,
@@ -313,15 +316,113 @@ def test_closure_is_called_twice_without_gradients(
         assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("zero_grad", [False, True])
-def test_closure_is_called_once_with_gradients(zero_grad: bool) -> None:
-    model = linear()
-    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)
-    loss_of(model).backward()
-    closure, calls = count_calls(closure_of(optimizer, model, zero_grad))
-    assert optimizer.step(closure) is None
-    assert len(calls) == 1
-    assert all(p.grad is None for p in model.parameters())
+def test_a_closure_that_keeps_gradients_is_called_once_with_gradients() -> None:
+    """davda54's way: they are g1."""
+    models = [linear(), linear()]
+    optimizer, twin = (SAM(m.parameters(), rho=0.1, lr=0.1, momentum=0.9) for m in models)
+    for _ in range(3):
+        loss_of(models[0]).backward()
+        closure, calls = count_calls(closure_of(optimizer, models[0], zero_grad=False))
+        assert optimizer.step(closure) is None
+        assert len(calls) == 1
+        assert all(p.grad is None for p in models[0].parameters())
+        loss_of(models[1]).backward()
+        twin.first_step()
+        assert not any(p._backward_hooks for p in models[0].parameters())
+        loss_of(models[1]).backward()
+        twin.second_step(zero_grad=True)
+    assert unchanged(models[0].parameters(), snapshot(models[1].parameters()))
+
+
+def by_none(model: nn.Module, optimizer: SAM) -> None:
+    for p in model.parameters():
+        p.grad = None
+
+
+def by_writing_zeros(model: nn.Module, optimizer: SAM) -> None:
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.detach_().zero_()
+
+
+CLEARING: dict[str, Callable[[nn.Module, SAM], object]] = {
+    "optimizer.zero_grad": lambda model, optimizer: optimizer.zero_grad(),
+    "to zeros": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "model.zero_grad": lambda model, optimizer: model.zero_grad(),
+    "None": by_none,
+    "zeros": by_writing_zeros,
+    "one of two": lambda model, optimizer: model[0].zero_grad(),  # type: ignore[index]
+}
+
+
+@pytest.mark.parametrize("left", ["zeros", "huge", "infinite", "of one parameter"])
+@pytest.mark.parametrize("clear", CLEARING.values(), ids=CLEARING)
+@each_optimizer
+def test_a_closure_that_clears_gradients_leaves_no_trace_of_them(
+    cls: type[SAM], clear: Callable[[nn.Module, SAM], object], left: str
+) -> None:
+    def leave(model: nn.Module) -> None:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, {"zeros": 0.0, "infinite": math.inf}.get(left, 1e9))
+            if left == "of one parameter":
+                break
+
+    models = [linear(), linear()]
+    optimizers = [cls(m.parameters(), rho=0.5, lr=0.1, momentum=0.9) for m in models]
+    for step in range(3):
+        losses: list[Tensor] = []
+        calls: list[bool] = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+
+            def closure(
+                model: nn.Module = model, optimizer: SAM = optimizer, calls: list[bool] = calls
+            ) -> Tensor:
+                if model is models[0]:
+                    calls.append(optimizer.is_perturbed)
+                    clear(model, optimizer)
+                loss = loss_of(model)
+                loss.backward()
+                return loss
+
+            if model is models[0]:
+                leave(model)
+            losses.append(optimizer.step(closure))
+        assert calls == ([True, False, True] if step == 0 else [False, True])
+        assert torch.equal(*losses)
+        assert unchanged(models[0].parameters(), snapshot(models[1].parameters()))
+    copies = [pickle.loads(pickle.dumps(optimizers[0])), copy.deepcopy(optimizers[0])]
+    assert all(c._closure_clears for c in copies)
+
+
+def test_a_probing_call_that_fails_tells_nothing(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    set_gradients(params, 0)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.step(closure)
+    assert optimizer._closure_clears is None and unchanged(params, before)
+    assert all(p.grad is None and not p._backward_hooks for p in params)
+
+
+def test_backward_makes_the_gradients_of_a_probing_call_anew() -> None:
+    """Zeros of -0 stay what they are, and a parameter that backward does not reach has none."""
+    params = [parameter(1.0, 2.0), parameter(3.0)]
+    optimizer = SAM(params, rho=0.1, lr=0.1, momentum=0.9)
+    params[0].grad, params[1].grad = torch.ones(2), torch.ones(1)
+    given = torch.tensor([-0.0, 1.0])
+
+    def closure() -> None:
+        torch.autograd.backward([params[0]], [given])
+        assert same_bits(params[0].grad, given) and params[1].grad is None  # type: ignore[arg-type]
+
+    optimizer.step(closure)
+    assert same_bits(optimizer.state[params[0]]["momentum_buffer"], given)
+    assert not optimizer.state.get(params[1])
 
 
 @pytest.mark.parametrize("who", ["closure", "body"])
@@ -408,23 +509,54 @@ def test_closure_runs_at_the_two_points_with_gradients_enabled() -> None:
     assert isinstance(loss, float)
 
 
-def test_closure_without_backward() -> None:
+@pytest.mark.parametrize("has_first", [False, True])
+def test_a_closure_that_forgets_backward_is_told_once(optimizer: SAM, has_first: bool) -> None:
     model = linear()
-    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)
+    optimizer = type(optimizer)(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
     before = snapshot(model.parameters())
-    with pytest.raises(RuntimeError, match="first_step found no gradient"):
-        optimizer.step(lambda: loss_of(model))
+
+    def forgetful_step() -> None:
+        if has_first:
+            loss_of(model).backward()
+        loss = optimizer.step(lambda: loss_of(model))
+        assert loss is None if has_first else torch.equal(loss, loss_of(model))
+
+    with pytest.warns(UserWarning, match=r"left no gradient.*call loss\.backward\(\)"):
+        forgetful_step()
+    forgetful_step()  # warnings are errors here
     assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+    assert not optimizer.state
 
 
-def test_closure_without_backward_in_the_second_pass() -> None:
+@pytest.mark.parametrize("skipping", [1, 2, "with g1 given"])
+def test_a_closure_that_returns_none_skips_the_batch(optimizer: SAM, skipping: int | str) -> None:
+    """As Lightning's training_step: in the first call, or at w + e(w)."""
     model = linear()
-    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1)
+    twin = linear()
+    optimizer, other = (
+        type(optimizer)(m.parameters(), rho=0.1, lr=0.1, momentum=0.9) for m in (model, twin)
+    )
+    for o, m in ((optimizer, model), (other, twin)):
+        o.step(closure_of(o, m))
+    calls = []
+
+    def closure() -> Tensor | None:
+        calls.append(optimizer.is_perturbed)
+        if len(calls) == skipping or skipping == "with g1 given":
+            return None
+        return closure_of(optimizer, model)()
+
     before = snapshot(model.parameters())
-    loss_of(model).backward()
-    with pytest.raises(RuntimeError, match="second_step found no gradient"):
-        optimizer.step(lambda: loss_of(model))
+    if skipping == "with g1 given":
+        loss_of(model).backward()
+    loss = optimizer.step(closure)
+    assert (loss is not None) == (skipping == 2)
+    assert calls == {1: [False], 2: [False, True]}.get(skipping, [True])  # type: ignore[call-overload]
     assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+    assert all(p.grad is None for p in model.parameters())
+    for o, m in ((optimizer, model), (other, twin)):
+        o.step(closure_of(o, m))
+    assert unchanged(model.parameters(), snapshot(twin.parameters()))
 
 
 def test_gradient_accumulation_in_the_closure() -> None:
@@ -637,11 +769,7 @@ SCALED = pytest.mark.parametrize(
     ("cls", "options"),
     [
         (SAM, {}),
-        *(
-            (cls, {"granularity": g})
-            for cls in (SAMDirection, SAMMagnitude)
-            for g in ops.GRANULARITIES
-        ),
+        *((cls, {"granularity": g}) for cls in (SAMDirection, SAMMagnitude) for g in GRANULARITIES),
     ],
 )
 
@@ -787,6 +915,206 @@ def test_gradients_may_be_clipped_after_unscaling(cls: type[SAM]) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("clipped", ["", "g1", "g2", "g1 g2"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("set_to_none", [False, True])
+@pytest.mark.parametrize("unscaled", ["before first_step", "before step"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.NAdam])
+def test_unscaling_before_first_step_is_refused(
+    base: type[torch.optim.Optimizer],
+    unscaled: str,
+    set_to_none: bool,
+    micro_batches: int,
+    clipped: str,
+) -> None:
+    """g2 would be taken for unscaled; before step, it works."""
+    model, twin = linear(), linear()
+    optimizer = SAM(model.parameters(), base, 0.1, lr=0.1)
+    other = SAM(twin.parameters(), base, 0.1, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def passes(m: nn.Module, s: Any) -> None:
+        for _ in range(micro_batches):
+            loss = loss_of(m) / micro_batches
+            (loss if s is None else s.scale(loss)).backward()
+
+    def step() -> None:
+        passes(model, scaler)
+        if unscaled == "before first_step":
+            scaler.unscale_(optimizer)
+        if "g1" in clipped:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.first_step()
+        passes(model, scaler)
+        if unscaled == "before step":
+            scaler.unscale_(optimizer)
+        if "g2" in clipped:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+    if unscaled == "before first_step":
+        before = snapshot(model.parameters())
+        with pytest.raises(RuntimeError, match=r"unscale_\(\) was called before first_step"):
+            step()
+        assert unchanged(model.parameters(), before) and not optimizer.is_perturbed
+        return
+    for _ in range(3):
+        step()
+        passes(twin, None)
+        other.first_step()
+        passes(twin, None)
+        if "g2" in clipped:
+            nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+        other.second_step(zero_grad=True)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("reached", [[0], [1], [3], [1, 2]], ids=str)
+@each_optimizer
+def test_an_overflow_of_g1_shows_in_any_g2(
+    cls: type[SAM], reached: list[int], unscaled: bool
+) -> None:
+    model = linear()
+    params = list(model.parameters())
+    optimizer = cls(params, rho=0.1, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled_step(model, optimizer, scaler)
+    before = snapshot(params)
+    for step in range(2):
+        scaler.scale(loss_of(model)).backward()
+        spoil_gradient(model)
+        optimizer.first_step()
+        for i, p in enumerate(params):
+            p.requires_grad_(i in reached)
+        scaler.scale(loss_of(model)).backward()
+        for p in params:
+            p.requires_grad_(True)
+        if unscaled:
+            scaler.unscale_(optimizer)
+        if unscaled and cls is SAMDirection:
+            optimizer.restore()  # which wants g1 unscaled, too
+            break
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 512 / 2**step
+        optimizer.zero_grad()
+        assert not any(p._post_accumulate_grad_hooks for p in params)
+    assert unchanged(params, before)
+
+
+# -- weights that somebody else writes -------------------------------------------------------------
+
+
+def test_two_optimizers_may_not_perturb_the_same_parameters(optimizer: SAM) -> None:
+    params = parameters_of(optimizer)
+    before = snapshot(params)
+    other = SAM([*params[:1], parameter(1.0)], rho=0.1, lr=0.1)
+    set_gradients(params, 0)
+    optimizer.first_step()
+    perturbed = snapshot(params)
+    set_gradients(parameters_of(other), 1)
+    with pytest.raises(
+        RuntimeError, match=r"shape \(8, 4\) is at w \+ e\(w\) of another optimizer"
+    ):
+        other.first_step()
+    assert unchanged(params, perturbed) and not other.is_perturbed
+    set_gradients(params, 2)
+    optimizer.restore()
+    assert unchanged(params, before)
+    other.first_step()
+    del other  # perturbed: nobody remembers it
+    set_gradients(params, 3)
+    optimizer.first_step()
+
+
+def test_two_optimizers_of_different_parameters_may_be_perturbed_at_once() -> None:
+    models = [linear(seed=0), linear(seed=1)]
+    twins = [linear(seed=0), linear(seed=1)]
+    optimizers, others = ([SAM(m.parameters(), lr=0.1) for m in ms] for ms in (models, twins))
+    for optimizer, model in zip(optimizers, models, strict=True):
+        loss_of(model).backward()
+        optimizer.first_step()
+    for optimizer, model in zip(optimizers, models, strict=True):
+        loss_of(model).backward()
+        optimizer.second_step(zero_grad=True)
+    for other, twin, model in zip(others, twins, models, strict=True):
+        other.step(closure_of(other, twin))
+        assert unchanged(model.parameters(), snapshot(twin.parameters()))
+
+
+@pytest.mark.parametrize("base", CLASSES)
+@pytest.mark.parametrize("writer", ["optimizer", "clamp", "closure", "parts"])
+@each_optimizer
+def test_weights_written_between_the_passes_are_refused(
+    cls: type[SAM], writer: str, base: type[torch.optim.Optimizer]
+) -> None:
+    model = linear()
+    params = list(model.parameters())
+    optimizer = cls(params, base, 0.1, lr=0.1)
+    take_step(optimizer, 0)
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    before = snapshot(params)
+
+    def write() -> None:
+        with torch.no_grad():
+            if writer == "optimizer":
+                torch.optim.SGD(params[3:], lr=0.1).step()
+            else:
+                params[1].clamp_(-0.1, 0.1)
+
+    def closure() -> Tensor:
+        loss = loss_of(model)
+        loss.backward()
+        if optimizer.is_perturbed:
+            write()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"was written while it was at w"):
+        if writer == "closure":
+            optimizer.step(closure)
+        elif writer == "parts":
+            for _ in optimizer.parts(range(2)):
+                closure()
+                optimizer.first_step()
+                closure()
+        else:
+            closure()
+            optimizer.first_step()
+            closure()
+            optimizer.second_step()
+    assert unchanged(params, before) and not optimizer.is_perturbed
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("when", ["first", "second", "both"])
+@pytest.mark.parametrize("base", CLASSES)
+@each_cls_and_variant
+def test_gradients_that_are_the_weights_themselves(
+    cls: type[SAM],
+    variant: dict[str, Any],
+    base: type[torch.optim.Optimizer],
+    when: str,
+    backend: str,
+) -> None:
+    results = []
+    for alias in (False, True):
+        params = [parameter(1.0, -2.0, 3.0), parameter(0.5)]
+        optimizer = cls(params, base, 0.1, lr=0.1, backend=backend, **variant)
+        for step in range(3):
+            for now in ("first", "second"):
+                set_gradients(params, step)
+                if when in (now, "both"):
+                    params[0].grad = params[0].data if alias else params[0].detach().clone()
+                (optimizer.first_step if now == "first" else optimizer.second_step)()
+        results.append(snapshot(params))
+    assert unchanged(*results)
+
+
 # -- hooks -----------------------------------------------------------------------------------------
 
 
@@ -909,7 +1237,7 @@ def test_granularity_may_differ_between_groups(backend: str) -> None:
     params = [parameter(0.0, 0.0) for _ in range(3)]
     groups = [
         {"params": [p], "granularity": granularity}
-        for p, granularity in zip(params, ops.GRANULARITIES, strict=True)
+        for p, granularity in zip(params, GRANULARITIES, strict=True)
     ]
     optimizer = SAMMagnitude(groups, lr=1.0, backend=backend)
     g1 = set_gradients(params, 0)

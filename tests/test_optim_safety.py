@@ -182,9 +182,9 @@ def no_gradient(params: list[Tensor], optimizer: SAM) -> None:
     pass
 
 
-def negative_lr_in_the_second_group(params: list[Tensor], optimizer: SAM) -> None:
+def lr_nan_in_the_second_group(params: list[Tensor], optimizer: SAM) -> None:
     set_gradients(params, 1)
-    optimizer.param_groups[1]["lr"] = -1.0
+    optimizer.param_groups[1]["lr"] = float("nan")
 
 
 @each_backend
@@ -199,9 +199,7 @@ def negative_lr_in_the_second_group(params: list[Tensor], optimizer: SAM) -> Non
             id="sparse",
         ),
         pytest.param(torch.optim.SGD, no_gradient, RuntimeError, "found no gradient", id="none"),
-        pytest.param(
-            torch.optim.SGD, negative_lr_in_the_second_group, ValueError, r"lr=-1\.0", id="lr"
-        ),
+        pytest.param(torch.optim.SGD, lr_nan_in_the_second_group, ValueError, "lr=nan", id="lr"),
         pytest.param(
             Failing, lambda p, _: set_gradients(p, 1), ValueError, "gave up", id="base optimizer"
         ),
@@ -1000,13 +998,11 @@ def test_gradients_of_another_dtype(step: str, backend: str) -> None:
     assert p.tolist() == [expected] * 3
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e5m2], ids=str
-)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2], ids=str)
 @each_optimizer
 def test_dtypes_that_are_not_supported(cls: type[SAM], dtype: torch.dtype) -> None:
     good = parameter(1.0)
-    bad = nn.Parameter(torch.zeros(3).to(dtype), requires_grad=False)
+    bad = nn.Parameter(torch.zeros(3).to(dtype))
     with pytest.raises(TypeError, match=rf"params\[1\] of parameter group 0 .* is {dtype}: give"):
         cls([good, bad], lr=0.1)
 
@@ -1059,12 +1055,6 @@ def test_bad_granularity(cls: Any, granularity: Any) -> None:
     text = "granularity=.*: give one of 'element', 'tensor', 'global'"
     with pytest.raises(ValueError, match=text):
         cls([parameter(1.0)], lr=0.1, granularity=granularity)
-
-
-def test_base_optimizer_as_an_instance() -> None:
-    p = parameter(1.0)
-    with pytest.raises(TypeError, match=r"(?s)base_optimizer is SGD .*: give a class such as"):
-        SAM([p], torch.optim.SGD([p], lr=0.1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -1206,7 +1196,7 @@ def test_parameters_that_come_to_share_memory_are_refused() -> None:
     optimizer = SAM([a, b], lr=0.1, rho=1.0, backend="native")
     b.data = a.data
     give([a, b])
-    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] overlap"):
+    with pytest.raises(ValueError, match=r"params\[0\] and params\[1\] .* overlap"):
         optimizer.first_step()
     assert a.tolist() == [1, 1] and not optimizer.is_perturbed
 
@@ -1217,7 +1207,7 @@ def test_parameters_that_come_to_share_memory_are_refused() -> None:
         lambda o, b: o.state[b].update(momentum_buffer=torch.zeros(3)),
         lambda o, b: o.state[b].update(momentum_buffer=5),
         lambda o, b: o.param_groups[1].update(lr=torch.tensor(0.1, device="meta")),
-        lambda o, b: o.param_groups[1].update(lr=-1.0),
+        lambda o, b: o.param_groups[1].update(lr=float("inf")),
         lambda o, b: o.param_groups[1].update(granularity="layer"),
     ],
     ids=["shape", "number", "lr on meta", "lr", "granularity"],

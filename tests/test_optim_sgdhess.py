@@ -13,12 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from samkernels import SGDHess
 from samkernels.optim.sgdhess import rademacher
 from tests.helpers import rejects
 from tests.optim_helpers import (
     ConvNet,
+    assert_equal,
     images,
     linear,
     parameter,
@@ -555,6 +557,64 @@ def test_a_loss_that_has_no_second_derivative(backward: Backward) -> None:
     assert all(p.grad is None or not p.grad.requires_grad for p in model.parameters())
 
 
+class Attention(nn.Module):
+    """One head, fused or written out."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.project = nn.Linear(4, 12)
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x)[:, None].chunk(3, -1)
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v)
+        return (q @ k.mT / 2).softmax(-1) @ v
+
+
+@both_ways
+def test_fused_attention_by_its_math_kernel(backward: Backward) -> None:
+    """Without it the error names it; with it the step is that of attention written out."""
+    model, twin = Attention(fused=True), Attention(fused=False)
+    optimizer, other = (SGDHess(m.parameters(), **OPTIONS) for m in (model, twin))
+    x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+    before = snapshot(model.parameters())
+    with pytest.raises(RuntimeError, match=r"sdpa_kernel\(torch.nn.attention.SDPBackend.MATH\)"):
+        backward(optimizer, model(x).square().mean())
+        optimizer.step()
+    assert unchanged(model.parameters(), before) and not optimizer.state
+    optimizer.zero_grad()
+    for _ in range(3):
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = model(x).square().mean()
+        backward(optimizer, loss)
+        backward(other, twin(x).square().mean())
+        for one in (optimizer, other):
+            one.step()
+            one.zero_grad()
+    for p, q, w in zip(model.parameters(), twin.parameters(), before, strict=True):
+        torch.testing.assert_close(p, q)
+        assert not torch.equal(p, w)
+
+
+@both_ways
+def test_other_functions_without_second_derivatives(backward: Backward) -> None:
+    """The message says what to do, whatever it is."""
+    bag, linear_ = nn.EmbeddingBag(5, 3, mode="sum"), linear()
+    compiled = torch.compile(linear_, backend="aot_eager")
+    losses = {
+        "replace the function": (bag, lambda: bag(torch.tensor([[1, 2]])).square().mean()),
+        "leave out torch.compile": (linear_, lambda: compiled(torch.ones(2, 4)).square().mean()),
+    }
+    for cure, (model, loss) in losses.items():
+        optimizer = SGDHess(model.parameters(), **OPTIONS)
+        with pytest.raises(RuntimeError, match=f"needs second derivatives: {cure}"):
+            backward(optimizer, loss())
+            optimizer.step()
+
+
 # Seeds and checkpoints
 
 
@@ -776,6 +836,9 @@ def test_grad_scaler_is_refused() -> None:
         (lambda s: s.pop("state"), "no optimizer's"),
         (lambda s: s.update(param_groups=3), "no optimizer's"),
         (lambda s: s["param_groups"][0].update(rho=-1.0), "rho of parameter group 0 in state_dict"),
+        (lambda s: s["param_groups"][0].update(lr=float("nan")), "lr=nan"),
+        (lambda s: s["param_groups"][0].update(weight_decay=1e39), r"weight_decay=1e\+39"),
+        (lambda s: s["param_groups"][0].update(rho=1e39), "rho of parameter group 0.*=1e"),
         (lambda s: s["param_groups"][0].update(k=0), "k=0 of parameter group 0 in state_dict"),
         (lambda s: s["state"][0].update(momentum_buffer=torch.ones(3)), "momentum_buffer of param"),
         (lambda s: s["state"][1].update(hessian_product=torch.ones(3)), "hessian_product of param"),
@@ -786,10 +849,29 @@ def test_a_state_dict_that_is_wrong(change: Callable[[Any], Any], message: str) 
     optimizer = SGDHess(model.parameters(), **OPTIONS, k=2)
     train(model, optimizer, range(1))
     state = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(state)
     change(state)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
-    train(model, optimizer, range(1, 2))  # it is as it was
+    assert_equal(optimizer.state_dict(), kept)
+    train(model, optimizer, range(1, 2))
+
+
+def test_a_load_that_fails_changes_nothing() -> None:
+    model = linear()
+    optimizer = SGDHess(model.parameters(), **OPTIONS, k=2)
+    train(model, optimizer, range(1))
+    before = copy.deepcopy(optimizer.state_dict())
+
+    def fail(_: Any) -> None:
+        raise OSError("gave up")
+
+    optimizer.register_load_state_dict_post_hook(fail)
+    checkpoint = copy.deepcopy(before)
+    checkpoint["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(OSError, match="gave up"):
+        optimizer.load_state_dict(checkpoint)
+    assert_equal(optimizer.state_dict(), before)
 
 
 def test_a_loss_that_is_no_tensor() -> None:

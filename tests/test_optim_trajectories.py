@@ -24,7 +24,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, backends, ops
-from samkernels.backends import Recombination, SgdOptions
+from samkernels.backends import Mix, SgdOptions
+from samkernels.optim.samdirection import GRANULARITIES
 from tests.optim_helpers import (
     ConvNet,
     images,
@@ -526,30 +527,30 @@ def from_the_perturbed_weights(right: Op) -> Op:
 
 def with_weight_decay_on_perturbed_weights(right: Op) -> Op:
     def sgd_(
-        params: Any, old_params: Any, buffers: Any, rule: Recombination, options: SgdOptions
+        params: Any, old_params: Any, buffers: Any, mix: Mix, options: SgdOptions, journal: Any
     ) -> None:
-        for u, p in zip(rule.magnitude, params, strict=True):
+        for u, p in zip(mix.x, params, strict=True):
             u += options.weight_decay * p
-        right(params, old_params, buffers, rule, options._replace(weight_decay=0.0))
+        right(params, old_params, buffers, mix, options._replace(weight_decay=0.0), journal)
 
     return sgd_
 
 
 def with_momentum_from_zero(right: Op) -> Op:
     def sgd_(
-        params: Any, old_params: Any, buffers: Any, rule: Recombination, options: SgdOptions
+        params: Any, old_params: Any, buffers: Any, mix: Mix, options: SgdOptions, journal: Any
     ) -> None:
         if options.init_momentum:
             torch._foreach_zero_(list(buffers))
-        right(params, old_params, buffers, rule, options._replace(init_momentum=False))
+        right(params, old_params, buffers, mix, options._replace(init_momentum=False), journal)
 
     return sgd_
 
 
 def with_the_other_decay(right: Op) -> Op:
     def adam_(*lists_and_rule: Any) -> None:
-        *others, options = lists_and_rule
-        right(*others, options._replace(decoupled=not options.decoupled))
+        *others, options, journal = lists_and_rule
+        right(*others, options._replace(decoupled=not options.decoupled), journal)
 
     return adam_
 
@@ -568,7 +569,7 @@ PATCHES: dict[str, tuple[str, Callable[[Op], Op]]] = {
     "1.0001 rho": ("perturb_", with_rho_times(1.0001)),
     "negative rho": ("perturb_", with_rho_times(-1.0)),
     "weight decay in the ascent": ("perturb_", with_weight_decay_in_the_ascent),
-    "norm of the first group only": ("total_norm", lambda right: lambda norms: norms[0]),
+    "norm of the first group only": ("total_of", lambda right: lambda squares: squares[0]),
     "never restoring": ("sgd_", from_the_perturbed_weights),
     "weight decay on perturbed weights": ("sgd_", with_weight_decay_on_perturbed_weights),
     "momentum starts at 0": ("sgd_", with_momentum_from_zero),
@@ -586,14 +587,14 @@ def test_wrong_arithmetic_is_noticed(
 ) -> None:
     name, patch = PATCHES[mutant]
     optimizer, backward = conv_net_run(cls, {}, "AdamW" if name == "adam_" else "momentum", backend)
-    module = ops if name == "total_norm" else backends.get(backend)
+    module = ops if name == "total_of" else backends.get(backend)
     monkeypatch.setattr(module, name, patch(getattr(module, name)))
     with pytest.raises(Deviation):
         follow(optimizer, oracle_of(optimizer, backend), backward, backend, steps=10)
 
 
 @each_backend
-@pytest.mark.parametrize("granularity", ops.GRANULARITIES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("cls", [SAMDirection, SAMMagnitude])
 def test_optimizers_and_granularities_cannot_be_confused(
     cls: type[SAM], granularity: str, backend: str
@@ -601,7 +602,7 @@ def test_optimizers_and_granularities_cannot_be_confused(
     """SAMDirection for SAMMagnitude, element for global, and every other swap."""
     swaps = 0
     for claimed in ("SAM", "SAMDirection", "SAMMagnitude"):
-        for claimed_granularity in ops.GRANULARITIES:
+        for claimed_granularity in GRANULARITIES:
             if (claimed, claimed_granularity) == (cls.__name__, granularity):
                 continue
             run = conv_net_run(cls, {"granularity": granularity}, "momentum", backend)

@@ -1,8 +1,10 @@
-"""The build's switches, by configuring only; and what `python -m samkernels` says of the result."""
+"""The build's switches, by configuring only; what `python -m samkernels` says of the result; and
+versions that stand in several files. CI builds the packages (`make dist`)."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import samkernels
 from samkernels.backends import native
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +146,72 @@ message("${{archs}}")
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.strip() == expected
+
+
+def run_setup(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    build = ["build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "tree")]
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", *build],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_build_that_fails_names_the_way_without_the_core(tmp_path: Path) -> None:
+    result = run_setup(tmp_path, CXX=str(tmp_path / "no-compiler"))
+    assert result.returncode != 0
+    assert "the build of the compiled core failed" in result.stdout
+    assert "SAMKERNELS_CORE=OFF in the environment installs without the core" in result.stdout
+
+
+def test_without_the_core_nothing_is_compiled(tmp_path: Path) -> None:
+    result = run_setup(tmp_path, SAMKERNELS_CORE="OFF", CXX=str(tmp_path / "no-compiler"))
+    assert result.returncode == 0, result.stdout
+    assert not list(tmp_path.rglob("_C*"))
+
+
+def test_an_unknown_value_for_the_core_is_an_error(tmp_path: Path) -> None:
+    result = run_setup(tmp_path, SAMKERNELS_CORE="MAYBE")
+    assert result.returncode != 0
+    assert "SAMKERNELS_CORE is 'MAYBE': give ON or OFF." in result.stdout
+
+
+def test_an_installation_without_the_core_says_why_and_works(tmp_path: Path) -> None:
+    without = shutil.ignore_patterns("_C.*", "__pycache__")
+    shutil.copytree(ROOT / "samkernels", tmp_path / "samkernels", ignore=without)
+    # An editable installation would lend its core.
+    report = """
+import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
+runpy.run_module("samkernels", run_name="__main__")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", report],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search("^core: *none$", result.stdout, re.MULTILINE)
+    assert re.search("^native *cpu *no: .*SAMKERNELS_CORE=OFF", result.stdout, re.MULTILINE)
+    assert re.search("^auto *cpu *takes foreach$", result.stdout, re.MULTILINE)
+
+
+def test_the_formatters_of_pre_commit_are_those_of_the_extra() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pins = set(re.findall(r"\[([\w-]+==[\w.]+)\]", hooks))
+    assert {pin.partition("==")[0] for pin in pins} == {"ruff", "clang-format"}
+    extras = (ROOT / "pyproject.toml").read_text()
+    assert all(f'"{pin}"' in extras for pin in pins)
+
+
+def test_the_changelog_knows_the_version() -> None:
+    version = samkernels.__version__
+    heading = "## Unreleased\n" if ".dev" in version else f"## {version}: "
+    assert f"\n{heading}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_report_names_every_backend() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from samkernels import SGDHess
 from tests.optim_helpers import snapshot, unchanged
 from tests.recipes import (
     BLOCKS,
@@ -19,7 +21,10 @@ from tests.recipes import (
     assert_close,
     by_hand,
     execute,
+    import_quietly,
+    interrupt,
     loss_of,
+    optimizer_of,
     run,
     sam_of,
     weights,
@@ -216,6 +221,23 @@ def _(result: SimpleNamespace) -> None:
     assert_close(result, by_hand(make))
 
 
+@check("Other base optimizers 2")
+def _(result: SimpleNamespace) -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        group = {"params": model.parameters(), "sam_rho": 0.05}
+        return torch.optim.Adadelta([group], lr=1.0, eps=1e-3)
+
+    assert_close(result, by_hand(make))
+
+
+@check("SGDHess and attention")
+def _(result: SimpleNamespace) -> None:
+    """Without the math kernel there is an error, which names it."""
+    x, y = result.batches[0]
+    with pytest.raises(RuntimeError, match=r"sdpa_kernel\(torch.nn.attention.SDPBackend.MATH\)"):
+        result.optimizer.backward(result.loss_fn(result.model(x), y))
+
+
 @check("torch.compile")
 def _(result: SimpleNamespace) -> None:
     from torch._dynamo.utils import counters
@@ -278,12 +300,18 @@ def _(result: SimpleNamespace) -> None:
         assert_close(result, by_hand())
 
 
-@check("Lightning, automatic optimization")
+@check("Lightning")
 def _(result: SimpleNamespace) -> None:
     assert result.trainer.global_step == len(result.batches)
     assert result.model.network[1].num_batches_tracked == len(result.batches)
     assert sam_of(result).param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
     assert result.trainer.logged_metrics["loss"] < 0.5
+
+
+@check("LightningCLI")
+def _(result: SimpleNamespace) -> None:
+    assert type(sam_of(result)).__name__ == "SAMWithSGD"
+    assert_close(result, by_hand())
 
 
 @check("Lightning, manual optimization")
@@ -294,31 +322,107 @@ def _(result: SimpleNamespace) -> None:
 
 @check("Accelerate")
 def _(result: SimpleNamespace) -> None:
-    assert_close(result, by_hand())
+    assert_close(result, by_hand(accumulate=4))
+    assert not result.loss.requires_grad
 
 
 @check("Accelerate 2")
 def _(result: SimpleNamespace) -> None:
-    assert_close(result, by_hand(accumulate=4))
+    def clip(model: nn.Module) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    assert_close(result, by_hand(after_backward=clip))
 
 
 @check("Hugging Face Trainer")
 def _(result: SimpleNamespace) -> None:
     assert result.trainer.state.global_step == len(result.batches)
+    assert sam_of(result).param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+@check("fastai")
+def _(result: SimpleNamespace) -> None:
+    assert_close(result, by_hand())
+
+
+@check("Ignite")
+def _(result: SimpleNamespace) -> None:
+    assert_close(result, by_hand())
+
+
+@check("README")
+def _(result: SimpleNamespace) -> None:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+    assert_close(result, by_hand(make))
     assert result.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
 # -- the tests -------------------------------------------------------------------------------------
 
-NEEDS = {"Lightning": "lightning", "Accelerate": "accelerate", "Hugging": "transformers"}
+NEEDS = {
+    "Lightning": ["lightning"],
+    "LightningCLI": ["lightning", "jsonargparse"],
+    "Accelerate": ["accelerate"],
+    "Hugging": ["transformers"],
+    "fastai": ["fastai"],
+    "Ignite": ["ignite"],
+}
+# How often a pass computes the loss, where it is not once.
+PER_PASS = {
+    "Gradient accumulation": 4,
+    "Gradient accumulation 2": 4,
+    "m-sharpness on one device": 4,  # each of the four parts has its two passes
+    "Accelerate": 4,
+}
 
 
-def needed_by(name: str) -> str | None:
-    return NEEDS.get(name.split()[0].strip(","))
+def needed_by(name: str) -> list[str]:
+    return NEEDS.get(name.split()[0].strip(","), [])
 
 
-def named(name: str) -> Any:
-    return pytest.param(name, marks=[pytest.mark.frameworks] if needed_by(name) else [])
+def named(name: str, *values: int) -> Any:
+    return pytest.param(name, *values, marks=[pytest.mark.frameworks] if needed_by(name) else [])
+
+
+pytestmark = [
+    # What the frameworks say of themselves, of this page's data, and of a machine without a GPU.
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true"),
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended"),
+    pytest.mark.filterwarnings(
+        "ignore:.*assuming the intent is to (save|load) in a single process"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None
+) -> Iterator[None]:
+    """In a folder for what a snippet saves; and what the frameworks leave behind is undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+    before = signal.getsignal(signal.SIGINT)  # Lightning ignores it once it was interrupted
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def prepare(name: str) -> None:
+        for module in needed_by(name):
+            import_quietly(module)
+        if name == "torch.compile":
+            compile_ = torch.compile
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            # Takes a second instead of a minute, and guards alike.
+            monkeypatch.setattr(torch, "compile", lambda m: compile_(m, backend="aot_eager"))
+
+    return prepare
 
 
 def test_every_snippet_has_a_check_and_every_check_a_snippet() -> None:
@@ -326,24 +430,36 @@ def test_every_snippet_has_a_check_and_every_check_a_snippet() -> None:
     assert list(BLOCKS) == [SHARED, *CHECKS]
 
 
-@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("name", [named(name) for name in CHECKS])
-# What the frameworks say of themselves, of this page's data, and of a machine without a GPU.
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
-@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
-@pytest.mark.filterwarnings("ignore:.*assuming the intent is to (save|load) in a single process")
-def test_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(needed_by(name) or "torch")
-    monkeypatch.chdir(tmp_path)  # for what a snippet saves
-    if name == "torch.compile":
-        compile_ = torch.compile
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        # Takes a second instead of a minute, and guards alike.
-        monkeypatch.setattr(torch, "compile", lambda m: compile_(m, backend="aot_eager"))
+def test_recipe(name: str, prepare: Callable[[str], None]) -> None:
+    prepare(name)
     result = run(name)
     assert loss_of(run(SHARED).model, result.batches) > 1.2
     assert loss_of(result.model, result.batches) < 0.6
-    assert not sam_of(result).is_perturbed
+    assert isinstance(optimizer_of(result), SGDHess) or not sam_of(result).is_perturbed
     CHECKS[name](result)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        named(name, call)
+        for name in CHECKS
+        if name != "SGDHess and attention"  # which has one pass, and it at w
+        for call in range(2 * PER_PASS.get(name, 1))
+    ],
+)
+def test_recipe_is_interrupted_and_saves(
+    name: str, call: int, prepare: Callable[[str], None]
+) -> None:
+    """Ctrl-C in each pass of a step, in the third one: what is saved then is w."""
+    prepare(name)
+    per_pass = PER_PASS.get(name, 1)
+    start = 2 * 2 * per_pass + (24 if name == "From SGD to SAM" else 0)
+    result, seen = interrupt(name, start + call)
+    second = call % 2 == 1 if name.startswith("m-sharpness") else call >= per_pass
+    assert unchanged(seen[-1], seen[start]) == (not second)
+    torch.save(result.model.state_dict(), "model.pt")
+    saved = torch.load("model.pt")
+    assert unchanged([saved[n] for n, _ in result.model.named_parameters()], seen[start])
+    sam_of(result).state_dict()  # refused between the steps

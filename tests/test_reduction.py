@@ -35,35 +35,33 @@ def tensors(sizes: list[int], seed: int) -> list[Tensor]:
 
 def sums(name: str) -> list[Tensor]:
     x, y, w = (tensors(LISTS[name], seed) for seed in range(3))
-    compared = ops.compare(x, y, w, **EMULATED)
-    weighted, plain = ops.weighted_norms(x, w, **EMULATED)
-    return [
-        *ops.norms(x, **EMULATED), *weighted, *plain, *compared.second_norms, compared.sums
-    ]  # fmt: skip
+    forms = (
+        ops.dots(x, **EMULATED),
+        ops.dots(x, weights=w, **EMULATED),
+        ops.dots(x, y, **EMULATED),
+        ops.dots(x, y, w, **EMULATED),
+    )
+    return [found for form in forms for found in form]
 
 
 @pytest.mark.parametrize("name", LISTS)
 def test_sums(name: str) -> None:
-    x, y, w = ([t.double() for t in tensors(LISTS[name], seed)] for seed in range(3))
-    scaled = [(a.float() * b.float()).double() for a, b in zip(x, w, strict=True)]
-    expected = []
-    for of in (x, scaled, x, y):
-        per_tensor = torch.stack([t.square().sum() for t in of])
-        expected += [per_tensor.sum().sqrt(), per_tensor.sqrt()]
-    g1, g2, weights = torch.cat(x), torch.cat(y), torch.cat(w)
-    products = [g1 * g1, g2 * g2, g1 * g2, g2.abs() > g1.abs(), g1 * g2 > 0, weights * weights]
-    expected.append(torch.stack([p.double().sum() for p in products]))
-    found = sums(name)
-    for ours, theirs in zip(found[:-1], expected[:-1], strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=2**-23, atol=0)
-    torch.testing.assert_close(found[-1], expected[-1], rtol=1e-12, atol=1e-9)
+    x, y, w = (tensors(LISTS[name], seed) for seed in range(3))
+    expected = [
+        *ops.dots(x, backend="reference"),
+        *ops.dots(x, weights=w, backend="reference"),
+        *ops.dots(x, y, backend="reference"),
+        *ops.dots(x, y, w, backend="reference"),
+    ]
+    for ours, theirs in zip(sums(name), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-9)
 
 
 def test_a_tensor_of_more_chunks_than_a_block_has_threads() -> None:
     x = torch.randn(300 * CHUNK + 1)
-    found = ops.norms([x], **EMULATED)
-    for norm in (found.total, found.per_tensor[0]):
-        torch.testing.assert_close(norm.double(), x.double().norm(), rtol=2**-23, atol=0)
+    found = ops.dots([x], **EMULATED)
+    for square in (found.total[0], found.per_tensor[0, 0]):
+        torch.testing.assert_close(square, x.double().square().sum(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", ["one of several chunks", "chunks and none"])
@@ -80,7 +78,7 @@ def test_tables_of_empty_tensors_are_not_launched(name: str) -> None:
     tables = [sizes[i : i + room] for i in range(0, len(sizes), room)]
     core: Any = backends.get("emulated")
     core._C.take_launches()
-    ops.norms(tensors(sizes, 0), **EMULATED)
+    ops.dots(tensors(sizes, 0), **EMULATED)
     assert core._C.take_launches() == max(1, sum(any(table) for table in tables))
 
 
@@ -89,6 +87,6 @@ def test_tables_of_empty_tensors_are_not_launched(name: str) -> None:
 def test_signs_are_compared_as_products_are(value: float, other: float) -> None:
     """The kernel looks at signs where the definition has a product in double."""
     first, second = [torch.tensor([value])], [torch.tensor([other])]
-    found = ops.compare(first, second, first, **EMULATED).sums
-    expected = ops.compare(first, second, first, backend="reference").sums
+    found = ops.dots(first, second, first, **EMULATED).total
+    expected = ops.dots(first, second, first, backend="reference").total
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from samkernels import ops
+from samkernels.ops import Mix
 from tests.helpers import assert_same_bits, copies, unit_roundoff
 
 PRECISIONS = (torch.float32, torch.float64)
@@ -31,63 +32,67 @@ def perturbed(w: Tensor, g: Tensor, *, eps: float = 0.0, **options: Any) -> Tens
     return w
 
 
-def recombined(
-    g1: list[Tensor], g2: list[Tensor], *, eps: float = 0.0, **options: Any
+def mixed(
+    x: list[Tensor], y: list[Tensor] | None = None, *args: Any, **options: Any
 ) -> list[Tensor]:
-    u = copies(g2)
-    ops.recombine_(u, g1, eps=eps, backend="reference", **options)
+    u = copies(x)
+    ops.mix_(u, Mix(x, y, *args, **options), backend="reference")
     return u
 
 
-# Norms
+# Inner products
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_norms_by_hand(dtype: torch.dtype) -> None:
+def test_dots_of_one_list_by_hand(dtype: torch.dtype) -> None:
     tensors = [vector(3, 4, dtype=dtype), vector(12, dtype=dtype), vector(dtype=dtype)]
-    total, per_tensor = ops.norms(tensors, backend="reference")
-    assert total.shape == () and total.dtype is dtype
-    assert total.item() == 13
-    assert per_tensor.tolist() == [5, 12, 0]
+    total, per_tensor = ops.dots(tensors, backend="reference")
+    assert total.dtype is per_tensor.dtype is torch.float64
+    assert total.tolist() == [169]
+    assert per_tensor.tolist() == [[25], [144], [0]]
 
 
-def test_weighted_norms_by_hand() -> None:
+def test_dots_with_weights_by_hand() -> None:
     tensors, weights = [vector(3, 2), vector(6)], [vector(-1, 2), vector(-2)]
-    total, per_tensor = ops.norms(tensors, weights, backend="reference")
-    assert total.item() == 13
-    assert per_tensor.tolist() == [5, 12]
-    weighted, plain = ops.weighted_norms(tensors, weights, backend="reference")
-    assert weighted.per_tensor.tolist() == [5, 12]
-    torch.testing.assert_close(plain.per_tensor.square(), vector(13, 36))
-    assert plain.total.item() == 7
+    total, per_tensor = ops.dots(tensors, weights=weights, backend="reference")
+    assert per_tensor.tolist() == [[25, 13], [144, 36]]
+    assert total.tolist() == [169, 49]
+    shifted = ops.dots(tensors, weights=weights, eta=1.0, backend="reference")
+    assert shifted.per_tensor.tolist() == [[72, 13], [324, 36]]  # (2 * 3, 3 * 2), 3 * 6
+
+
+def test_dots_of_two_and_three_lists_by_hand() -> None:
+    x, y = [vector(3, -4), vector(0, 1)], [vector(4, 2), vector(5, 1)]
+    z = [vector(1, 2), vector(0, -3)]
+    total, per_tensor = ops.dots(x, y, backend="reference")
+    assert per_tensor.tolist() == [[25, 4, 20], [1, 1, 26]]
+    assert total.tolist() == [26, 5, 46]
+    total, per_tensor = ops.dots(x, y, z, backend="reference")
+    # |y| > |x|: 4, 5; same sign: 3 * 4, 1 * 1
+    assert per_tensor.tolist() == [[25, 4, 20, 5, 1, 1], [1, 1, 26, 9, 1, 1]]
+    assert total.tolist() == [26, 5, 46, 14, 2, 2]
 
 
 @pytest.mark.parametrize("n", [1, 10, 1000])
-def test_norm_of_the_first_integers(n: int) -> None:
-    total = ops.norms([torch.arange(1.0, n + 1)], backend="reference").total
-    assert_close(total / math.sqrt(n * (n + 1) * (2 * n + 1) / 6), torch.tensor(1.0))
+def test_squares_of_the_first_integers(n: int) -> None:
+    total = ops.dots([torch.arange(1.0, n + 1)], backend="reference").total
+    assert total.item() == n * (n + 1) * (2 * n + 1) // 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_norms_of_half_precision_are_float32(dtype: torch.dtype) -> None:
-    total, per_tensor = ops.norms([torch.full((10000,), 60000.0, dtype=dtype)], backend="reference")
-    assert total.dtype is per_tensor.dtype is torch.float32
+def test_squares_of_half_precision_do_not_overflow(dtype: torch.dtype) -> None:
+    total = ops.dots([torch.full((10000,), 60000.0, dtype=dtype)], backend="reference").total
     value = torch.tensor(60000.0, dtype=dtype).item()  # 59904 in bfloat16
-    assert total.item() == 100 * value
+    assert total.item() == 10000 * value * value
 
 
-def test_total_norm() -> None:
-    assert ops.total_norm([torch.tensor(3.0), torch.tensor(4.0)]).item() == 5
+def test_total_of_parts() -> None:
+    assert ops.total_of([torch.tensor(9.0), torch.tensor(16.0)]).item() == 25
+    assert ops.total_of([vector(1, 2), vector(3, 4)]).tolist() == [4, 6]
     only = torch.tensor(2.0)
-    assert ops.total_norm([only]) is only
+    assert ops.total_of([only]) is only
     with pytest.raises(ValueError, match="parts is empty"):
-        ops.total_norm([])
-
-
-@pytest.mark.parametrize("part", [1e25, 1e-25])
-def test_total_norm_neither_overflows_nor_underflows(part: float) -> None:
-    total = ops.total_norm([torch.tensor(3 * part), torch.tensor(4 * part)])
-    assert_close(total / (5 * part), torch.tensor(1.0))
+        ops.total_of([])
 
 
 # Perturbation
@@ -104,8 +109,10 @@ def test_total_norm_neither_overflows_nor_underflows(part: float) -> None:
         # eps counts: e = 0.5 * g / (5 + 5)
         ((1, 2), (3, 4), {"rho": 0.5, "eps": 5}, (1.15, 2.2)),
         # norm(|w| g) = norm(3, 4) = 5, e = 0.5 * w^2 g / 5 = 0.1 * (3, 8)
-        ((-1, 2), (3, 2), {"rho": 0.5, "adaptive": True}, (-0.7, 2.8)),
-        ((-1, 2), (3, 2), {"rho": 0.5, "adaptive": True, "maximize": True}, (-1.3, 1.2)),
+        ((-1, 2), (3, 2), {"rho": 0.5, "eta": 0.0}, (-0.7, 2.8)),
+        ((-1, 2), (3, 2), {"rho": 0.5, "eta": 0.0, "maximize": True}, (-1.3, 1.2)),
+        # T = (2, 3), norm(T g) = norm(3, 4) = 5, e = 0.5 * T^2 g / 5 = 0.1 * (6, 12)
+        ((-1, 2), (1.5, 4 / 3), {"rho": 0.5, "eta": 1.0}, (-0.4, 3.2)),
     ],
 )
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -125,39 +132,54 @@ def test_perturbation_takes_one_norm_over_all_tensors_and_saves_the_weights() ->
     params, grads = [vector(1, 2), vector(0.5)], [vector(3, 4), vector(12)]
     old_params = [torch.zeros_like(p) for p in params]
     before = copies(params)
-    norm = ops.perturb_(params, grads, old_params, rho=1.3, eps=0, backend="reference")
-    assert norm.item() == 13
+    square = ops.perturb_(params, grads, old_params, rho=1.3, eps=0, backend="reference")
+    assert square.item() == 169
     assert_close(params[0], vector(1.3, 2.4))
     assert_close(params[1], vector(1.7))
     assert_same_bits(old_params, before)
 
 
-def test_perturbation_with_a_known_norm() -> None:
+def test_perturbation_with_a_known_square() -> None:
     # As if other tensors had added to the norm: e = 0.5 * g / 10.
-    norm = torch.tensor(10.0, dtype=torch.float64)
-    assert_close(perturbed(vector(1, 2), vector(3, 4), rho=0.5, norm=norm), vector(1.15, 2.2))
+    square = torch.tensor(100.0, dtype=torch.float64)
+    assert_close(perturbed(vector(1, 2), vector(3, 4), rho=0.5, square=square), vector(1.15, 2.2))
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_perturbation_lies_on_the_sphere_of_radius_rho(adaptive: bool) -> None:
+def test_perturbation_with_a_norm_and_a_radius_for_each_tensor() -> None:
+    params, direction = [vector(1, 2), vector(1), vector(5)], [vector(3, 4), vector(2), vector(1)]
+    ops.perturb_(
+        params,
+        direction,
+        copies(params),
+        rho=vector(0.5, 6, 1),
+        square=vector(25, 9, 0),
+        eps=0,
+        backend="reference",
+    )
+    for p, expected in zip(params, (vector(1.3, 2.4), vector(5), vector(5)), strict=True):
+        assert_close(p, expected)
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 0.1])
+def test_perturbation_lies_on_the_sphere_of_radius_rho(eta: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     w, g = torch.randn(2, 1000, generator=generator, dtype=torch.float64)
-    e = perturbed(w, g, rho=0.05, adaptive=adaptive) - w
-    # ||e / s|| = rho. The difference above cancels: its error is that of w.
-    length = torch.linalg.vector_norm(e / w.abs() if adaptive else e)
+    e = perturbed(w, g, rho=0.05, eta=eta) - w
+    # ||e / T|| = rho. The difference above cancels: its error is that of w.
+    length = torch.linalg.vector_norm(e if eta is None else e / (w.abs() + eta))
     assert abs(length.item() - 0.05) < 1000 * unit_roundoff(torch.float64)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("eta", [None, 0.0, 0.1])
 @pytest.mark.parametrize("gradient", [0.0, math.inf, -math.inf, math.nan])
-def test_no_direction_no_perturbation(gradient: float, adaptive: bool) -> None:
+def test_no_direction_no_perturbation(gradient: float, eta: float | None) -> None:
     w = vector(-0.0, 1.5, -2.0, math.nan)
     g = vector(gradient, 0.0, 0.0, 0.0)
-    if adaptive:
+    if eta is not None:
         w[0] = 1.0  # inf * 0 is nan as well, but 0.0 would not be zero
     old = torch.empty_like(w)
     before = w.clone()
-    ops.perturb_([w], [g], [old], rho=0.5, adaptive=adaptive, backend="reference")
+    ops.perturb_([w], [g], [old], rho=0.5, eta=eta, backend="reference")
     assert_same_bits([w, old], [before, before])
 
 
@@ -167,88 +189,66 @@ def test_restore() -> None:
     assert_same_bits([w], [old])
 
 
-# Recombination
+# Mixes
 
 G1, G2 = vector(3, -4, 0, 5, 0), vector(-1, 2, 7, 0, 0)
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"),
+    ("function", "a", "b", "expected"),
     [
-        ("sam", (-1, 2, 7, 0, 0)),
-        ("samdirection", (-3, 4, 0, 0, 0)),  # |g1| * sign(g2)
-        ("sammagnitude", (1, -2, 0, 0, 0)),  # |g2| * sign(g1)
+        ("linear", 1.0, 1.0, (2, -2, 7, 5, 0)),
+        ("linear", -2.0, 0.5, (-6.5, 9, 3.5, -10, 0)),
+        ("sign", 1.0, 1.0, (-3, 4, 0, 0, 0)),  # |x| * sign(y)
+        ("sign", -0.5, 1.0, (1.5, -2, 0, 0, 0)),
+        ("product", 0.5, 1.0, (-1.5, -4, 0, 0, 0)),
+        ("damp", 0.5, 1.0, (3, -4, 0, 5, 0)),
     ],
 )
-def test_element_rules_by_hand(rule: str, expected: tuple[float, ...]) -> None:
-    assert torch.equal(recombined([G1], [G2], rule=rule)[0], vector(*expected))
+def test_mixes_by_hand(function: str, a: float, b: float, expected: tuple[float, ...]) -> None:
+    assert torch.equal(mixed([G1], [G2], a, b, function)[0], vector(*expected))
 
 
-FIRST = [vector(3, 4), vector(6, -8)]  # norms 5 and 10
-SECOND = [vector(-5, 12), vector(0, 20)]  # norms 13 and 20
+def test_a_mix_of_one_list_by_hand() -> None:
+    assert torch.equal(mixed([G1])[0], G1)
+    assert torch.equal(mixed([G1], None, -2.0)[0], -2 * G1)
 
 
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        ("sam", SECOND),
-        ("samdirection", [SECOND[0] * 5 / 13, SECOND[1] * 10 / 20]),
-        ("sammagnitude", [FIRST[0] * 13 / 5, FIRST[1] * 20 / 10]),
-    ],
-)
-def test_tensor_rules_by_hand(rule: str, expected: list[Tensor]) -> None:
-    for u, e in zip(
-        recombined(FIRST, SECOND, rule=rule, granularity="tensor"), expected, strict=True
-    ):
-        assert_close(u, e)
+def test_damping_by_hand() -> None:
+    """Where y is larger than x, and of its sign."""
+    x, y = vector(1, 1, 1, -1, -1, 0, 2, math.inf), vector(2, 0.5, -2, -2, 2, 5, 0, math.inf)
+    assert_close(
+        mixed([x[:7]], [y[:7]], 0.25, function="damp")[0], vector(0.25, 1, 1, -0.25, -1, 0, 2)
+    )
+    assert mixed([x[7:]], [y[7:]], 0.25, function="damp")[0].item() == math.inf  # inf / inf is nan
+    # 1e-8 has a sign: it is added to y, not to |y|.
+    y = vector(-1e-8, 1e-8)
+    u = mixed([vector(-1e-9, 1e-9)], [y], 0.5, function="damp")[0]
+    assert u.tolist() == [-1e-9, 0.5e-9]
 
 
-@pytest.mark.parametrize("rule", ops.RULES)
-def test_global_rules_by_hand(rule: str) -> None:
-    n1, n2 = math.sqrt(5**2 + 10**2), math.sqrt(13**2 + 20**2)
-    expected = {
-        "sam": SECOND,
-        "samdirection": [n1 / n2 * g for g in SECOND],
-        "sammagnitude": [n2 / n1 * g for g in FIRST],
-    }[rule]
-    for u, e in zip(
-        recombined(FIRST, SECOND, rule=rule, granularity="global"), expected, strict=True
-    ):
-        assert_close(u, e)
+def test_numbers_of_each_tensor_by_hand() -> None:
+    x, y = [vector(3, 4), vector(6, -8)], [vector(-5, 12), vector(0, 20)]
+    u = mixed(x, y, vector(2, -1), vector(1, 0.5))
+    assert torch.equal(u[0], vector(1, 20))
+    assert torch.equal(u[1], vector(-6, 18))
+    halves = mixed(x, y, torch.tensor(2.0).double(), vector(1, 0.5), divisor=vector(4).squeeze())
+    assert torch.equal(halves[0], vector(0.25, 5))
+    assert torch.equal(halves[1], vector(3, -1.5))
 
 
-@pytest.mark.parametrize(
-    ("granularity", "first_norm", "second_norm"),
-    [("global", torch.tensor(2.0), torch.tensor(4.0)), ("tensor", vector(2, 6), vector(4, 3))],
-)
-def test_known_norms_are_used(granularity: str, first_norm: Tensor, second_norm: Tensor) -> None:
-    norms = {"first_norm": first_norm.double(), "second_norm": second_norm.double()}
-    u = recombined(FIRST, SECOND, rule="samdirection", granularity=granularity, **norms)
-    ratios = torch.broadcast_to(first_norm / second_norm, (2,))
-    assert_close(u[0], SECOND[0] * ratios[0])
-    assert_close(u[1], SECOND[1] * ratios[1])
+@pytest.mark.parametrize("function", ["linear", "sign", "damp", "product"])
+def test_a_mix_is_divided(function: str) -> None:
+    divisor = torch.tensor(4.0, dtype=torch.float64)
+    whole = mixed([G1], [G2], 0.5, function=function)[0]
+    assert torch.equal(mixed([G1], [G2], 0.5, function=function, divisor=divisor)[0], whole / 4)
 
 
-def test_eps_of_the_recombination_is_added_to_the_norm_that_divides() -> None:
-    options = {"granularity": "tensor", "eps": 7.0}
-    u = recombined([vector(3, 4)], [vector(5, 12)], rule="samdirection", **options)
-    assert_close(u[0], vector(5, 12) * 5 / 20)
-    u = recombined([vector(3, 4)], [vector(5, 12)], rule="sammagnitude", **options)
-    assert_close(u[0], vector(3, 4) * 13 / 12)
-
-
-@pytest.mark.parametrize("granularity", ops.GRANULARITIES)
-@pytest.mark.parametrize("rule", ops.RULES)
-def test_zero_gradients_recombine_to_zero(rule: str, granularity: str) -> None:
-    zero = torch.zeros(3, dtype=torch.float64)
-    u = recombined([zero], [zero], rule=rule, granularity=granularity, eps=1e-12)
-    assert torch.equal(u[0], zero)
-
-
-@pytest.mark.parametrize("rule", ops.RULES)
-def test_recombination_of_a_skipped_step_is_zero(rule: str) -> None:
-    norm = torch.tensor(math.inf, dtype=torch.float64)
-    u = recombined([vector(1, math.nan)], [vector(math.nan, 2)], rule=rule, ascent_norm=norm)
+@pytest.mark.parametrize("function", ["linear", "sign", "damp", "product"])
+@pytest.mark.parametrize("guard", [{"ascent_square": math.inf}, {"found_inf": 1.0}])
+def test_the_mix_of_a_skipped_step_is_zero(function: str, guard: dict[str, float]) -> None:
+    guards = {name: torch.tensor(value).double() for name, value in guard.items()}
+    u = mixed([vector(1, math.nan)], [vector(math.nan, 2)], function=function, **guards)
     assert torch.equal(u[0], torch.zeros_like(u[0]))
 
 
@@ -261,7 +261,7 @@ def test_sgd_by_hand() -> None:
     ops.sgd_(
         [perturbed_w],
         [w],
-        [g],
+        Mix([g]),
         [buffer],
         lr=0.1,
         momentum=0.5,
@@ -305,7 +305,7 @@ def test_sgd_follows_torch_optim_sgd(options: dict[str, Any], dtype: torch.dtype
         ops.sgd_(
             params,
             old_params,
-            grads,
+            Mix(grads),
             buffers if "momentum" in options else None,
             lr=0.1,
             init_momentum=step == 0,
@@ -328,7 +328,7 @@ def test_adam_by_hand(decoupled: bool) -> None:
     ops.adam_(
         [perturbed_w],
         [w],
-        [vector(2, 3)],
+        Mix([vector(2, 3)]),
         [m],
         [v],
         steps,
@@ -355,7 +355,7 @@ def test_the_first_step_of_adam_by_hand() -> None:
     """lr * sign(g), up to eps; eps counts where the gradient is as small."""
     w, g = vector(1, 1, 1, 1), vector(3, -1e-3, 1e-8, 0)
     state = [torch.zeros_like(w)], [torch.zeros_like(w)], [torch.tensor(0.0)]
-    ops.adam_([w], [w], [g], *state, lr=0.5, eps=1e-8, backend="reference")
+    ops.adam_([w], [w], Mix([g]), *state, lr=0.5, eps=1e-8, backend="reference")
     assert_close(w, vector(1 - 0.5 / (1 + 1e-8 / 3), 1 + 0.5 / (1 + 1e-5), 0.75, 1))
 
 
@@ -393,7 +393,7 @@ def test_adam_follows_torch_optim_adam(
         for parameter, grad in zip(theirs, grads, strict=True):
             parameter.grad = grad.clone()
         optimizer.step()
-        lists = (params, old_params, grads, m, v, counts)
+        lists = (params, old_params, Mix(grads), m, v, counts)
         options_ = {**options, "decoupled_weight_decay": decoupled}
         ops.adam_(*lists, lr=0.1, backend="reference", **options_)
         old_params = copies(params)
@@ -405,42 +405,40 @@ def test_adam_follows_torch_optim_adam(
             assert counts[i].item() == state["step"].item() == step + 1
 
 
-@pytest.mark.parametrize("norm", [math.inf, math.nan])
-def test_a_step_of_adam_with_a_non_finite_norm_is_skipped(norm: float) -> None:
+@pytest.mark.parametrize("square", [math.inf, math.nan])
+def test_a_step_of_adam_with_a_non_finite_square_is_skipped(square: float) -> None:
     old, m, v = vector(-0.0, math.nan, 3), vector(-0.0, 1, 2), vector(0, 1, 2)
     params, count = vector(7, 8, 9), torch.tensor(4.0)
     before = copies([old, m, v, count])
     ops.adam_(
         [params],
         [old],
-        [vector(math.nan, 1, math.inf)],
+        Mix([vector(math.nan, 1, math.inf)], ascent_square=torch.tensor(square).double()),
         [m],
         [v],
         [count],
         lr=0.1,
         weight_decay=0.1,
-        ascent_norm=torch.tensor(norm, dtype=torch.float64),
         backend="reference",
     )
     assert_same_bits([params, m, v, count], before)
 
 
-@pytest.mark.parametrize("norm", [math.inf, math.nan])
+@pytest.mark.parametrize("square", [math.inf, math.nan])
 @pytest.mark.parametrize("init_momentum", [False, True])
-def test_a_step_with_a_non_finite_norm_is_skipped(norm: float, init_momentum: bool) -> None:
+def test_a_step_with_a_non_finite_square_is_skipped(square: float, init_momentum: bool) -> None:
     old, buffer = vector(-0.0, math.nan, 3), vector(-0.0, 1, 2)
     params = vector(7, 8, 9)
     before = copies([old, buffer])
     ops.sgd_(
         [params],
         [old],
-        [vector(math.nan, 1, math.inf)],
+        Mix([vector(math.nan, 1, math.inf)], ascent_square=torch.tensor(square).double()),
         [buffer],
         lr=0.1,
         momentum=0.9,
         weight_decay=0.1,
         init_momentum=init_momentum,
-        ascent_norm=torch.tensor(norm, dtype=torch.float64),
         backend="reference",
     )
     assert_same_bits([params, old], [before[0], before[0]])
@@ -448,33 +446,22 @@ def test_a_step_with_a_non_finite_norm_is_skipped(norm: float, init_momentum: bo
     assert_same_bits([buffer], [expected])
 
 
-def test_sgd_with_element_rules_by_hand() -> None:
-    for rule, u in (("samdirection", (-3, 4, 0, 0, 0)), ("sammagnitude", (1, -2, 0, 0, 0))):
+def test_sgd_with_a_mix_by_hand() -> None:
+    for function, u in (("linear", (2, -2, 7, 5, 0)), ("sign", (-3, 4, 0, 0, 0))):
         w = torch.ones_like(G1)
-        ops.sgd_([w], [w], [G2], lr=0.5, rule=rule, first_grads=[G1], backend="reference")
+        ops.sgd_([w], [w], Mix([G1], [G2], function=function), lr=0.5, backend="reference")
         assert torch.equal(w, 1 - 0.5 * vector(*u))
 
 
-# Comparison and statistics
-
-
-def test_comparison_by_hand() -> None:
-    g1, g2 = [vector(3, -4), vector(0, 1)], [vector(4, 2), vector(5, 1)]
-    weights = [vector(1, 2), vector(0, -3)]
-    sums, numel, second_norms = ops.compare(g1, g2, weights, backend="reference")
-    assert numel == 4
-    torch.testing.assert_close(second_norms.per_tensor, vector(20, 26).sqrt())
-    torch.testing.assert_close(second_norms.total, torch.tensor(46.0, dtype=torch.float64).sqrt())
-    assert sums.dtype is torch.float64
-    assert sums.tolist() == [26, 46, 5, 2, 2, 14]  # |g2| > |g1|: 4, 5; same sign: 3*4, 1*1
+# Statistics
 
 
 def test_statistics_over_two_lists_by_hand() -> None:
-    comparisons = [
-        ops.compare([vector(3)], [vector(4)], [vector(-6)], backend="reference"),
-        ops.compare([vector(4)], [vector(-3)], [vector(8)], backend="reference"),
+    measured = [
+        ops.dots([vector(3)], [vector(4)], [vector(-6)], backend="reference"),
+        ops.dots([vector(4)], [vector(-3)], [vector(8)], backend="reference"),
     ]
-    statistics = ops.gradient_statistics(comparisons)
+    statistics = ops.gradient_statistics(measured, numel=2)
     assert all(value.shape == () and value.dtype is torch.float32 for value in statistics)
     assert statistics._asdict() == {
         "first_grad_norm": 5,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from samkernels import SAM, SAMDirection, SAMMagnitude, SGDHess, backends, ops
+from samkernels.ops import Mix
 from tests.helpers import CHANNELS_LAST, CHUNK_SIZE, Slot, make_list
 
 SLOTS = [Slot((n,)) for n in (1, 5, 512, CHUNK_SIZE - 1, CHUNK_SIZE + 7)]
@@ -21,14 +22,17 @@ OPTIONS: dict[str, Any] = {"backend": "emulated"}
 Lists = list[list[Tensor]]
 
 
-def sgd(rule: str, **options: Any) -> Callable[..., None]:
-    def run(
-        w: list[Tensor], old: list[Tensor], g1: list[Tensor], g2: list[Tensor], buf: Any, _: Any
-    ) -> None:
-        first_grads = None if rule == "sam" else g1
-        ops.sgd_(w, old, g2, buf, lr=0.1, rule=rule, first_grads=first_grads, **options, **OPTIONS)
+def mix_of(name: str, g1: list[Tensor], g2: list[Tensor]) -> Mix:
+    """u = g2 by SAM, |g1| sign(g2) by SAMDirection, g2 + g1 by "linear"."""
+    if name == "sam":
+        return Mix(g2)
+    return Mix(g1, g2, function="sign") if name == "sign" else Mix(g2, g1)
 
-    return run
+
+def sgd(mix: str, **options: Any) -> Callable[..., None]:
+    return lambda w, old, g1, g2, buf, _: ops.sgd_(
+        w, old, mix_of(mix, g1, g2), buf, lr=0.1, **options, **OPTIONS
+    )
 
 
 def sgd_hess(**options: Any) -> Callable[..., None]:
@@ -37,51 +41,57 @@ def sgd_hess(**options: Any) -> Callable[..., None]:
     )
 
 
-def adam(rule: str, **options: Any) -> Callable[..., None]:
+def adam(mix: str, found_inf: Tensor | None = None, **options: Any) -> Callable[..., None]:
     def run(w: list[Tensor], old: list[Tensor], g1: Any, g2: Any, m: Any, v: Any) -> None:
-        first_grads = None if rule == "sam" else g1
         torch._foreach_abs_(v)
         steps = [torch.zeros(()) for _ in w]
-        options_ = {"rule": rule, "first_grads": first_grads, **options, **OPTIONS}
-        ops.adam_(w, old, g2, m, v, steps, lr=0.1, **options_)
+        given = mix_of(mix, g1, g2)._replace(found_inf=found_inf)
+        ops.adam_(w, old, given, m, v, steps, lr=0.1, **options, **OPTIONS)
 
     return run
 
 
-def norms(adaptive: bool) -> Callable[..., Any]:
-    return lambda w, old, g1, *_: ops.norms(g1, w if adaptive else None, **OPTIONS)
+def perturb(**options: Any) -> Callable[..., Any]:
+    square = torch.tensor(4.0, dtype=torch.float64)
+    return lambda w, old, g1, *_: ops.perturb_(w, g1, old, rho=0.1, square=square, **options)
 
 
-def perturb(w: list[Tensor], old: list[Tensor], g1: list[Tensor], *_: Any) -> None:
-    ops.perturb_(w, g1, old, rho=0.1, norm=torch.tensor(2.0), **OPTIONS)
+def mix(name: str) -> Callable[..., Any]:
+    return lambda w, old, g1, g2, *_: ops.mix_(g2, mix_of(name, g1, g2), **OPTIONS)
 
 
-def recombine(rule: str) -> Callable[..., Any]:
-    return lambda w, old, g1, g2, *_: ops.recombine_(g2, g1, rule=rule, **OPTIONS)
+def kept(w: Any, old: Any, g1: list[Tensor], g2: list[Tensor], *_: Any) -> None:
+    skipped = mix_of("linear", g1, g2)._replace(found_inf=torch.tensor(1.0))
+    ops.mix_(g2, skipped, keeps=True, **OPTIONS)
 
 
 MOMENTUM = {"momentum": 0.9, "weight_decay": 0.1}
 # fp32 elements read and written per parameter.
 TRAFFIC: dict[str, tuple[Callable[..., Any], int, int]] = {
-    "norms": (norms(adaptive=False), 1, 0),
-    "norms, adaptive": (norms(adaptive=True), 2, 0),
-    "perturb": (perturb, 2, 2),
+    "dots": (lambda w, old, g1, *_: ops.dots(g1, **OPTIONS), 1, 0),
+    "dots, weights": (lambda w, old, g1, *_: ops.dots(g1, weights=w, **OPTIONS), 2, 0),
+    "dots, two lists": (lambda w, old, g1, g2, *_: ops.dots(g1, g2, **OPTIONS), 2, 0),
+    "dots, three lists": (lambda w, old, g1, g2, *_: ops.dots(g1, g2, w, **OPTIONS), 3, 0),
+    "perturb": (perturb(**OPTIONS), 2, 2),
+    "perturb, saved": (perturb(saves=False, **OPTIONS), 2, 1),
     "restore": (lambda w, old, *_: ops.restore_(w, old, **OPTIONS), 1, 1),
     "sgd": (sgd("sam", **MOMENTUM), 3, 2),
-    "sgd, first step": (sgd("sam", init_momentum=True, **MOMENTUM), 2, 2),
+    "sgd, first step": (sgd("sam", init_momentum=True, **MOMENTUM), 3, 2),
     "sgd, no momentum": (sgd("sam"), 2, 1),
-    "sgd, samdirection": (sgd("samdirection", **MOMENTUM), 4, 2),
-    "sgd, sammagnitude": (sgd("sammagnitude", **MOMENTUM), 4, 2),
+    "sgd, sign": (sgd("sign", **MOMENTUM), 4, 2),
+    "sgd, linear": (sgd("linear", **MOMENTUM), 4, 2),
     "adam": (adam("sam", weight_decay=0.1), 4, 3),
     "adam, decoupled": (adam("sam", weight_decay=0.1, decoupled_weight_decay=True), 4, 3),
-    "adam, samdirection": (adam("samdirection"), 5, 3),
-    "adam, sammagnitude": (adam("sammagnitude"), 5, 3),
+    "adam, sign": (adam("sign"), 5, 3),
+    "adam, linear": (adam("linear"), 5, 3),
     "adam, skipped": (adam("sam", found_inf=torch.tensor(1.0)), 1, 1),
-    "recombine, samdirection": (recombine("samdirection"), 2, 1),
+    "mix": (mix("sam"), 1, 1),
+    "mix, sign": (mix("sign"), 2, 1),
+    "mix, linear": (mix("linear"), 2, 1),
+    "mix, skipped and kept": (kept, 0, 0),
     "sgd_hess": (sgd_hess(**MOMENTUM), 4, 2),
     "sgd_hess, first step": (sgd_hess(init_momentum=True, **MOMENTUM), 3, 2),
     "sgd_hess, no momentum": (sgd_hess(), 3, 1),
-    "compare": (lambda w, old, g1, g2, *_: ops.compare(g1, g2, w, **OPTIONS), 3, 0),
 }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -15,7 +14,10 @@ import torch
 from torch import Tensor
 
 from samkernels import backends, ops
-from samkernels.backends import AdamOptions, Recombination, SgdOptions, foreach, native, triton
+from samkernels.backends import AdamOptions, Mix, SgdOptions, foreach, native, triton
+from samkernels.backends.contract import FUNCTIONS
+from samkernels.backends.triton import availability, launching, tables
+from samkernels.backends.triton.availability import load_kernels
 from tests import compiled
 from tests.helpers import Slot, assert_same_bits, copies, make_list
 from tests.test_backends import run_python
@@ -68,40 +70,45 @@ class Lists:
         self.w, self.g1, self.g2, self.old, self.buffer, self.squares = (
             tensors(dtype) for _ in range(6)
         )
-        self.norm, self.norms = torch.ones(()), torch.ones(2)
+        self.number, self.numbers = torch.ones(()), torch.ones(2)
+        self.square = torch.ones((), dtype=torch.float64)
         self.steps = [torch.zeros(()), torch.zeros((), dtype=torch.float64)]
         # With all that makes the arithmetic longer.
-        checks = {"ascent_norm": self.norm, "grad_scale": self.norm, "found_inf": self.norm}
-        self.rules = {
-            "plain": Recombination(self.g2, **checks),
-            "signed": Recombination(self.g1, self.g2, **checks),
-            "scaled": Recombination(self.g1, None, self.norms, self.norms, **checks),
-        }
+        of_each: dict[str, Any] = {"a": self.numbers, "b": self.numbers, "divisor": self.number}
+        of_each |= {"ascent_square": self.square, "found_inf": self.number}
+        self.mixes = {"x": Mix(self.g2, **of_each)}
+        for function in FUNCTIONS:
+            self.mixes[function] = Mix(self.g1, self.g2, function=function, **of_each)
         self.calls: dict[str, tuple[Callable[[], Any], int, int]] = {
-            "norms": (lambda: triton.norms(self.g1), 1, 0),
-            "norms, weighted": (lambda: triton.weighted_norms(self.g1, self.w), 2, 0),
-            "compare": (lambda: triton.compare(self.g1, self.g2, self.w), 3, 0),
+            "dots, x": (lambda: triton.dots([self.g1]), 1, 0),
+            "dots, weights": (lambda: triton.dots([self.g1], self.w, 0.1), 2, 0),
+            "dots, xy": (lambda: triton.dots([self.g1, self.g2]), 2, 0),
+            "dots, xyz": (lambda: triton.dots([self.g1, self.g2, self.w]), 3, 0),
             "restore": (lambda: triton.restore_(self.w, self.old), 1, 1),
-            "perturb": (lambda: self.perturb(0.1, False), 2, 2),
-            "perturb, adaptive": (lambda: self.perturb(self.norm, True), 2, 2),
-            "perturb, at random": (lambda: self.perturb(0.1, False, at_random=True), 2, 2),
+            "perturb": (lambda: self.perturb(0.1), 2, 2),
+            "perturb, eta": (lambda: self.perturb(self.number, eta=0.1), 2, 2),
+            "perturb, of each": (lambda: self.perturb(self.numbers, per_tensor=True), 2, 2),
+            "perturb, saved": (lambda: self.perturb(0.1, eta=0.1, saves=False), 2, 1),
+            "perturb, at random": (lambda: self.perturb(0.1, at_random=True), 2, 2),
         }
-        for name, rule in self.rules.items():
-            reads = 1 + (name == "signed")
-            self.calls[f"recombine, {name}"] = (self.recombine(rule), reads, 1)
-            self.calls[f"sgd, {name}"] = (self.sgd(rule, None), reads + 1, 1)
-            self.calls[f"sgd, {name}, init"] = (self.sgd(rule, True), reads + 1, 2)
-            self.calls[f"sgd, {name}, running"] = (self.sgd(rule, False), reads + 2, 2)
-            self.calls[f"adam, {name}"] = (self.adam(rule, True), reads + 3, 3)
-            self.calls[f"adam, {name}, decay"] = (self.adam(rule, False), reads + 3, 3)
+        for name, mix in self.mixes.items():
+            reads = 1 + (name != "x")
+            self.calls[f"mix, {name}"] = (self.mix(mix), reads, 1)
+            self.calls[f"sgd, {name}"] = (self.sgd(mix, None), reads + 1, 1)
+            self.calls[f"sgd, {name}, init"] = (self.sgd(mix, True), reads + 1, 2)
+            self.calls[f"sgd, {name}, running"] = (self.sgd(mix, False), reads + 2, 2)
+            self.calls[f"adam, {name}"] = (self.adam(mix, True), reads + 3, 3)
+            self.calls[f"adam, {name}, decay"] = (self.adam(mix, False), reads + 3, 3)
 
         for name, init in (("", None), (", init", True), (", running", False)):
             writes = 1 if init is None else 2
             self.calls[f"sgd_hess{name}"] = (self.sgd_hess(init), 3 + (init is False), writes)
 
-        bare = Recombination(self.g2, None, self.norm, self.norm)
-        options = sgd_options(lr=self.norm, weight_decay=0.0, nesterov=False)
-        self.calls["recombine, bare"] = (self.recombine(bare), 1, 1)
+        bare = Mix(self.g2)
+        options = sgd_options(
+            lr=self.number, weight_decay=0.0, nesterov=False, one_minus_dampening=self.number
+        )
+        self.calls["mix, bare"] = (self.mix(bare), 1, 1)
         self.calls["sgd, bare"] = (
             lambda: triton.sgd_(self.w, self.old, self.buffer, bare, options),
             3,
@@ -109,24 +116,40 @@ class Lists:
         )
 
     def perturb(
-        self, rho: Any, adaptive: bool, journal: list[bool] | None = None, at_random: bool = False
+        self,
+        rho: Any,
+        *,
+        eta: float | None = None,
+        journal: list[bool] | None = None,
+        at_random: bool = False,
+        per_tensor: bool = False,
+        saves: bool = True,
     ) -> None:
-        options: dict[str, Any] = {"adaptive": adaptive, "eps": 1e-12, "journal": journal}
-        options["rounds_at_random"] = at_random
-        triton.perturb_(self.w, self.g1, self.old, norm=self.norm, rho=rho, **options)
+        triton.perturb_(
+            self.w,
+            self.g1,
+            self.old,
+            square=self.square.expand(2) if per_tensor else self.square,
+            rho=rho,
+            eta=eta,
+            eps=1e-12,
+            rounds_at_random=at_random,
+            journal=journal,
+            saves=saves,
+        )
 
-    def recombine(self, rule: Recombination) -> Callable[[], None]:
-        return lambda: triton.recombine_(self.g2, rule)
+    def mix(self, mix: Mix) -> Callable[[], None]:
+        return lambda: triton.mix_(self.g2, mix)
 
-    def adam(self, rule: Recombination, decoupled: bool) -> Callable[[], None]:
-        options = adam_options(decoupled=decoupled, lr=self.norm if decoupled else 0.1)
+    def adam(self, mix: Mix, decoupled: bool) -> Callable[[], None]:
+        options = adam_options(decoupled=decoupled, lr=self.number if decoupled else 0.1)
         lists = (self.w, self.old, self.buffer, self.squares, self.steps)
-        return lambda: triton.adam_(*lists, rule, options)
+        return lambda: triton.adam_(*lists, mix, options)
 
-    def sgd(self, rule: Recombination, init: bool | None) -> Callable[[], None]:
+    def sgd(self, mix: Mix, init: bool | None) -> Callable[[], None]:
         buffer = None if init is None else self.buffer
         options = sgd_options(nesterov=init is not None, init_momentum=init is True)
-        return lambda: triton.sgd_(self.w, self.old, buffer, rule, options)
+        return lambda: triton.sgd_(self.w, self.old, buffer, mix, options)
 
     def sgd_hess(self, init: bool | None) -> Callable[[], None]:
         buffer = None if init is None else self.buffer
@@ -136,15 +159,15 @@ class Lists:
 
 # Every kernel in float32, and in half precision one of each kind, the longest.
 HALF = (
-    "norms, weighted", "compare", "restore", "perturb, adaptive", "perturb, at random",
-    "recombine, signed",
+    "dots, weights", "dots, xy", "dots, xyz", "restore", "perturb, eta", "perturb, saved",
+    "perturb, at random", "mix, damp",
 )  # fmt: skip
 COMPILED = [
     *((torch.float32, name) for name in Lists(torch.float32).calls),
     *(
         (dtype, name)
         for dtype in (torch.bfloat16, torch.float16)
-        for name in (*HALF, "sgd, signed, running", "sgd_hess, running", "adam, signed, decay")
+        for name in (*HALF, "sgd, damp, running", "sgd_hess, running", "adam, damp, decay")
     ),
 ]
 
@@ -152,8 +175,8 @@ COMPILED = [
 def compiled_code(arch: int, call: Callable[[], Any]) -> tuple[compiled.Code, Any]:
     with compiled.gpu(arch) as gpu:
         call()
-    kernels = [compiled.kernel_of(triton._kernels(), launched, arch) for launched in gpu.launches]
-    assert len(kernels) == 1 or [k.name for k in kernels] == ["count_steps", "adam"]
+    kernels = [compiled.kernel_of(load_kernels(), launched, arch) for launched in gpu.launches]
+    assert len(kernels) == 1 or [k.name for k in kernels] == ["count_steps", "adam_step"]
     return compiled.code_of(kernels[-1]), kernels[-1]
 
 
@@ -166,8 +189,8 @@ def test_kernels_are_compiled_to_vectors_without_spills(
     code, kernel = compiled_code(arch, call)
     assert kernel.metadata.target.arch == arch
     assert code.local_bytes == 0
-    is_sum = name.startswith(("norms", "compare"))
-    launch = triton.SUM_LAUNCH if is_sum else triton.DEFAULT_LAUNCH
+    is_sum = name.startswith("dots")
+    launch = launching.SUM_LAUNCH if is_sum else launching.DEFAULT_LAUNCH
     per_thread = launch.block * dtype.itemsize // (launch.warps * 32)
     assert 16 * code.count("ld.global.v4.b32") == reads * per_thread
     assert 16 * code.count("st.global.v4.b32") == writes * per_thread
@@ -181,10 +204,10 @@ def test_kernels_are_compiled_to_vectors_without_spills(
 
 @every_architecture
 def test_steps_are_counted_in_double_precision_as_ieee_has_it(arch: int) -> None:
-    call, _, _ = Lists(torch.float32).calls["adam, plain"]
+    call, _, _ = Lists(torch.float32).calls["adam, x"]
     with compiled.gpu(arch) as gpu:
         call()
-    kernel = compiled.kernel_of(triton._kernels(), gpu.launches[0], arch)
+    kernel = compiled.kernel_of(load_kernels(), gpu.launches[0], arch)
     code = compiled.code_of(kernel)
     assert kernel.name == "count_steps"
     assert code.local_bytes == 0
@@ -194,19 +217,21 @@ def test_steps_are_counted_in_double_precision_as_ieee_has_it(arch: int) -> None
 
 
 @every_architecture
-@pytest.mark.parametrize("name", ["sgd, signed, running", "adam, signed, decay"])
+@pytest.mark.parametrize(
+    "name", ["sgd, sign, running", "sgd, damp, running", "adam, linear, decay", "adam, damp, decay"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_no_block_size_spills(
     dtype: torch.dtype, name: str, arch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call, reads, _ = Lists(dtype).calls[name]
-    for launch in {*triton.LAUNCHES.values(), *triton.CANDIDATES}:
-        monkeypatch.setattr(triton, "DEFAULT_LAUNCH", launch)
-        triton._untuned.cache_clear()
+    for launch in {*launching.LAUNCHES.values(), *launching.CANDIDATES}:
+        monkeypatch.setattr(launching, "DEFAULT_LAUNCH", launch)
+        launching.untuned.cache_clear()
         try:
             code, kernel = compiled_code(arch, call)
         finally:
-            triton._untuned.cache_clear()
+            launching.untuned.cache_clear()
         assert kernel.metadata.num_warps == launch.warps
         assert code.local_bytes == 0
         assert code.count("ld.global.v4.b32") >= reads
@@ -219,33 +244,35 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
     def step(sizes: tuple[int, ...], rho: float, lr: float, **options: Any) -> None:
         # Views of all alignments, norms included.
         w, g1, g2, old, buffer, squares = ([torch.ones(n + i)[i:] for n in sizes] for i in range(6))
-        norm = torch.ones(8)[len(sizes) % 3]
+        number, square = torch.ones(8)[len(sizes) % 3], torch.ones(8).double()[len(sizes) % 3]
         per_tensor = torch.ones(len(sizes) + 1)[1:]
-        triton.weighted_norms(g1, w)
-        triton.compare(g1, g2, w)
+        for lists in ([g1], [g1, g2], [g1, g2, w]):
+            triton.dots(lists)
+        triton.dots([g1], w, rho)
         for journal in (None, []):
-            triton.perturb_(
-                w,
-                g1,
-                old,
-                norm=norm,
-                rho=rho,
-                adaptive=True,
-                eps=rho / 7,
-                rounds_at_random=False,
-                journal=journal,
-            )
+            for radius in (rho, per_tensor):
+                triton.perturb_(
+                    w,
+                    g1,
+                    old,
+                    square=square,
+                    rho=radius,
+                    eta=lr,
+                    eps=rho / 7,
+                    rounds_at_random=False,
+                    journal=journal,
+                )
         triton.restore_(w, old)
-        rule = Recombination(g1, None, per_tensor, per_tensor, eps=lr, ascent_norm=norm)
-        triton.recombine_(g2, rule)
-        triton.sgd_(w, old, buffer, rule, sgd_options(lr=lr, **options))
+        mix = Mix(g1, g2, rho, per_tensor, divisor=number, ascent_square=square)
+        triton.mix_(g2, mix, keeps=bool(options))
+        triton.sgd_(w, old, buffer, mix, sgd_options(lr=lr, **options))
         kernels = [x[: n // 9 * 9].view(-1, 1, 3, 3) for x, n in zip(w, sizes, strict=True)]
         for ws in (w, kernels):
             lists = [[x.clone() for x in ws] for _ in range(2)]
             triton.sgd_hess_(ws, *lists, None, rho, sgd_options(lr=lr, **options))
         decays = {"weight_decay": rho + 1, "eps": lr, "beta1": rho / 7, "beta2": lr}
         adam = adam_options(lr=lr, maximize=options.get("maximize", False), **decays)
-        triton.adam_(w, old, buffer, squares, [torch.zeros(()) for _ in w], rule, adam)
+        triton.adam_(w, old, buffer, squares, [torch.zeros(()) for _ in w], mix, adam)
 
     with compiled.gpu(90) as gpu:
         step((3, 5000), 0.05, 0.1)
@@ -257,7 +284,7 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
         assert len(gpu.launches) == 4 * before
         assert gpu.compilations == []
         # It does count.
-        triton._kernels().restore.device_caches[gpu.get_current_device()][0].clear()
+        load_kernels().restore.device_caches[gpu.get_current_device()][0].clear()
         triton.restore_(tensors(), tensors())
         (compilation,) = gpu.compilations
         assert compilation.endswith("restore")
@@ -267,11 +294,11 @@ def test_nothing_is_compiled_again_for_other_numbers() -> None:
 
 
 def test_the_journal_is_written_by_the_launch_itself() -> None:
-    """By a function written in C that Triton's launcher calls from C: see triton._launch."""
+    """By a function written in C that Triton's launcher calls from C: see launching.run_over."""
     lists, journal = Lists(torch.float32), []
     with compiled.gpu(90) as gpu:
-        lists.perturb(0.25, False, None)
-        lists.perturb(0.25, False, journal)
+        lists.perturb(0.25)
+        lists.perturb(0.25, journal=journal)
     without, with_journal = gpu.launches
     assert journal == [True]
     assert isinstance(with_journal.enter_hook, types.BuiltinFunctionType)
@@ -286,7 +313,7 @@ def test_the_journal_stays_empty_if_there_is_no_launch(monkeypatch: pytest.Monke
     lists, journal = Lists(torch.float32), []
     lists.w[1].untyped_storage().resize_(0)
     with compiled.gpu(90) as gpu, pytest.raises(ValueError, match=r"params\[1\] has no memory"):
-        lists.perturb(0.25, False, journal)
+        lists.perturb(0.25, journal=journal)
     assert journal == [] and gpu.launches == []
 
 
@@ -307,18 +334,18 @@ def test_the_alignment_of_every_list_counts(which: int) -> None:
         )
         torch._foreach_abs_(squares)
         options = {"backend": "interpreted"}
-        norms = [*ops.norms(g1, w, **options), ops.compare(g1, g2, w, **options).sums]
+        sums = [*ops.dots(g1, weights=w, **options), *ops.dots(g1, g2, w, **options)]
         ops.perturb_(w, g1, old, rho=0.1, **options)
         perturbed = copies(w)
-        for name, granularity in product(("samdirection", "sammagnitude"), ops.GRANULARITIES):
-            rule = {"rule": name, "granularity": granularity}
-            ops.recombine_(g2, g1, **rule, **options)
-            ops.sgd_(w, old, g2, buffer, lr=0.1, momentum=0.9, first_grads=g1, **rule, **options)
+        for function in FUNCTIONS:
+            mix = Mix(g1, g2, 0.7, 0.3 if function == "linear" else 1.0, function)
+            ops.sgd_(w, old, mix, buffer, lr=0.1, momentum=0.9, **options)
             state = buffer, squares, [torch.zeros(())]
-            ops.adam_(w, old, g2, *state, lr=0.1, eps=0.1, first_grads=g1, **rule, **options)
+            ops.adam_(w, old, mix, *state, lr=0.1, eps=0.1, **options)
+            ops.mix_(g2, mix, **options)
         updated = copies(w)
         ops.restore_(w, old, **options)
-        results.append([*norms, *perturbed, *updated, *w, *g2, *buffer, *squares])
+        results.append([*sums, *perturbed, *updated, *w, *g2, *buffer, *squares])
     assert_same_bits(*results)
 
 
@@ -331,12 +358,11 @@ def test_radius_and_learning_rate_may_be_on_the_device() -> None:
     for number in (float, torch.tensor):
         slots = [Slot((17,)), Slot((2049,), offset=1)]
         w, g, old, buffer = (make_list(slots, torch.float32, seed=i) for i in range(4))
-        norm = torch.tensor(3.0)
-        options: dict[str, Any] = {"adaptive": True, "eps": 1e-12, "journal": None}
-        options["rounds_at_random"] = False
-        INTERPRETED.perturb_(w, g, old, norm=norm, rho=number(0.05), **options)
+        options: dict[str, Any] = {"eta": 0.0, "eps": 1e-12, "journal": None}
+        options |= {"square": torch.tensor(9.0).double(), "rounds_at_random": False}
+        INTERPRETED.perturb_(w, g, old, rho=number(0.05), **options)
         perturbed = copies(w)
-        INTERPRETED.sgd_(w, old, buffer, Recombination(g), sgd_options(lr=number(0.1)))
+        INTERPRETED.sgd_(w, old, buffer, Mix(g), sgd_options(lr=number(0.1)))
         assert not torch.equal(perturbed[0], old[0]) and not torch.equal(perturbed[0], w[0])
         results.append([*perturbed, *w, *buffer])
     assert_same_bits(*results)
@@ -347,18 +373,16 @@ def test_radius_and_learning_rate_may_be_on_the_device() -> None:
 
 @on_the_interpreter
 def test_sums_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(INTERPRETED, "SUM_CHUNK", 32)
-    monkeypatch.setattr(INTERPRETED, "SUM_LAUNCH", triton.Launch(8, 1))
+    monkeypatch.setattr(INTERPRETED.launching, "SUM_CHUNK", 32)
+    monkeypatch.setattr(INTERPRETED.launching, "SUM_LAUNCH", launching.Launch(8, 1))
     generator = torch.Generator().manual_seed(0)
     sizes = (1, 32 * 21 + 5, 0, *(range(1, 20)))
     first, second, w = ([torch.randn(n, generator=generator) for n in sizes] for _ in range(3))
-    total, per_tensor = ops.norms(first, backend="interpreted")
-    expected = ops.norms([x.double() for x in first], backend="reference")
-    torch.testing.assert_close(per_tensor.double(), expected.per_tensor, rtol=2**-23, atol=0)
-    torch.testing.assert_close(total.double(), expected.total, rtol=2**-23, atol=0)
-    sums = ops.compare(first, second, w, backend="interpreted").sums
-    expected_sums = ops.compare(first, second, w, backend="reference").sums
-    torch.testing.assert_close(sums, expected_sums, rtol=1e-14, atol=0)
+    for lists in ((first,), (first, second), (first, second, w)):
+        measured = ops.dots(*lists, backend="interpreted")
+        expected = ops.dots(*lists, backend="reference")
+        for sums, those in zip(measured, expected, strict=True):
+            torch.testing.assert_close(sums, those, rtol=1e-14, atol=1e-13)
 
 
 # Tables
@@ -366,14 +390,14 @@ def test_sums_longer_than_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tables_are_made_on_the_host_whatever_the_default_device() -> None:
     with torch.device("meta"):
-        plan = triton._plan.__wrapped__(CPU, 0, (5, 4), 4)
-        place = triton._place.__wrapped__(CPU, 0, (16, 32))
+        plan = tables.plan_of.__wrapped__(CPU, 0, (5, 4), 4)
+        place = tables.place.__wrapped__(CPU, 0, (16, 32))
     assert plan.device == place.device == CPU
     assert plan[:, 0].tolist() == [0, 0, 1] and place.tolist() == [16, 32]
 
 
 def test_plan() -> None:
-    plan = triton._plan.__wrapped__(CPU, 0, (5, 0, 4, 9), 4)
+    plan = tables.plan_of.__wrapped__(CPU, 0, (5, 0, 4, 9), 4)
     assert plan.tolist() == [
         [0, 0, 4, 0, 2],
         [0, 4, 1, 0, 2],
@@ -386,42 +410,42 @@ def test_plan() -> None:
 
 
 def test_offsets_beyond_int32() -> None:
-    plan = triton._plan.__wrapped__(CPU, 0, (2**33 + 1,), 2**31)
+    plan = tables.plan_of.__wrapped__(CPU, 0, (2**33 + 1,), 2**31)
     assert plan.tolist()[-1] == [0, 2**33, 1, 0, 5]
 
 
 def test_tables_are_kept_until_an_address_or_a_size_changes() -> None:
     lists = {"a": tensors(), "b": tensors()}
-    plan, addresses, chunks, _ = triton._table(lists, 4096)
+    plan, addresses, chunks, _ = tables.table_of(lists, 4096)
     assert chunks == 3
     assert addresses.tolist() == [
         t.data_ptr() for pair in zip(*lists.values(), strict=True) for t in pair
     ]
-    again = triton._table({name: list(ts) for name, ts in lists.items()}, 4096)
+    again = tables.table_of({name: list(ts) for name, ts in lists.items()}, 4096)
     assert again.plan is plan and again.addresses is addresses
-    moved = triton._table({"a": lists["a"], "b": tensors()}, 4096)
+    moved = tables.table_of({"a": lists["a"], "b": tensors()}, 4096)
     assert moved.plan is plan and moved.addresses is not addresses
-    resized = triton._table({"a": tensors(sizes=(4, 5000))}, 4096)
+    resized = tables.table_of({"a": tensors(sizes=(4, 5000))}, 4096)
     assert resized.plan is not plan
 
 
 @pytest.fixture
-def staging(monkeypatch: pytest.MonkeyPatch) -> triton.CaptureStaging:
+def staging(monkeypatch: pytest.MonkeyPatch) -> tables.CaptureStaging:
     """Memory for captures, with room for 4 numbers; as if a graph was being captured."""
-    staging = triton.CaptureStaging(min_room=4)
-    monkeypatch.setattr(triton, "_capture_staging", staging)
-    monkeypatch.setattr(triton, "_pinned", lambda values: values.clone())
+    staging = tables.CaptureStaging(min_room=4)
+    monkeypatch.setattr(tables, "capture_staging", staging)
+    monkeypatch.setattr(tables, "pinned", lambda values: values.clone())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     return staging
 
 
 def upload(*values: int) -> None:
     device = torch.device("meta")  # any that is not the CPU
-    on_device = triton._upload(torch.tensor(values), device)
+    on_device = tables.upload(torch.tensor(values), device)
     assert on_device.device == device and on_device.shape == (len(values),)
 
 
-def test_what_a_graph_copies_from_is_never_written_again(staging: triton.CaptureStaging) -> None:
+def test_what_a_graph_copies_from_is_never_written_again(staging: tables.CaptureStaging) -> None:
     staging.hold_ready()  # by a step outside of the capture: 8 numbers
     upload(1, 2, 3)
     upload(4, 5)
@@ -434,12 +458,12 @@ def test_what_a_graph_copies_from_is_never_written_again(staging: triton.Capture
     assert second[:4].tolist() == [6, 7, 8, 9]
 
 
-def test_captures_need_a_step_before(staging: triton.CaptureStaging) -> None:
+def test_captures_need_a_step_before(staging: tables.CaptureStaging) -> None:
     with pytest.raises(RuntimeError, match="once outside of a capture"):
         upload(1)
 
 
-def test_memory_for_captures_grows_with_the_tables(staging: triton.CaptureStaging) -> None:
+def test_memory_for_captures_grows_with_the_tables(staging: tables.CaptureStaging) -> None:
     staging.hold_ready()
     (unused,) = staging.buffers
     with pytest.raises(RuntimeError, match="once outside of a capture"):
@@ -453,7 +477,7 @@ def test_memory_for_captures_grows_with_the_tables(staging: triton.CaptureStagin
 
 
 def test_outside_of_a_capture_the_memory_for_captures_is_not_touched(
-    staging: triton.CaptureStaging, monkeypatch: pytest.MonkeyPatch
+    staging: tables.CaptureStaging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     upload(1, 2, 3)
@@ -465,14 +489,17 @@ def test_outside_of_a_capture_the_memory_for_captures_is_not_touched(
 )
 def test_a_captured_step_is_replayed() -> None:
     w, g, old = ([torch.ones(n, device=CUDA) for n in (3, 5000)] for _ in range(3))
-    options: dict[str, Any] = {"rho": 1.0, "norm": torch.ones((), device=CUDA)}
+    options: dict[str, Any] = {
+        "rho": 1.0,
+        "square": torch.ones((), dtype=torch.float64, device=CUDA),
+    }
     ops.perturb_(w, g, old, **options, backend="triton")
     ops.restore_(w, old, backend="triton")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ops.perturb_(w, g, old, **options, backend="triton")
-    triton._plan.cache_clear()
-    triton._place.cache_clear()
+    tables.plan_of.cache_clear()
+    tables.place.cache_clear()
     for steps in range(1, 4):
         graph.replay()
         assert all(bool((x == 1 + steps).all()) for x in w)
@@ -482,24 +509,24 @@ def test_a_captured_step_is_replayed() -> None:
 
 
 def test_tuning_takes_the_fastest_and_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_tuned", {})
-    fastest = triton.CANDIDATES[3]
+    monkeypatch.setattr(launching, "tuned", {})
+    fastest = launching.CANDIDATES[3]
     tried = []
 
     def seconds(step: Callable[[], None]) -> float:
         step()
-        tried.append(triton._tuned[CPU, torch.float32])
+        tried.append(launching.tuned[CPU, torch.float32])
         return float(tried[-1] != fastest)
 
     with compiled.gpu(90) as gpu:
         assert triton.tune(CPU, numel=3, seconds=seconds) == fastest
-        assert tuple(tried) == triton.CANDIDATES
+        assert tuple(tried) == launching.CANDIDATES
         assert triton.tune(CPU, seconds=seconds) == fastest
-        assert len(tried) == len(triton.CANDIDATES), "measured once"
+        assert len(tried) == len(launching.CANDIDATES), "measured once"
         del gpu.launches[:]
         a, b = (tensors(sizes=(fastest.block * 2 + 1,)) for _ in range(2))
         triton.restore_(a, b)
-        triton.norms(a)
+        triton.dots([a])
         assert [launch.programs for launch in gpu.launches] == [3, 1], "sums are not tuned"
 
 
@@ -508,7 +535,7 @@ def test_the_interpreter_is_not_tuned() -> None:
     def seconds(step: Callable[[], None]) -> float:
         raise AssertionError("measured")
 
-    assert INTERPRETED.tune(CPU, seconds=seconds) == triton.DEFAULT_LAUNCH
+    assert INTERPRETED.tune(CPU, seconds=seconds) == launching.DEFAULT_LAUNCH
 
 
 # The choice
@@ -554,18 +581,18 @@ def test_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     for capability, reason in (((7, 5), "and this GPU has 7.5"), ((8, 0), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        triton._why_no_gpu.cache_clear()
+        availability.why_no_gpu.cache_clear()
         found = triton.why_unavailable(CUDA, torch.float32, True)
-        triton._why_no_gpu.cache_clear()
+        availability.why_no_gpu.cache_clear()
         assert found == reason if reason is None else reason in str(found)
 
 
 def test_old_versions_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, reason in (("3.2.0", "Triton 3.2.0 is too old"), ("3.10.0+git1", None)):
-        monkeypatch.setattr(triton._kernels().triton, "__version__", version)
-        triton._why_no_triton.cache_clear()
-        found = triton._why_no_triton()
-        triton._why_no_triton.cache_clear()
+        monkeypatch.setattr(load_kernels().triton, "__version__", version)
+        availability.why_no_triton.cache_clear()
+        found = availability.why_no_triton()
+        availability.why_no_triton.cache_clear()
         assert found is None if reason is None else str(found).startswith(reason)
 
 
@@ -595,7 +622,7 @@ def test_triton_is_imported_when_it_is_needed() -> None:
 import sys
 import torch
 from samkernels import SAM, backends, ops
-ops.norms([torch.ones(3)])
+ops.dots([torch.ones(3)])
 backends.why_unavailable("triton", torch.device("cpu"))
 print("triton" in sys.modules)
 backends.why_unavailable("triton", torch.device("cuda"))
@@ -617,9 +644,9 @@ print(backends.choose("auto", torch.device("cpu"))[0])
 print(backends.choose("triton", torch.device("cpu"))[0])
 torch.cuda.is_available = lambda: True
 print(backends.why_unavailable("triton", torch.device("cuda")))
-print(ops.norms([torch.tensor([3.0, 4.0])], backend="triton").total.item())
+print(ops.dots([torch.tensor([3.0, 4.0])], backend="triton").total.item())
 """
     )
-    auto, named, cuda, norm = printed.splitlines()
-    assert (auto, named, norm) == ("foreach", "triton", "5.0")
+    auto, named, cuda, square = printed.splitlines()
+    assert (auto, named, square) == ("foreach", "triton", "25.0")
     assert "serves CPU tensors only" in cuda

@@ -80,10 +80,11 @@ def phases(problem: Problem, backend: str) -> dict[str, Work]:
     """The three kernels of a step, each on its own, by the keys of FLOOR."""
     w, g1, g2 = problem.weights, problem.first_grads, problem.second_grads
     old, buffers = ([torch.zeros_like(p) for p in w] for _ in range(2))
-    norm = ops.norms(g1, backend=backend).total
+    square = ops.dots(g1, backend=backend).total[0]
+    mix = ops.Mix(g2, ascent_square=square)
     options: dict[str, Any] = {"backend": backend}
     return {
-        "norms": lambda: ops.norms(g1, **options),
-        "perturb": lambda: ops.perturb_(w, g1, old, rho=RHO, norm=norm, **options),
-        "sgd": lambda: ops.sgd_(w, old, g2, buffers, ascent_norm=norm, **SGD_OPTIONS, **options),
+        "norms": lambda: ops.dots(g1, **options),
+        "perturb": lambda: ops.perturb_(w, g1, old, rho=RHO, square=square, **options),
+        "sgd": lambda: ops.sgd_(w, old, mix, buffers, **SGD_OPTIONS, **options),
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.names import COMPILED, FOREACH
-from bench.tables import markdown
+from bench.tables import markdown_of_mappings
 
 Row = dict[str, Any]
 
@@ -238,7 +238,7 @@ def with_tables(page: str) -> str:
         if begin not in page or end not in page:
             raise ValueError(f"the page has no part between {begin.strip()!r} and {end!r}")
         head, _, rest = page.partition(begin)
-        page = f"{head}{begin}\n{markdown(rows)}\n\n{end}{rest.partition(end)[2]}"
+        page = f"{head}{begin}\n{markdown_of_mappings(rows)}\n\n{end}{rest.partition(end)[2]}"
     return page
 
 

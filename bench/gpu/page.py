@@ -12,7 +12,7 @@ from bench.gpu import goals, ncu
 from bench.gpu.facts import REHEARSAL
 from bench.gpu.goals import Row
 from bench.gpu.runner import NOT_NEEDED, OK, Outcome, rows_of
-from bench.tables import markdown
+from bench.tables import markdown_of_mappings
 
 # How a test runner or a sanitizer sums up; the last such line counts.
 SUMMARY = re.compile(
@@ -62,7 +62,7 @@ def page(report: Mapping[str, Any]) -> str:
     """One page: environment, steps, what was not in order, goals, predictions."""
     parts = [f"# GPU: {report['plan']}, {report['seconds']:.0f} s"]
     environment = [{"": key, "value": value} for key, value in report["environment"].items()]
-    parts += [markdown(environment), "## Steps", markdown(report["steps"])]
+    parts += [markdown_of_mappings(environment), "## Steps", markdown_of_mappings(report["steps"])]
     wrong = [f"- {row['step']}: {row['status']}" for row in report["steps"] if row["exit"]]
     wrong += [f"- {test['test']}" for test in report["failed tests"][:20]]
     wrong += [f"- {text}" for text in report["speed"].get("failures", ())]
@@ -70,9 +70,9 @@ def page(report: Mapping[str, Any]) -> str:
     if notes := report["speed"].get("notes"):
         parts += ["Peers: " + "; ".join(notes)]
     for title in ("goals", "predictions"):
-        parts += [f"## {title.capitalize()}", markdown(report[title])]
+        parts += [f"## {title.capitalize()}", markdown_of_mappings(report[title])]
     if report["cifar"]:
-        parts += ["## CIFAR-100", markdown(_runs(report["cifar"]))]
+        parts += ["## CIFAR-100", markdown_of_mappings(_runs(report["cifar"]))]
         parts += sorted({run["said"] for run in report["cifar"] if "said" in run})
     return "\n\n".join(parts) + "\n"
 
@@ -88,7 +88,7 @@ def details(report: Mapping[str, Any]) -> str:
     }
     for title, rows in tables.items():
         if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            parts += [f"## {title}", markdown(rows)]
+            parts += [f"## {title}", markdown_of_mappings(rows)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -60,12 +60,12 @@ def tiny(machine: Machine, rounds: int) -> list[Row]:
 
     def norms(n: int) -> Work:
         x = ones(n)
-        return lambda: ops.norms(x, **OPTIONS)
+        return lambda: ops.dots(x, **OPTIONS)
 
     def perturb(n: int) -> Work:
         w, g, old = (ones(n) for _ in range(3))
-        norm = torch.ones((), device=machine.device)
-        return lambda: ops.perturb_(w, g, old, rho=0.0, norm=norm, **OPTIONS)
+        square = torch.ones((), dtype=torch.float64, device=machine.device)
+        return lambda: ops.perturb_(w, g, old, rho=0.0, square=square, **OPTIONS)
 
     works = {f"norms of {n}": norms(n) for n in (1, 62, 296, 1000)}
     works |= {f"perturb {n}": perturb(n) for n in (100, 110)}
@@ -85,10 +85,10 @@ def at_random(machine: Machine, rounds: int) -> list[Row]:
     given = problem(machine.lists()["ResNet-18"], machine.device, torch.bfloat16)
     w, g = given.weights, given.first_grads
     old = [torch.empty_like(x) for x in w]
-    norm = ops.norms(g, backend="native").total
+    square = ops.dots(g, backend="native").total[0]
 
     def perturb(rounding: str) -> Work:
-        how: dict[str, Any] = {"rho": 0.05, "norm": norm, "rounding": rounding}
+        how: dict[str, Any] = {"rho": 0.05, "square": square, "rounding": rounding}
         return lambda: ops.perturb_(w, g, old, **how, **OPTIONS)
 
     found = machine.medians({name: perturb(name) for name in ops.ROUNDINGS}, rounds)

@@ -30,7 +30,7 @@ from bench.gpu.goals import Row
 from bench.gpu.runner import write_whole
 from bench.lists import Shapes
 from bench.names import COMPILED
-from bench.tables import markdown
+from bench.tables import markdown_of_mappings
 
 MEGA = 1e6
 ROUNDS = {"first": 15, "again": 9}
@@ -59,7 +59,7 @@ class Book:
         begin, self._title = time.monotonic(), title
         try:
             self.report[title] = rows = make()
-            self.say(f"{title}\n{markdown(rows)}\n")
+            self.say(f"{title}\n{markdown_of_mappings(rows)}\n")
         except Exception as error:
             self.report[title] = traceback.format_exc()
             self.report["failures"].append(f"{title}: {type(error).__name__}: {error}"[:300])

@@ -1,5 +1,5 @@
-#include "cpu_ops.h"
-#include "recombine.h"
+#include "../op_functions.h"
+#include "mix.h"
 
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 
@@ -25,7 +25,7 @@ static void AdamOf(const AdamArgs& args, const Execution& execution) {
   const bool streaming = IsStreaming(args.tensors, 7);
   ForEachChunk(args.tensors, execution.num_threads,
                [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
-                 const ChunkRecombination<T> recombination(args.recombination, tensor, begin);
+                 const ChunkMix<T> mix(args.mix, tensor, begin);
                  const AdamScalars scalars = AdamScalarsOf(options, args.bias_corrections[tensor]);
                  T* params = At<T>(args.params, tensor, begin);
                  const T* old_params = At<T>(args.old_params, tensor, begin);
@@ -33,13 +33,12 @@ static void AdamOf(const AdamArgs& args, const Execution& execution) {
                  T* exp_avg_sq = At<T>(args.exp_avg_sq, tensor, begin);
                  const bool streams = streaming && IsAligned(params);
                  ForEachVector(n, [&](int64_t offset, auto count) {
-                   Prefetch<kUpdateAheadBytes>(offset, old_params, recombination.magnitude, exp_avg,
-                                               exp_avg_sq);
+                   Prefetch<kUpdateAheadBytes>(offset, old_params, mix.x, exp_avg, exp_avg_sq);
                    float staging[3][kVectorSize];
                    float u[kVectorSize];
                    float m[kVectorSize];
                    float v[kVectorSize];
-                   recombination.Block(offset, count, u);
+                   mix.Block(offset, count, u);
                    const float* w = LoadBlock(old_params + offset, staging[0], count);
                    const float* old_m = LoadBlock(exp_avg + offset, staging[1], count);
                    const float* old_v = LoadBlock(exp_avg_sq + offset, staging[2], count);
@@ -64,7 +63,7 @@ static void CountSteps(const AdamArgs& args) {
 }
 
 void Adam(const AdamArgs& args, const Execution& execution) {
-  if (IsSkipped(args.recombination)) {
+  if (IsSkipped(args.mix)) {
     return Restore({args.tensors, args.params, args.old_params}, execution);
   }
   CountSteps(args);

@@ -8,14 +8,8 @@
 
 #include "../chunk_plan.h"
 #include "../ops.h"
+#include "compiler.h"
 #include "half.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
 
 namespace samkernels::cpu {
 
@@ -44,11 +38,9 @@ constexpr int64_t kUpdateAheadBytes = 512;
 // Asks for what lies kAheadBytes behind the i-th element of each list.
 template <int64_t kAheadBytes, typename... T>
 static inline void Prefetch(int64_t i, const T*... lists) {
-#ifdef __GNUC__
-  (__builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(lists) +
-                                                    i * sizeof(T) + kAheadBytes)),
+  (SAMKERNELS_PREFETCH(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(lists) +
+                                                     i * sizeof(T) + kAheadBytes)),
    ...);
-#endif
 }
 
 // A number of elements that the compiler knows.
@@ -107,33 +99,32 @@ static inline T* At(const void* const* list, int64_t tensor, int64_t offset) {
   return static_cast<T*>(const_cast<void*>(list[tensor])) + offset;
 }
 
-// body(chunk, tensor, begin, n) for every chunk: elements begin .. begin + n - 1 of `tensor`.
+// body(chunk, tensor, begin, n) for the chunks first .. last - 1: elements begin .. begin + n - 1
+// of `tensor`. Not inlined: one copy, which both calls below share.
+template <typename Body>
+static SAMKERNELS_NOINLINE void RunChunks(const Tensors& tensors, int64_t first, int64_t last,
+                                          const Body& body) {
+  int64_t tensor = TensorOfChunk(tensors.first_chunk, tensors.num_tensors, first);
+  for (int64_t chunk = first; chunk < last; ++chunk) {
+    while (chunk >= tensors.first_chunk[tensor + 1]) ++tensor;
+    const int64_t begin = (chunk - tensors.first_chunk[tensor]) * tensors.chunk_size;
+    const int64_t rest = tensors.numel[tensor] - begin;
+    body(chunk, tensor, begin, rest < tensors.chunk_size ? rest : tensors.chunk_size);
+  }
+  FinishStreaming();
+}
+
+// The same for every chunk, shared out among threads.
 template <typename Body>
 static inline void ForEachChunk(const Tensors& tensors, int num_threads, const Body& body) {
   const int64_t num_chunks = tensors.first_chunk[tensors.num_tensors];
-  // One copy, called from both places below.
-  auto run = [&](int64_t first, int64_t last) __attribute__((noinline)) {
-    int64_t tensor = TensorOfChunk(tensors.first_chunk, tensors.num_tensors, first);
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      while (chunk >= tensors.first_chunk[tensor + 1]) ++tensor;
-      const int64_t begin = (chunk - tensors.first_chunk[tensor]) * tensors.chunk_size;
-      const int64_t rest = tensors.numel[tensor] - begin;
-      body(chunk, tensor, begin, rest < tensors.chunk_size ? rest : tensors.chunk_size);
-    }
-    FinishStreaming();
-  };
-#ifdef _OPENMP
   if (num_threads > 1 && tensors.total_numel >= kParallelNumel) {
-#pragma omp parallel num_threads(num_threads)
-    {
-      const int64_t threads = omp_get_num_threads();
-      const int64_t thread = omp_get_thread_num();
-      run(num_chunks * thread / threads, num_chunks * (thread + 1) / threads);
-    }
-    return;
+    InParallel(num_threads, [&](int64_t thread, int64_t threads) {
+      RunChunks(tensors, num_chunks * thread / threads, num_chunks * (thread + 1) / threads, body);
+    });
+  } else {
+    RunChunks(tensors, 0, num_chunks, body);
   }
-#endif
-  run(0, num_chunks);
 }
 
 // body(offset, count) for every vector of a chunk, and for what is left. With a count that the

@@ -4,10 +4,7 @@
 #include <cstdint>
 
 #include "../update_math.h"
-
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
+#include "compiler.h"
 
 namespace samkernels::cpu {
 
@@ -31,10 +28,13 @@ static inline void FromFloat(float x, BFloat16* out) {
 
 #ifdef __F16C__
 
-static inline float ToFloat(Float16 x) { return _cvtsh_ss(x.bits); }
+static inline float ToFloat(Float16 x) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits)));
+}
 
 static inline void FromFloat(float x, Float16* out) {
-  out->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+  const __m128i half = _mm_cvtps_ph(_mm_set_ss(x), _MM_FROUND_TO_NEAREST_INT);
+  out->bits = static_cast<uint16_t>(_mm_cvtsi128_si32(half));
 }
 
 #else

@@ -18,7 +18,9 @@ static inline void AddToLanes(double* lanes, int64_t n, const F& f, const T*... 
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     Prefetch<kReadAheadBytes>(i, lists...);
+#ifdef __GNUC__
 #pragma GCC unroll 16
+#endif
     for (int j = 0; j < kLanes; ++j) sums[j] += f(i + j);
   }
   for (int j = 0; i + j < n; ++j) sums[j] += f(i + j);

@@ -1,5 +1,5 @@
+#include "../op_functions.h"
 #include "blocks.h"
-#include "cpu_ops.h"
 
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 

@@ -2,15 +2,16 @@
 #pragma once
 
 #include "../update_math.h"
+#include "compiler.h"
 
 // In the variant's namespace: what is in here must not be shared between instruction sets.
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 
 // What decides the shape of the inner loop, known to the compiler: with branches in it the loop is
 // not vectorised well.
-template <Momentum kMomentum_, bool kNesterov_, bool kDecay_>
+template <bool kHasBuffer_, bool kNesterov_, bool kDecay_>
 struct Variant {
-  static constexpr Momentum kMomentum = kMomentum_;
+  static constexpr bool kHasBuffer = kHasBuffer_;
   static constexpr bool kNesterov = kNesterov_;
   static constexpr bool kDecay = kDecay_;
 };
@@ -18,39 +19,33 @@ struct Variant {
 // u becomes the new weight, buf the new buffer. By value and __restrict: otherwise the compiler
 // must expect that a store changes the options, or what is read next.
 template <typename V, typename N>
-static inline void SgdBlock(SgdOptions options, float lr, N n, const float* __restrict w,
+static inline void SgdBlock(SgdOptions options, SgdScalars scalars, N n, const float* __restrict w,
                             float* __restrict u, const float* __restrict old_buf,
                             float* __restrict buf) {
   options.nesterov = V::kNesterov;
   if (!V::kDecay) options.weight_decay = 0.0f;
-  if (V::kDecay && options.weight_decay == 0.0f) __builtin_unreachable();
+  if (V::kDecay && options.weight_decay == 0.0f) SAMKERNELS_UNREACHABLE();
   for (int64_t i = 0; i < n; ++i) {
-    float b = V::kMomentum == Momentum::kRunning ? old_buf[i] : 0.0f;
-    u[i] = SgdUpdated<V::kMomentum>(options, lr, w[i], u[i], b);
-    if (V::kMomentum != Momentum::kNone) buf[i] = b;
+    float b = V::kHasBuffer ? old_buf[i] : 0.0f;
+    u[i] = SgdUpdated<V::kHasBuffer>(options, scalars, w[i], u[i], b);
+    if (V::kHasBuffer) buf[i] = b;
   }
 }
 
 // f(Variant<..>()) for the options at hand.
-template <Momentum kMomentum, typename F>
+template <bool kHasBuffer, typename F>
 static void DispatchFlags(const SgdOptions& options, const F& f) {
   const bool decay = options.weight_decay != 0.0f;
-  if (options.nesterov && decay) return f(Variant<kMomentum, true, true>());
-  if (options.nesterov) return f(Variant<kMomentum, true, false>());
-  if (decay) return f(Variant<kMomentum, false, true>());
-  return f(Variant<kMomentum, false, false>());
+  if (options.nesterov && decay) return f(Variant<kHasBuffer, true, true>());
+  if (options.nesterov) return f(Variant<kHasBuffer, true, false>());
+  if (decay) return f(Variant<kHasBuffer, false, true>());
+  return f(Variant<kHasBuffer, false, false>());
 }
 
 template <typename F>
 static void DispatchVariant(const SgdOptions& options, const F& f) {
-  switch (MomentumOf(options)) {
-    case Momentum::kNone:
-      return DispatchFlags<Momentum::kNone>(options, f);
-    case Momentum::kInit:
-      return DispatchFlags<Momentum::kInit>(options, f);
-    case Momentum::kRunning:
-      return DispatchFlags<Momentum::kRunning>(options, f);
-  }
+  if (options.has_momentum) return DispatchFlags<true>(options, f);
+  DispatchFlags<false>(options, f);
 }
 
 }  // namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT

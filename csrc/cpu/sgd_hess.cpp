@@ -1,7 +1,7 @@
 #include <math.h>
 
+#include "../op_functions.h"
 #include "blocks.h"
-#include "cpu_ops.h"
 #include "sgd.h"
 
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
@@ -82,9 +82,9 @@ static inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <typename T, typename V>
 static void SgdHessOf(const SgdHessArgs& args, const Execution& execution) {
   const SgdOptions options = args.options;
-  const float lr = Read(options.lr);
+  const SgdScalars scalars = SgdScalarsOf(options);
   const float rho = Read(args.rho);
-  constexpr bool kHasBuffer = V::kMomentum != Momentum::kNone;
+  constexpr bool kHasBuffer = V::kHasBuffer;
   ForEachChunk(args.tensors, execution.num_threads,
                [&](int64_t, int64_t tensor, int64_t begin, int64_t n) {
                  const T* all_products = At<T>(args.hessian_products, tensor, 0);
@@ -114,10 +114,8 @@ static void SgdHessOf(const SgdHessArgs& args, const Execution& execution) {
                      }
                      const float* w = LoadBlock(params + offset, staging[2], count);
                      const float* old_buf = nullptr;
-                     if (V::kMomentum == Momentum::kRunning) {
-                       old_buf = LoadBlock(buffer + offset, staging[3], count);
-                     }
-                     SgdBlock<V>(options, lr, count, w, u, old_buf, buf);
+                     if (kHasBuffer) old_buf = LoadBlock(buffer + offset, staging[3], count);
+                     SgdBlock<V>(options, scalars, count, w, u, old_buf, buf);
                      StoreBlock(params + offset, u, count, kInPlace);
                      if (kHasBuffer) StoreBlock(buffer + offset, buf, count, kInPlace);
                    });

@@ -1,18 +1,17 @@
 #include <vector>
 
-#include "cuda_ops.h"
-#include "recombine.cuh"
+#include "../op_functions.h"
+#include "mix.cuh"
 
 namespace samkernels::cuda {
 
 // Lists: the step counts, and whether each is a double, as numbers.
 template <typename Table>
 __global__ void __launch_bounds__(kThreads)
-    CountStepsKernel(const __grid_constant__ Table table,
-                     const __grid_constant__ Recombination recombination,
+    CountStepsKernel(const __grid_constant__ Table table, const __grid_constant__ Mix mix,
                      const __grid_constant__ AdamOptions options,
                      BiasCorrections* bias_corrections) {
-  const bool skipped = IsSkipped(recombination);
+  const bool skipped = IsSkipped(mix);
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < table.num_tensors;
        i += gridDim.x * kThreads) {
     void* count = const_cast<void*>(table.address[0][i]);
@@ -31,18 +30,18 @@ static void CountSteps(const AdamArgs& args, const Execution& execution) {
   ForEachTable(args.tensors, lists, [&](const auto& table, unsigned, int64_t, bool) {
     using Table = std::decay_t<decltype(table)>;
     const unsigned blocks = (table.num_tensors + kThreads - 1) / kThreads;
-    Launch(CountStepsKernel<Table>, blocks, execution.stream, table, args.recombination,
-           args.options, args.bias_corrections);
+    Launch(CountStepsKernel<Table>, blocks, execution.stream, table, args.mix, args.options,
+           args.bias_corrections);
   });
 }
 
-template <typename T, bool kSigned>
+template <typename T, bool kHasY>
 struct AdamFunctor {
-  // Without signs the last list is left out of the table.
-  enum List { kParams, kOldParams, kMagnitude, kExpAvg, kExpAvgSq, kSign };
-  static constexpr int kRead = 4 + kSigned;
+  // Without y the last list is left out of the table.
+  enum List { kParams, kOldParams, kX, kExpAvg, kExpAvgSq, kY };
+  static constexpr int kRead = 4 + kHasY;
   static constexpr bool kReverse = false;
-  Recombination recombination;
+  Mix mix;
   AdamOptions options;
   const BiasCorrections* bias_corrections;
 
@@ -50,19 +49,17 @@ struct AdamFunctor {
   __device__ void operator()(const ChunkT& chunk) const {
     T* params = chunk.template At<T>(kParams);
     const T* old_params = chunk.template At<const T>(kOldParams);
-    const T* magnitude = chunk.template At<const T>(kMagnitude);
+    const T* x = chunk.template At<const T>(kX);
     T* exp_avg = chunk.template At<T>(kExpAvg);
     T* exp_avg_sq = chunk.template At<T>(kExpAvgSq);
-    const T* sign = kSigned ? chunk.template At<const T>(kSign) : magnitude;
+    const T* y = kHasY ? chunk.template At<const T>(kY) : x;
     const int64_t tensor = chunk.TensorInWholeList();
     const AdamScalars scalars = AdamScalarsOf(options, bias_corrections[tensor]);
     const bool decays_gradient = DecaysGradient(options);
-    const bool has_coefficient = HasCoefficient(recombination);
-    const float coefficient = Coefficient(recombination, tensor);
-    const unsigned misalignment =
-        Misalignment(params, old_params, magnitude, exp_avg, exp_avg_sq, sign);
+    const MixScalars of_mix = MixScalarsOf(mix, tensor);
+    const unsigned misalignment = Misalignment(params, old_params, x, exp_avg, exp_avg_sq, y);
     // The next forward pass reads the weights; all else has time.
-    if (IsSkipped(recombination)) {
+    if (IsSkipped(mix)) {
       const auto load_old = [&](int i, auto width) {
         return Load<width, kStreaming>(old_params + i);
       };
@@ -73,22 +70,22 @@ struct AdamFunctor {
     const auto load = [&](int i, auto width) {
       Loaded<T, width, kRead> loaded;
       loaded.of[0] = Load<width, kStreaming>(old_params + i);
-      loaded.of[1] = Load<width, kStreaming>(magnitude + i);
+      loaded.of[1] = Load<width, kStreaming>(x + i);
       loaded.of[2] = Load<width, kStreaming>(exp_avg + i);
       loaded.of[3] = Load<width, kStreaming>(exp_avg_sq + i);
-      if constexpr (kSigned) loaded.of[4] = Load<width, kStreaming>(sign + i);
+      if constexpr (kHasY) loaded.of[4] = Load<width, kStreaming>(y + i);
       return loaded;
     };
     ForEachVector<T, 1>(chunk.n, misalignment, load, [&](int i, const auto& loaded, auto width) {
       auto w = loaded.of[0];
-      const auto& magnitudes = loaded.of[1];
+      const auto& xs = loaded.of[1];
       auto m = loaded.of[2];
       auto v = loaded.of[3];
-      const auto& signs = loaded.of[kSigned ? 4 : 1];
+      const auto& ys = loaded.of[kHasY ? 4 : 1];
 #pragma unroll
       for (int j = 0; j < width; ++j) {
-        const float u = Recombined<kSigned>(ToFloat(magnitudes.lane[j]), ToFloat(signs.lane[j]),
-                                            coefficient, has_coefficient);
+        const float u =
+            Mixed<kHasY>(mix.function, of_mix, ToFloat(xs.lane[j]), ToFloat(ys.lane[j]));
         float new_m = ToFloat(m.lane[j]);
         float new_v = ToFloat(v.lane[j]);
         w.lane[j] = FromFloat<T>(
@@ -103,16 +100,19 @@ struct AdamFunctor {
   }
 };
 
-template <typename T, bool kSigned>
+template <typename T>
+constexpr int kMinResidentBlocks<AdamFunctor<T, true>> = sizeof(T) == 2 ? 1024 / kThreads : 0;
+
+template <typename T, bool kHasY>
 static void AdamOf(const AdamArgs& args, const Execution& execution) {
-  const Recombination& r = args.recombination;
-  const AdamFunctor<T, kSigned> functor = {r, args.options, args.bias_corrections};
-  if constexpr (kSigned) {
-    const ReadOnlyList lists[] = {args.params,  args.old_params, r.magnitude,
-                                  args.exp_avg, args.exp_avg_sq, r.sign};
+  const Mix& mix = args.mix;
+  const AdamFunctor<T, kHasY> functor = {mix, args.options, args.bias_corrections};
+  if constexpr (kHasY) {
+    const ReadOnlyList lists[] = {args.params,  args.old_params, mix.x,
+                                  args.exp_avg, args.exp_avg_sq, mix.y};
     MultiTensorApply(args.tensors, lists, functor, execution.stream);
   } else {
-    const ReadOnlyList lists[] = {args.params, args.old_params, r.magnitude, args.exp_avg,
+    const ReadOnlyList lists[] = {args.params, args.old_params, mix.x, args.exp_avg,
                                   args.exp_avg_sq};
     MultiTensorApply(args.tensors, lists, functor, execution.stream);
   }
@@ -121,8 +121,7 @@ static void AdamOf(const AdamArgs& args, const Execution& execution) {
 void Adam(const AdamArgs& args, const Execution& execution) {
   CountSteps(args, execution);
   DispatchDType(args.tensors.dtype, [&](auto zero) {
-    DispatchSigned(args.recombination,
-                   [&](auto is_signed) { AdamOf<decltype(zero), is_signed>(args, execution); });
+    DispatchHasY(args.mix, [&](auto has_y) { AdamOf<decltype(zero), has_y>(args, execution); });
   });
 }
 

@@ -28,6 +28,9 @@ namespace samkernels::cuda {
 #define SAMKERNELS_STREAMING 1
 #endif
 
+// cudaSuccess if the build holds code that the current device can run.
+cudaError_t KernelImageError();
+
 constexpr int kThreads = SAMKERNELS_THREADS;
 constexpr int64_t kChunkSize = SAMKERNELS_CHUNK_SIZE;
 
@@ -193,8 +196,13 @@ void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLis
   }
 }
 
+// How many blocks a multiprocessor is to hold, at least. For functors that take so many registers
+// that half of the warps would not have theirs.
+template <typename Functor>
+constexpr int kMinResidentBlocks = 0;
+
 template <typename Functor, typename Table>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinResidentBlocks<Functor>)
     MultiTensorApplyKernel(const __grid_constant__ Table table,
                            const __grid_constant__ Functor functor) {
   const int num_chunks = table.num_chunks();

@@ -1,12 +1,10 @@
-#include "cuda_ops.h"
+#include "../op_functions.h"
 #include "multi_tensor_apply.cuh"
 
 namespace samkernels {
 
 const OpTable& CudaOps() {
-  static const OpTable table = {"cuda",        cuda::kChunkSize, cuda::Norms, cuda::Perturb,
-                                cuda::Restore, cuda::Recombine,  cuda::Sgd,   cuda::SgdHess,
-                                cuda::Adam,    cuda::Compare};
+  static constexpr OpTable table = cuda::TableOf("cuda", cuda::kChunkSize);
   return table;
 }
 

@@ -22,6 +22,8 @@ struct ReduceBuffers {
   double* of_tensors;          // [num_tensors][kSums], 0 before the first launch
   unsigned* finished_tensors;  // [1], 0 before the first launch
   unsigned* finished_chunks;   // [num_tensors], 0 before the first launch
+  double* per_tensor;          // [num_tensors][kSums], the results
+  double* total;               // [kSums]
   int num_tensors;             // of the whole list
   int num_with_elements;       // of these
 };
@@ -76,8 +78,7 @@ __device__ __forceinline__ bool IsLast(unsigned* arrived, unsigned count) {
   return __syncthreads_or(is_last);
 }
 
-// Functor: kSums; accumulate(chunk, sums) adds a thread's share of a chunk;
-// finish_tensor(tensor, sums) and finish_total(sums) take the results, in one thread each.
+// Functor: kSums; accumulate(chunk, sums) adds a thread's share of a chunk.
 template <typename Functor, typename Table>
 __global__ void __launch_bounds__(kThreads, kResidentThreads<Functor::kSums> / kThreads)
     ReduceKernel(const __grid_constant__ Table table, const __grid_constant__ Functor functor,
@@ -108,33 +109,28 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads<Functor::kSums> / k
       }
       BlockSum<kSums>(sums);
     }
-    if (threadIdx.x == 0) {
-      StoreSums<kSums>(buffers.of_tensors, tensor, sums);
-      functor.finish_tensor(tensor, sums);
-    }
+    if (threadIdx.x == 0) StoreSums<kSums>(buffers.of_tensors, tensor, sums);
     is_last = IsLast(buffers.finished_tensors, buffers.num_with_elements);
   }
   if (!is_last) return;
 
   double sums[kSums] = {};
+#pragma unroll 1  // few tensors, and registers are scarce
   for (int tensor = threadIdx.x; tensor < buffers.num_tensors; tensor += kThreads) {
-    double of_tensor[kSums];
-    bool is_zero = true;
     for (int k = 0; k < kSums; ++k) {
-      of_tensor[k] = __ldcg(&buffers.of_tensors[int64_t{tensor} * kSums + k]);
-      is_zero = is_zero && of_tensor[k] == 0.0;
-      sums[k] += of_tensor[k];
+      const int64_t i = int64_t{tensor} * kSums + k;
+      const double of_tensor = __ldcg(&buffers.of_tensors[i]);
+      buffers.per_tensor[i] = of_tensor;
+      sums[k] += of_tensor;
     }
-    // It may be empty: then no chunk has finished it.
-    if (is_zero) functor.finish_tensor(tensor, of_tensor);
   }
   BlockSum<kSums>(sums);
-  if (threadIdx.x == 0) functor.finish_total(sums);
+  if (threadIdx.x == 0) StoreSums<kSums>(buffers.total, 0, sums);
 }
 
 template <typename Functor, int kLists>
 void Reduce(const Tensors& tensors, const void* const* const (&lists)[kLists],
-            const Functor& functor, void* workspace, void* stream) {
+            const Functor& functor, const DotsArgs& args, void* stream) {
   constexpr int kSums = Functor::kSums;
   using Buffers = ReduceBuffers<kSums>;
   static_assert(sizeof(Functor) + sizeof(Buffers) + 64 <= kOtherBytes,
@@ -142,13 +138,13 @@ void Reduce(const Tensors& tensors, const void* const* const (&lists)[kLists],
   if (tensors.num_tensors > INT32_MAX) throw std::length_error("more than 2^31 - 1 tensors");
   int num_with_elements = 0;
   for (int64_t i = 0; i < tensors.num_tensors; ++i) num_with_elements += tensors.numel[i] > 0;
-  double* of_tensors = static_cast<double*>(workspace);
+  double* of_tensors = static_cast<double*>(args.workspace);
   unsigned* finished_tensors =
       reinterpret_cast<unsigned*>(of_tensors + kSums * tensors.num_tensors);
   unsigned* finished_chunks = finished_tensors + 1;
   double* of_chunks = of_tensors + (kSums + 1) * tensors.num_tensors + 1;
-  Check(cudaMemsetAsync(workspace, 0,
-                        reinterpret_cast<char*>(of_chunks) - static_cast<char*>(workspace),
+  Check(cudaMemsetAsync(of_tensors, 0,
+                        reinterpret_cast<char*>(of_chunks) - reinterpret_cast<char*>(of_tensors),
                         static_cast<cudaStream_t>(stream)));
   ForEachTable(tensors, lists,
                [&](const auto& table, unsigned num_chunks, int64_t first_chunk, bool is_last) {
@@ -159,6 +155,8 @@ void Reduce(const Tensors& tensors, const void* const* const (&lists)[kLists],
                                           of_tensors,
                                           finished_tensors,
                                           finished_chunks,
+                                          args.per_tensor,
+                                          args.total,
                                           static_cast<int>(tensors.num_tensors),
                                           num_with_elements};
                  Launch(ReduceKernel<Functor, Table>, num_chunks > 0 ? num_chunks : 1, stream,

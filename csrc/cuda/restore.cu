@@ -1,4 +1,4 @@
-#include "cuda_ops.h"
+#include "../op_functions.h"
 #include "vectors.cuh"
 
 namespace samkernels::cuda {

@@ -1,99 +1,80 @@
-#include "cuda_ops.h"
-#include "recombine.cuh"
+#include "../op_functions.h"
+#include "mix.cuh"
 
 namespace samkernels::cuda {
 
-template <typename T, bool kSigned, Momentum kMomentum>
+template <typename T, bool kHasY, bool kHasBuffer>
 struct SgdFunctor {
-  // The lists that are not there (a sign, a buffer) come last and are left out of the table.
-  enum List { kParams, kOldParams, kMagnitude, kOptional };
-  static constexpr bool kHasBuffer = kMomentum != Momentum::kNone;
-  static constexpr bool kIsRunning = kMomentum == Momentum::kRunning;
-  static constexpr int kSign = kOptional;
-  static constexpr int kBuffer = kOptional + kSigned;
-  static constexpr int kLists = kOptional + kSigned + kHasBuffer;
-  static constexpr int kRead = 2 + kSigned + kIsRunning;
+  // The lists that are not there (y, a buffer) come last and are left out of the table.
+  enum List { kParams, kOldParams, kX, kOptional };
+  static constexpr int kY = kOptional;
+  static constexpr int kBuffer = kOptional + kHasY;
+  static constexpr int kRead = 2 + kHasY + kHasBuffer;
   static constexpr bool kReverse = false;
-  Recombination recombination;
+  Mix mix;
   SgdOptions options;
 
   template <typename ChunkT>
   __device__ void operator()(const ChunkT& chunk) const {
     T* params = chunk.template At<T>(kParams);
     const T* old_params = chunk.template At<const T>(kOldParams);
-    const T* magnitude = chunk.template At<const T>(kMagnitude);
-    const T* sign = kSigned ? chunk.template At<const T>(kSign) : magnitude;
+    const T* x = chunk.template At<const T>(kX);
+    const T* y = kHasY ? chunk.template At<const T>(kY) : x;
     T* buffer = kHasBuffer ? chunk.template At<T>(kBuffer) : params;
-    const float lr = Read(options.lr);
-    const bool skipped = IsSkipped(recombination);
-    const bool has_coefficient = HasCoefficient(recombination);
-    const float coefficient = Coefficient(recombination, chunk.TensorInWholeList());
-    const unsigned misalignment = Misalignment(params, old_params, magnitude, sign, buffer);
+    const SgdScalars scalars = SgdScalarsOf(options);
+    const bool skipped = IsSkipped(mix);
+    const MixScalars of_mix = MixScalarsOf(mix, chunk.TensorInWholeList());
+    const unsigned misalignment = Misalignment(params, old_params, x, y, buffer);
     // The next forward pass reads the weights; all else has time.
     const auto load = [&](int i, auto width) {
       Loaded<T, width, kRead> loaded;
       loaded.of[0] = Load<width, kStreaming>(old_params + i);
-      loaded.of[1] = Load<width, kStreaming>(magnitude + i);
-      if constexpr (kSigned) loaded.of[2] = Load<width, kStreaming>(sign + i);
-      if constexpr (kIsRunning) loaded.of[kRead - 1] = Load<width, kStreaming>(buffer + i);
+      loaded.of[1] = Load<width, kStreaming>(x + i);
+      if constexpr (kHasY) loaded.of[2] = Load<width, kStreaming>(y + i);
+      if constexpr (kHasBuffer) loaded.of[kRead - 1] = Load<width, kStreaming>(buffer + i);
       return loaded;
     };
-    ForEachVector<T, 2>(chunk.n, misalignment, load, [&](int i, const auto& loaded, auto width) {
-      auto w = loaded.of[0];
-      const auto& magnitudes = loaded.of[1];
-      const auto& signs = loaded.of[1 + kSigned];
-      auto buf = loaded.of[kIsRunning ? kRead - 1 : 1];
+    // Of half precision a vector has eight lanes: of two, fewer warps would have their registers.
+    constexpr int kUnroll = kRead == 4 && sizeof(T) == 2 ? 1 : 2;
+    ForEachVector<T, kUnroll>(
+        chunk.n, misalignment, load, [&](int i, const auto& loaded, auto width) {
+          auto w = loaded.of[0];
+          const auto& xs = loaded.of[1];
+          const auto& ys = loaded.of[1 + kHasY];
+          auto buf = loaded.of[kRead - 1];
 #pragma unroll
-      for (int j = 0; j < width; ++j) {
-        const float u = Recombined<kSigned>(ToFloat(magnitudes.lane[j]), ToFloat(signs.lane[j]),
-                                            coefficient, has_coefficient);
-        float b = ToFloat(buf.lane[j]);
-        const float updated = SgdUpdated<kMomentum>(options, lr, ToFloat(w.lane[j]), u, b);
-        if (!skipped) {
-          w.lane[j] = FromFloat<T>(updated);
-          buf.lane[j] = FromFloat<T>(b);
-        } else if (kMomentum == Momentum::kInit) {
-          buf.lane[j] = FromFloat<T>(0.0f);
-        }
-      }
-      Store<width>(params + i, w);
-      if constexpr (kHasBuffer) Store<width, kStreaming>(buffer + i, buf);
-    });
+          for (int j = 0; j < width; ++j) {
+            const float u =
+                Mixed<kHasY>(mix.function, of_mix, ToFloat(xs.lane[j]), ToFloat(ys.lane[j]));
+            float b = ToFloat(buf.lane[j]);
+            const float updated =
+                SgdUpdated<kHasBuffer>(options, scalars, ToFloat(w.lane[j]), u, b);
+            if (!skipped) w.lane[j] = FromFloat<T>(updated);
+            if (!skipped || options.init_momentum) buf.lane[j] = FromFloat<T>(skipped ? 0.0f : b);
+          }
+          Store<width>(params + i, w);
+          if constexpr (kHasBuffer) Store<width, kStreaming>(buffer + i, buf);
+        });
   }
 };
 
-template <typename T, bool kSigned, Momentum kMomentum>
-static void SgdOf(const SgdArgs& args, const Execution& execution) {
-  using Functor = SgdFunctor<T, kSigned, kMomentum>;
-  const Recombination& r = args.recombination;
-  const Functor functor = {r, args.options};
-  if constexpr (kSigned && Functor::kHasBuffer) {
-    const ReadOnlyList lists[] = {args.params, args.old_params, r.magnitude, r.sign,
-                                  args.momentum_buffer};
-    MultiTensorApply(args.tensors, lists, functor, execution.stream);
-  } else if constexpr (kSigned) {
-    const ReadOnlyList lists[] = {args.params, args.old_params, r.magnitude, r.sign};
-    MultiTensorApply(args.tensors, lists, functor, execution.stream);
-  } else if constexpr (Functor::kHasBuffer) {
-    const ReadOnlyList lists[] = {args.params, args.old_params, r.magnitude, args.momentum_buffer};
-    MultiTensorApply(args.tensors, lists, functor, execution.stream);
-  } else {
-    const ReadOnlyList lists[] = {args.params, args.old_params, r.magnitude};
-    MultiTensorApply(args.tensors, lists, functor, execution.stream);
-  }
-}
-
 void Sgd(const SgdArgs& args, const Execution& execution) {
+  const Mix& mix = args.mix;
   DispatchDType(args.tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
-    DispatchSigned(args.recombination, [&](auto is_signed) {
-      switch (MomentumOf(args.options)) {
-        case Momentum::kNone:
-          return SgdOf<T, is_signed, Momentum::kNone>(args, execution);
-        case Momentum::kInit:
-          return SgdOf<T, is_signed, Momentum::kInit>(args, execution);
-        case Momentum::kRunning:
-          return SgdOf<T, is_signed, Momentum::kRunning>(args, execution);
+    const auto apply = [&](auto has_y, auto has_buffer, const auto&... optional) {
+      const ReadOnlyList lists[] = {args.params, args.old_params, mix.x, optional...};
+      const SgdFunctor<T, has_y, has_buffer> functor = {mix, args.options};
+      MultiTensorApply(args.tensors, lists, functor, execution.stream);
+    };
+    DispatchHasY(mix, [&](auto has_y) {
+      const bool has_buffer = args.options.has_momentum;
+      if constexpr (has_y) {
+        if (has_buffer) return apply(has_y, std::true_type(), mix.y, args.momentum_buffer);
+        apply(has_y, std::false_type(), mix.y);
+      } else {
+        if (has_buffer) return apply(has_y, std::true_type(), args.momentum_buffer);
+        apply(has_y, std::false_type());
       }
     });
   });

@@ -1,7 +1,7 @@
 #include <vector>
 
+#include "../op_functions.h"
 #include "../update_math.h"
-#include "cuda_ops.h"
 #include "vectors.cuh"
 
 namespace samkernels::cuda {
@@ -11,13 +11,13 @@ constexpr int kPart = kChunkSize < 8192 ? kChunkSize : 8192;
 
 __device__ __forceinline__ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <typename T, Momentum kMomentum>
+// kInit: the buffer holds nothing yet. Known to the compiler, since registers are scarce.
+template <typename T, bool kHasBuffer, bool kInit>
 struct SgdHessFunctor {
   // kCounts and kStrides are numbers. The buffer comes last: it may not be there, and is left out
   // of the table then.
   enum List { kParams, kGrads, kProducts, kCounts, kStrides, kBuffer };
-  static constexpr bool kHasBuffer = kMomentum != Momentum::kNone;
-  static constexpr bool kIsRunning = kMomentum == Momentum::kRunning;
+  static constexpr bool kIsRunning = kHasBuffer && !kInit;
   static constexpr int kRead = 3 + kIsRunning;
   static constexpr bool kReverse = false;
   // Of half precision a vector has eight lanes: of two, fewer warps would have their registers.
@@ -54,15 +54,17 @@ struct SgdHessFunctor {
 
   // d(j): D of lane j; called once for each, in their order.
   template <int kWidth, typename D>
-  __device__ __forceinline__ void Update(const Addresses& at, float lr, float rho_,
+  __device__ __forceinline__ void Update(const Addresses& at, const SgdScalars& scalars, float rho_,
                                          const Loaded<T, kWidth, kRead>& loaded, D&& d) const {
     auto w = loaded.of[0];
+    SgdOptions known = options;
+    known.init_momentum = kInit;
     auto buf = loaded.of[kRead - 1];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       const float u = ScaledByCurvature(ToFloat(loaded.of[1].lane[j]), rho_, d(j));
       float b = kIsRunning ? ToFloat(buf.lane[j]) : 0.0f;
-      w.lane[j] = FromFloat<T>(SgdUpdated<kMomentum>(options, lr, ToFloat(w.lane[j]), u, b));
+      w.lane[j] = FromFloat<T>(SgdUpdated<kHasBuffer>(known, scalars, ToFloat(w.lane[j]), u, b));
       buf.lane[j] = FromFloat<T>(b);
     }
     Store<kWidth>(at.params, w);
@@ -89,13 +91,13 @@ struct SgdHessFunctor {
   }
 
   __device__ __forceinline__ void OneByOne(const Addresses& at, int n) const {
-    const float lr = Read(options.lr);
+    const SgdScalars scalars = SgdScalarsOf(options);
     const float rho_ = Read(rho);
     const auto load = [&](int i, auto width) { return LoadAll<width, true>(at + i); };
     ForEachVector<T, kUnroll>(
         n, at.Misalignment(), load, [&](int i, const auto& loaded, auto width) {
           const auto d = [&](int j) { return fabsf(ToFloat(loaded.of[2].lane[j])); };
-          Update<width>(at + i, lr, rho_, loaded, d);
+          Update<width>(at + i, scalars, rho_, loaded, d);
         });
   }
 
@@ -105,7 +107,7 @@ struct SgdHessFunctor {
   __device__ __forceinline__ void SideBySide(const ChunkT& chunk, const Addresses& of_chunk,
                                              int count) const {
     __shared__ Shared<float[kPart / 2 + 2]> means;
-    const float lr = Read(options.lr);
+    const SgdScalars scalars = SgdScalarsOf(options);
     const float rho_ = Read(rho);
     for (int part = 0; part < chunk.n; part += kPart) {
       const Addresses at = of_chunk + part;
@@ -134,7 +136,7 @@ struct SgdHessFunctor {
                                     }
                                     return d_of_lane;
                                   };
-                                  Update<width>(at + i, lr, rho_, loaded, d);
+                                  Update<width>(at + i, scalars, rho_, loaded, d);
                                 });
       __syncthreads();  // before the next means
     }
@@ -146,7 +148,7 @@ struct SgdHessFunctor {
   template <int kWidth, typename ChunkT>
   __device__ __forceinline__ void ByColumns(const ChunkT& chunk, const Addresses& of_chunk,
                                             Positions positions) const {
-    const float lr = Read(options.lr);
+    const SgdScalars scalars = SgdScalarsOf(options);
     const float rho_ = Read(rho);
     const int64_t length = kWidth * positions.count;
     const int64_t first = CeilDiv(chunk.begin, length);
@@ -172,17 +174,16 @@ struct SgdHessFunctor {
           int64_t{0}, positions.count, 1,
           [&](int64_t p) { return LoadAll<kWidth, false>(at + p * positions.stride); },
           [&](int64_t p, const auto& loaded) {
-            Update<kWidth>(at + p * positions.stride, lr, rho_, loaded,
+            Update<kWidth>(at + p * positions.stride, scalars, rho_, loaded,
                            [&](int j) { return d[j]; });
           });
     }
   }
 };
 
-template <typename T, Momentum kMomentum>
+template <typename T, bool kHasBuffer, bool kInit>
 static void SgdHessOf(const SgdHessArgs& args, const Execution& execution) {
-  using Functor = SgdHessFunctor<T, kMomentum>;
-  const Functor functor = {args.options, args.rho};
+  const SgdHessFunctor<T, kHasBuffer, kInit> functor = {args.options, args.rho};
   // The table of addresses takes numbers along.
   static_assert(sizeof(void*) == sizeof(int64_t), "an address has room for a number");
   std::vector<const void*> counts, strides;
@@ -190,7 +191,7 @@ static void SgdHessOf(const SgdHessArgs& args, const Execution& execution) {
     counts.push_back(reinterpret_cast<const void*>(args.positions[i].count));
     strides.push_back(reinterpret_cast<const void*>(args.positions[i].stride));
   }
-  if constexpr (Functor::kHasBuffer) {
+  if constexpr (kHasBuffer) {
     const ReadOnlyList lists[] = {args.params,   args.grads,     args.hessian_products,
                                   counts.data(), strides.data(), args.momentum_buffer};
     MultiTensorApply(args.tensors, lists, functor, execution.stream);
@@ -204,14 +205,9 @@ static void SgdHessOf(const SgdHessArgs& args, const Execution& execution) {
 void SgdHess(const SgdHessArgs& args, const Execution& execution) {
   DispatchDType(args.tensors.dtype, [&](auto zero) {
     using T = decltype(zero);
-    switch (MomentumOf(args.options)) {
-      case Momentum::kNone:
-        return SgdHessOf<T, Momentum::kNone>(args, execution);
-      case Momentum::kInit:
-        return SgdHessOf<T, Momentum::kInit>(args, execution);
-      case Momentum::kRunning:
-        return SgdHessOf<T, Momentum::kRunning>(args, execution);
-    }
+    if (!args.options.has_momentum) return SgdHessOf<T, false, false>(args, execution);
+    if (args.options.init_momentum) return SgdHessOf<T, true, true>(args, execution);
+    SgdHessOf<T, true, false>(args, execution);
   });
 }
 

@@ -11,9 +11,8 @@ from samkernels.backends import foreach, native, reference, triton
 from samkernels.backends.contract import (
     AdamOptions,
     Backend,
-    Comparison,
-    Norms,
-    Recombination,
+    Dots,
+    Mix,
     SgdOptions,
     TensorList,
 )
@@ -22,9 +21,8 @@ __all__ = [
     "BACKENDS",
     "AdamOptions",
     "Backend",
-    "Comparison",
-    "Norms",
-    "Recombination",
+    "Dots",
+    "Mix",
     "SgdOptions",
     "TensorList",
     "check_name",

@@ -7,6 +7,7 @@ are written overlap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,62 +16,73 @@ from torch import Tensor
 TensorList = list[Tensor] | tuple[Tensor, ...]
 
 
-class Norms(NamedTuple):
-    """L2 norms of a list of n tensors, on their device: float32, or float64 for float64 tensors.
+# What Mix computes of each element, see there.
+FUNCTIONS = ("linear", "sign", "damp", "product")
+
+
+class Dots(NamedTuple):
+    """Sums over all elements of one to three lists x, y, z: float64, on their device.
+
+        x                  x.x
+        x, with weights    |T x|^2, x.x                   T = |weights| + eta
+        x, y               x.x, x.y, y.y
+        x, y, z            x.x, x.y, y.y, z.z, [|y| > |x|], [x * y > 0]
+
+    Sums of the parts of a tensor that lie in several processes add up to those of the whole.
 
     Attributes:
-        total: shape ()
-        per_tensor: shape (n,)
+        total: shape (s,)
+        per_tensor: shape (n, s), of each tensor of the lists.
     """
 
     total: Tensor
     per_tensor: Tensor
 
 
-class Comparison(NamedTuple):
-    """Sums over all elements of two lists of gradients and of the weights, on their device.
+class Mix(NamedTuple):
+    """A combination of one or two lists, such as what takes the gradient's place in an update.
 
-    Attributes:
-        sums: float64, shape (6,): g1^2, g2^2, g1 * g2, [|g2| > |g1|], [g1 * g2 > 0], w^2
-        numel: number of elements
-        second_norms: norms of g2
+        "linear"     a * x + b * y;  a * x without y
+        "sign"       a * |x| * sign(y),  sign(0) = 0
+        "damp"       a * x where 0 < x / (y + 1e-8) < 1, else x
+        "product"    a * x * y
+
+    It is divided by `divisor` if that is given. a and b are numbers, or tensors of shape () or
+    (n,), one for each tensor of the lists, in float32, or float64 for float64 lists. If
+    ascent_square is given and has no finite root in that dtype, or found_inf is given and not 0,
+    the step is skipped.
     """
 
-    sums: Tensor
-    numel: int
-    second_norms: Norms
-
-
-class Recombination(NamedTuple):
-    """What takes the gradient's place in the update.
-
-    u = |magnitude| * sign(sign)                                   if `sign` is given, else
-    u = (numerator / (denominator + eps)) * magnitude              if `numerator` is given, else
-    u = magnitude
-
-    u is divided by grad_scale if that is given. If ascent_norm is given and not finite, or
-    found_inf is given and not 0, the step is skipped.
-    """
-
-    magnitude: TensorList
-    sign: TensorList | None = None
-    numerator: Tensor | None = None  # norms: shape () or (n,)
-    denominator: Tensor | None = None
-    eps: float = 1e-12
-    ascent_norm: Tensor | None = None  # shape (), as all below
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    x: TensorList
+    y: TensorList | None = None
+    a: float | Tensor = 1.0
+    b: float | Tensor = 1.0
+    function: str = "linear"
+    divisor: Tensor | None = None  # shape (), as all below; of the dtype of a and b
+    ascent_square: Tensor | None = None  # float64
+    found_inf: Tensor | None = None  # of the dtype of a and b
 
     def takes_place(self) -> Tensor | None:
         """Whether the step is not skipped, on the device; None if nothing can make it so."""
-        takes = None if self.ascent_norm is None else self.ascent_norm.isfinite()
+        takes = None
+        if self.ascent_square is not None:
+            takes = norm_of(self.ascent_square, self.x[0].dtype).isfinite()
         if self.found_inf is None:
             return takes
         return self.found_inf == 0 if takes is None else takes & (self.found_inf == 0)
 
 
+def norm_of(square: Tensor, dtype: torch.dtype) -> Tensor:
+    """The root of a sum of squares, as steps on lists of this dtype take it."""
+    return square.sqrt().to(torch.promote_types(dtype, torch.float32))
+
+
 class SgdOptions(NamedTuple):
-    """The hyperparameters of torch.optim.SGD; init_momentum: the buffers hold nothing yet."""
+    """The hyperparameters of torch.optim.SGD.
+
+    init_momentum: the buffers hold nothing yet. In a step that is skipped they become 0, which is a
+    first step again with 1 in the place of 1 - dampening.
+    """
 
     # A tensor of shape () on the lists' device, float32 (float64), is read there.
     lr: float | Tensor
@@ -80,6 +92,7 @@ class SgdOptions(NamedTuple):
     nesterov: bool
     maximize: bool
     init_momentum: bool
+    one_minus_dampening: Tensor | None = None  # as lr; in the place of 1 - dampening
 
 
 class AdamOptions(NamedTuple):
@@ -125,40 +138,52 @@ class Backend(Protocol):
         in another way than its parameter: or, if they are numbers, not of shape (), not float32 or
         float64 or on another device."""
 
-    def norms(self, tensors: TensorList) -> Norms: ...
-
-    def weighted_norms(self, tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]: ...
+    def dots(
+        self, lists: Sequence[TensorList], weights: TensorList | None = None, eta: float = 0.0
+    ) -> Dots:
+        """Each list is read once. Weights come with one list only."""
 
     def perturb_(
         self,
         params: TensorList,
-        grads: TensorList,
+        direction: TensorList,
         old_params: TensorList,
         *,
-        norm: Tensor,
-        rho: float | Tensor,  # as SgdOptions.lr; negative: away from the gradient
-        adaptive: bool,
+        square: Tensor,  # |T d|^2, float64, shape () or (n,)
+        rho: float | Tensor,  # as SgdOptions.lr, or of shape (n,); negative: against d
+        eta: float | None,  # T = |w| + eta; None: T = 1
         eps: float,
         rounds_at_random: bool,  # bfloat16 parameters: see rounding.py
         journal: list[bool] | None,
+        saves: bool = True,
     ) -> None:
-        """Need not tell autograd that old_params were written: optimizers keep them to themselves.
+        """old_params = w;  params = w + rho / (sqrt(square) + eps) * T^2 * d. A square that is 0 or
+        has no finite root, as in Mix, moves nothing of its tensor. `direction` may be `old_params`.
+
+        Unless it saves, w is what old_params holds, and what params holds is not read. It need not
+        tell autograd that old_params were written: optimizers keep them to themselves.
 
         Appends True to the journal when all of old_params holds w: before the first parameter
         moves, or in one go with that. Whoever is interrupted knows then whether to restore."""
 
     def restore_(self, params: TensorList, old_params: TensorList) -> None: ...
 
-    def recombine_(self, out: TensorList, recombination: Recombination) -> None: ...
+    def mix_(self, out: TensorList, mix: Mix, *, keeps: bool = False) -> None:
+        """out = u. Where the step is skipped: what it was if it `keeps`, as state of an optimizer
+        has to, else 0. `out` may be one of the lists that are read."""
 
     def sgd_(
         self,
         params: TensorList,
         old_params: TensorList,
         momentum_buffers: TensorList | None,
-        recombination: Recombination,
+        mix: Mix,
         options: SgdOptions,
-    ) -> None: ...
+        journal: list[bool] | None = None,
+    ) -> None:
+        """Appends True to the journal when all is updated; in one go with that, or False before the
+        first list is written. Whoever is interrupted knows then whether nothing was (empty),
+        everything, or something (False alone). So in all updates."""
 
     def sgd_hess_(
         self,
@@ -168,6 +193,7 @@ class Backend(Protocol):
         momentum_buffers: TensorList | None,
         rho: float | Tensor,  # as SgdOptions.lr
         options: SgdOptions,
+        journal: list[bool] | None = None,
     ) -> None:
         """`positions_of` is not None for any of the tensors."""
 
@@ -178,13 +204,10 @@ class Backend(Protocol):
         exp_avgs: TensorList,
         exp_avg_sqs: TensorList,
         steps: TensorList,  # shape (), float32 or float64: of each tensor, before this step
-        recombination: Recombination,
+        mix: Mix,
         options: AdamOptions,
+        journal: list[bool] | None = None,
     ) -> None: ...
-
-    def compare(
-        self, first_grads: TensorList, second_grads: TensorList, weights: TensorList
-    ) -> Comparison: ...
 
 
 def positions_of(tensor: Tensor) -> tuple[int, int] | None:
@@ -202,6 +225,12 @@ def positions_of(tensor: Tensor) -> tuple[int, int] | None:
         return None
     stride = down if width == 1 else right
     return (count, stride) if max(count, stride) < 2**31 else None
+
+
+def note(journal: list[bool] | None, is_done: bool) -> None:
+    """In the journal of an update that other instructions of Python may come between."""
+    if journal is not None:
+        journal.append(is_done)
 
 
 def prepare(tensors: TensorList) -> TensorList:

@@ -7,8 +7,9 @@ autograd notices that a tensor it saved was overwritten.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from samkernels.backends.contract import (
+    FUNCTIONS,
     AdamOptions,
-    Comparison,
-    Norms,
-    Recombination,
+    Dots,
+    Mix,
     SgdOptions,
     TensorList,
     positions_of,
@@ -35,6 +36,11 @@ except ImportError as error:
         IMPORT_ERROR += (
             " (these are the sources: pip install -e . builds the core here; what pip install . "
             "built is imported from any other folder)"
+        )
+    elif find_spec("samkernels._C") is None:
+        IMPORT_ERROR += (
+            " (this package was built without it, by SAMKERNELS_CORE=OFF: install again without "
+            "that where there is a C++17 compiler)"
         )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,7 +60,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
 
 
 def build_info() -> dict[str, str]:
-    """How the core was built: compiler, openmp, cpu_variant (in use), cuda, cuda_archs."""
+    """How the core was built: compiler, threads, cpu_variant (in use), cuda, cuda_archs."""
     return _C.build_info()
 
 
@@ -124,57 +130,72 @@ def _reader() -> _C.TensorReader:
     return _C.TensorReader(Tensor, torch.nn.Parameter)
 
 
-def norms(tensors: TensorList) -> Norms:
-    device = tensors[0].device
-    per_tensor = torch.empty(len(tensors), dtype=torch.float32, device=device)
-    total = torch.empty((), dtype=torch.float32, device=device)
-    _run(device, _norms, tensors, None, per_tensor, total)
-    return Norms(total, per_tensor)
+def dots(lists: Sequence[TensorList], weights: TensorList | None = None, eta: float = 0.0) -> Dots:
+    x = lists[0]
+    device = x[0].device
+    num_sums = _num_dots(len(lists), weights is not None)
+    per_tensor = torch.empty(len(x), num_sums, dtype=torch.float64, device=device)
+    total = torch.empty(num_sums, dtype=torch.float64, device=device)
+    _run(device, _dots, lists, weights, eta, per_tensor, total)
+    return Dots(total, per_tensor)
 
 
-def weighted_norms(tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]:
-    device = tensors[0].device
-    per_tensor = torch.empty(2, len(tensors), dtype=torch.float32, device=device)
-    total = torch.empty(2, dtype=torch.float32, device=device)
-    _run(device, _norms, tensors, _core(weights), per_tensor, total)
-    return Norms(total[0], per_tensor[0]), Norms(total[1], per_tensor[1])
+@lru_cache(maxsize=8)
+def _num_dots(num_lists: int, weighted: bool) -> int:
+    return _C.num_dots(num_lists, weighted)
 
 
-def _norms(
+def _dots(
     target: _C.Target,
-    tensors: TensorList,
-    weights: _C.TensorList | None,
+    lists: Sequence[TensorList],
+    weights: TensorList | None,
+    eta: float,
     per_tensor: Tensor,
     total: Tensor,
 ) -> None:
-    x = _core(tensors)
-    workspace = _workspace(target, x, _C.NORMS_SUMS, total.device)
-    _C.norms(target, x, weights, _address(workspace), per_tensor.data_ptr(), total.data_ptr())
+    x, *others = map(_core, lists)
+    y, z = (*others, None, None)[:2]
+    workspace = _workspace(target, x, total.numel(), total.device)
+    _C.dots(
+        target,
+        x,
+        y,
+        z,
+        None if weights is None else _core(weights),
+        eta,
+        0 if workspace is None else workspace.data_ptr(),
+        per_tensor.data_ptr(),
+        total.data_ptr(),
+    )
 
 
 def perturb_(
     params: TensorList,
-    grads: TensorList,
+    direction: TensorList,
     old_params: TensorList,
     *,
-    norm: Tensor,
+    square: Tensor,
     rho: float | Tensor,
-    adaptive: bool,
+    eta: float | None,
     eps: float,
     rounds_at_random: bool,
     journal: list[bool] | None,
+    saves: bool = True,
 ) -> None:
+    assert square.dtype is torch.float64
     _run(
         params[0].device,
         _C.perturb,
         _core(params),
-        _core(grads),
+        _core(direction),
         _core(old_params),
-        norm.data_ptr(),
+        square.data_ptr(),
+        _stride(square),
         *_scalar(rho),
+        eta,
         eps,
-        adaptive,
         rounds_at_random,
+        saves,
         journal,
     )
     _mark_written(params)
@@ -185,8 +206,8 @@ def restore_(params: TensorList, old_params: TensorList) -> None:
     _mark_written(params)
 
 
-def recombine_(out: TensorList, recombination: Recombination) -> None:
-    _run(out[0].device, _C.recombine, _core_recombination(recombination), _core(out))
+def mix_(out: TensorList, mix: Mix, *, keeps: bool = False) -> None:
+    _run(out[0].device, _C.mix, _core_mix(mix), _core(out), keeps)
     _mark_written(out)
 
 
@@ -194,17 +215,19 @@ def sgd_(
     params: TensorList,
     old_params: TensorList,
     momentum_buffers: TensorList | None,
-    recombination: Recombination,
+    mix: Mix,
     options: SgdOptions,
+    journal: list[bool] | None = None,
 ) -> None:
     _run(
         params[0].device,
         _C.sgd,
-        _core_recombination(recombination),
+        _core_mix(mix),
         _core(params),
         _core(old_params),
         None if momentum_buffers is None else _core(momentum_buffers),
         _core_sgd_options(options, momentum_buffers is not None),
+        journal,
     )
     _mark_written(params, momentum_buffers)
 
@@ -216,6 +239,7 @@ def sgd_hess_(
     momentum_buffers: TensorList | None,
     rho: float | Tensor,
     options: SgdOptions,
+    journal: list[bool] | None = None,
 ) -> None:
     _run(
         params[0].device,
@@ -225,8 +249,9 @@ def sgd_hess_(
         _core(hessian_products),
         None if momentum_buffers is None else _core(momentum_buffers),
         [positions_of(p) for p in params],
-        *_scalar(rho),
+        *_scalar(rho)[:2],
         _core_sgd_options(options, momentum_buffers is not None),
+        journal,
     )
     _mark_written(params, momentum_buffers)
 
@@ -237,15 +262,16 @@ def adam_(
     exp_avgs: TensorList,
     exp_avg_sqs: TensorList,
     steps: TensorList,
-    recombination: Recombination,
+    mix: Mix,
     options: AdamOptions,
+    journal: list[bool] | None = None,
 ) -> None:
     device = params[0].device
     bias_corrections = torch.empty(len(params), 2, dtype=torch.float32, device=device)
     _run(
         device,
         _C.adam,
-        _core_recombination(recombination),
+        _core_mix(mix),
         _core(params),
         _core(old_params),
         _core(exp_avgs),
@@ -253,41 +279,9 @@ def adam_(
         _core(steps),
         bias_corrections.data_ptr(),
         _core_adam_options(options),
+        journal,
     )
     _mark_written(params, exp_avgs, exp_avg_sqs, steps)
-
-
-def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
-    device = first_grads[0].device
-    sums = torch.empty(_C.COMPARE_SUMS, dtype=torch.float64, device=device)
-    per_tensor = torch.empty(len(first_grads), dtype=torch.float32, device=device)
-    total = torch.empty((), dtype=torch.float32, device=device)
-    args = _core(first_grads), _core(second_grads), _core(weights), sums, per_tensor, total
-    _run(device, _compare, *args)
-    numel = sum(map(Tensor.numel, first_grads))
-    return Comparison(sums, numel, Norms(total, per_tensor))
-
-
-def _compare(
-    target: _C.Target,
-    first_grads: _C.TensorList,
-    second_grads: _C.TensorList,
-    weights: _C.TensorList,
-    sums: Tensor,
-    per_tensor: Tensor,
-    total: Tensor,
-) -> None:
-    workspace = _workspace(target, first_grads, _C.COMPARE_SUMS, sums.device)
-    _C.compare(
-        target,
-        first_grads,
-        second_grads,
-        weights,
-        _address(workspace),
-        sums.data_ptr(),
-        per_tensor.data_ptr(),
-        total.data_ptr(),
-    )
 
 
 def _run(device: torch.device, function: Callable[..., None], *args: Any) -> None:
@@ -309,13 +303,21 @@ def _core(tensors: TensorList) -> _C.TensorList:
     return tensors.core if type(tensors) is PreparedList else _C.TensorList(list(tensors))
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _address(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+    if x is None:
+        return 0
+    assert x.dtype is dtype  # the core reads addresses
+    return x.data_ptr()
 
 
-def _scalar(x: float | Tensor) -> tuple[float, int]:
-    """A hyperparameter as value and address: on the device it is read there."""
-    return (0.0, x.data_ptr()) if isinstance(x, Tensor) else (x, 0)
+def _stride(x: Tensor) -> int:
+    """Of numbers for each tensor; 0 of one for all."""
+    return x.stride(0) if x.dim() == 1 else 0
+
+
+def _scalar(x: float | Tensor) -> tuple[float, int, int]:
+    """A number as value, address and stride: on the device it is read there."""
+    return (0.0, _address(x), _stride(x)) if isinstance(x, Tensor) else (x, 0, 0)
 
 
 def _workspace(
@@ -326,33 +328,34 @@ def _workspace(
     return torch.empty(num_bytes, dtype=torch.uint8, device=device) if num_bytes else None
 
 
-def _core_recombination(recombination: Recombination) -> _C.Recombination:
-    magnitude, sign, numerator, denominator, eps, ascent_norm, grad_scale, found_inf = recombination
-    return _C.Recombination(
-        _core(magnitude),
-        None if sign is None else _core(sign),
-        _address(numerator),
-        _address(denominator),
-        numerator is not None and numerator.dim() == 1,
-        eps,
-        0 if ascent_norm is None else ascent_norm.data_ptr(),
-        0 if grad_scale is None else grad_scale.data_ptr(),
-        0 if found_inf is None else found_inf.data_ptr(),
+def _core_mix(mix: Mix) -> _C.Mix:
+    x, y, a, b, function, divisor, ascent_square, found_inf = mix
+    return _C.Mix(
+        _core(x),
+        None if y is None else _core(y),
+        *_scalar(a),
+        *_scalar(b),
+        FUNCTIONS.index(function),
+        _address(divisor),
+        _address(ascent_square, torch.float64),
+        _address(found_inf),
     )
 
 
 def _core_sgd_options(options: SgdOptions, has_momentum: bool) -> _C.SgdOptions:
-    make = _new_sgd_options if isinstance(options.lr, Tensor) else _kept_sgd_options
+    on_device = isinstance(options.lr, Tensor) or options.one_minus_dampening is not None
+    make = _new_sgd_options if on_device else _kept_sgd_options
     return make(options, has_momentum)
 
 
 def _new_sgd_options(options: SgdOptions, has_momentum: bool) -> _C.SgdOptions:
-    lr, lr_address = _scalar(options.lr)
+    lr, lr_address, _ = _scalar(options.lr)
     return _C.SgdOptions(
         lr=lr,
         lr_address=lr_address,
         momentum=options.momentum,
         one_minus_dampening=1 - options.dampening,
+        one_minus_dampening_address=_address(options.one_minus_dampening),
         weight_decay=options.weight_decay,
         gradient_sign=-1.0 if options.maximize else 1.0,
         nesterov=options.nesterov,
@@ -367,7 +370,7 @@ def _core_adam_options(options: AdamOptions) -> _C.AdamOptions:
 
 
 def _new_adam_options(options: AdamOptions) -> _C.AdamOptions:
-    lr, lr_address = _scalar(options.lr)
+    lr, lr_address, _ = _scalar(options.lr)
     return _C.AdamOptions(
         lr=lr,
         lr_address=lr_address,
@@ -382,7 +385,7 @@ def _new_adam_options(options: AdamOptions) -> _C.AdamOptions:
     )
 
 
-# An lr in memory is not kept: it may lie elsewhere the next time.
+# A number in memory is not kept: it may lie elsewhere the next time.
 _kept_sgd_options = lru_cache(maxsize=256)(_new_sgd_options)
 _kept_adam_options = lru_cache(maxsize=256)(_new_adam_options)
 

@@ -7,16 +7,20 @@ it is stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from samkernels.backends.contract import (
     AdamOptions,
-    Comparison,
-    Norms,
-    Recombination,
+    Dots,
+    Mix,
     SgdOptions,
     TensorList,
+    norm_of,
+    note,
 )
 from samkernels.backends.contract import are_alike as are_alike
 from samkernels.backends.contract import gradients_of as gradients_of
@@ -30,46 +34,64 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
     return None
 
 
-def norms(tensors: TensorList) -> Norms:
-    # Squares of float32 are summed in float64: they neither overflow nor lose small gradients.
-    per_tensor = [torch.linalg.vector_norm(_wide(x), dtype=torch.float64) for x in tensors]
-    squares = torch.stack(per_tensor).square()
-    dtype = _wide(tensors[0]).dtype
-    return Norms(total=squares.sum().sqrt().to(dtype), per_tensor=squares.sqrt().to(dtype))
-
-
-def weighted_norms(tensors: TensorList, weights: TensorList) -> tuple[Norms, Norms]:
-    weighted = [_wide(w) * _wide(x) for x, w in zip(tensors, weights, strict=True)]
-    return norms(weighted), norms(tensors)
+def dots(lists: Sequence[TensorList], weights: TensorList | None = None, eta: float = 0.0) -> Dots:
+    per_tensor = []
+    for i, x in enumerate(lists[0]):
+        # In float64, squares of float32 neither overflow nor lose small gradients.
+        first = x.double()
+        sums = [(first * first).sum()]
+        if weights is not None:
+            # In the dtype of the arithmetic, as perturb_ scales it.
+            scaled = (_wide(weights[i]).abs() + eta) * _wide(x)
+            sums.insert(0, scaled.double().square().sum())
+        if len(lists) > 1:
+            second = lists[1][i].double()
+            sums += [(first * second).sum(), (second * second).sum()]
+        if len(lists) > 2:
+            third = lists[2][i].double()
+            sums += [
+                (third * third).sum(),
+                (second.abs() > first.abs()).sum(),
+                (first * second > 0).sum(),
+            ]
+        per_tensor.append(torch.stack(sums))
+    of_tensors = torch.stack(per_tensor)
+    return Dots(of_tensors.sum(0), of_tensors)
 
 
 def perturb_(
     params: TensorList,
-    grads: TensorList,
+    direction: TensorList,
     old_params: TensorList,
     *,
-    norm: Tensor,
+    square: Tensor,
     rho: float | Tensor,
-    adaptive: bool,
+    eta: float | None,
     eps: float,
     rounds_at_random: bool,
     journal: list[bool] | None,
+    saves: bool = True,
 ) -> None:
-    for w, old in zip(params, old_params, strict=True):
-        old.copy_(w)
+    directions = [_wide(d).clone() for d in direction]  # may be old_params
+    if saves:
+        for w, old in zip(params, old_params, strict=True):
+            old.copy_(w)
     if journal is not None:
         journal.append(True)
+    norm = norm_of(square, params[0].dtype)
     # A zero norm has no direction, a non-finite one would put nan into every weight.
     perturbs = (norm > 0) & norm.isfinite()
     # rho as a tensor: PyTorch divides a number by a tensor with a reciprocal, an ulp off.
     radius = rho if isinstance(rho, Tensor) else torch.full_like(norm, rho)
     scale = radius / (norm + eps)
-    for i, (w, g) in enumerate(zip(params, grads, strict=True)):
-        direction = _wide(w) * _wide(w) * _wide(g) if adaptive else _wide(g)
-        perturbed = _wide(w) + scale * direction
-        if rounds_at_random and w.dtype is torch.bfloat16:
-            perturbed = rounded_at_random(perturbed, norm, i, like=w)
-        w.copy_(torch.where(perturbs, perturbed, _wide(w)))
+    for i, (p, old, d) in enumerate(zip(params, old_params, directions, strict=True)):
+        w = _wide(old)
+        if eta is not None:
+            d = (w.abs() + eta) * (w.abs() + eta) * d
+        perturbed = w + _of_tensor(scale, i) * d
+        if rounds_at_random and p.dtype is torch.bfloat16:
+            perturbed = rounded_at_random(perturbed, _of_tensor(norm, i), i, like=p)
+        p.copy_(torch.where(_of_tensor(perturbs, i), perturbed, w))
 
 
 def restore_(params: TensorList, old_params: TensorList) -> None:
@@ -77,21 +99,23 @@ def restore_(params: TensorList, old_params: TensorList) -> None:
         w.copy_(old)
 
 
-def recombine_(out: TensorList, recombination: Recombination) -> None:
+def mix_(out: TensorList, mix: Mix, *, keeps: bool = False) -> None:
     for i, target in enumerate(out):
-        u = _recombined(recombination, i)
-        target.copy_(_unless_skipped(recombination, u, torch.zeros_like(u)))
+        u = _mixed(mix, i)
+        target.copy_(_unless_skipped(mix, u, _wide(target) if keeps else torch.zeros_like(u)))
 
 
 def sgd_(
     params: TensorList,
     old_params: TensorList,
     momentum_buffers: TensorList | None,
-    recombination: Recombination,
+    mix: Mix,
     options: SgdOptions,
+    journal: list[bool] | None = None,
 ) -> None:
+    note(journal, False)
     for i, (w, old) in enumerate(zip(params, old_params, strict=True)):
-        u = _recombined(recombination, i)
+        u = _mixed(mix, i)
         if options.maximize:
             u = -u
         if options.weight_decay != 0:
@@ -102,11 +126,14 @@ def sgd_(
                 kept, new = torch.zeros_like(u), u
             else:
                 kept = _wide(buffer)
-                new = options.momentum * kept + (1 - options.dampening) * u
+                undamped = options.one_minus_dampening
+                factor = 1 - options.dampening if undamped is None else undamped
+                new = options.momentum * kept + factor * u
             u = u + options.momentum * new if options.nesterov else new
-            buffer.copy_(_unless_skipped(recombination, new, kept))
+            buffer.copy_(_unless_skipped(mix, new, kept))
         updated = _wide(old) - options.lr * u
-        w.copy_(_unless_skipped(recombination, updated, _wide(old)))
+        w.copy_(_unless_skipped(mix, updated, _wide(old)))
+    note(journal, True)
 
 
 def sgd_hess_(
@@ -116,12 +143,13 @@ def sgd_hess_(
     momentum_buffers: TensorList | None,
     rho: float | Tensor,
     options: SgdOptions,
+    journal: list[bool] | None = None,
 ) -> None:
     scaled = [
         _wide(g) * (1 + rho * _curvature(_wide(product)))
         for g, product in zip(grads, hessian_products, strict=True)
     ]
-    sgd_(params, params, momentum_buffers, Recombination(scaled), options)
+    sgd_(params, params, momentum_buffers, Mix(scaled), options, journal)
 
 
 def adam_(
@@ -130,16 +158,18 @@ def adam_(
     exp_avgs: TensorList,
     exp_avg_sqs: TensorList,
     steps: TensorList,
-    recombination: Recombination,
+    mix: Mix,
     options: AdamOptions,
+    journal: list[bool] | None = None,
 ) -> None:
+    note(journal, False)
     dtype = _wide(params[0]).dtype
     counts = torch.stack(list(steps)).double() + 1
     power = torch.pow if dtype is torch.float64 else _power
     first_corrections = (1 - power(options.beta1, counts)).to(dtype)
     second_corrections_sqrt = (1 - power(options.beta2, counts)).sqrt().to(dtype)
     for i, (w, old) in enumerate(zip(params, old_params, strict=True)):
-        u = _recombined(recombination, i)
+        u = _mixed(mix, i)
         weight = _wide(old)
         if options.maximize:
             u = -u
@@ -155,28 +185,11 @@ def adam_(
         new_v = options.beta2 * v + (1 - options.beta2) * u * u
         denominator = _root(new_v) / second_corrections_sqrt[i] + options.eps
         updated = weight - lr / correction * new_m / denominator
-        exp_avgs[i].copy_(_unless_skipped(recombination, new_m, m))
-        exp_avg_sqs[i].copy_(_unless_skipped(recombination, new_v, v))
-        w.copy_(_unless_skipped(recombination, updated, _wide(old)))
-        steps[i].copy_(_unless_skipped(recombination, steps[i] + 1, steps[i]))
-
-
-def compare(first_grads: TensorList, second_grads: TensorList, weights: TensorList) -> Comparison:
-    sums = torch.zeros(6, dtype=torch.float64, device=first_grads[0].device)
-    for first, second, weight in zip(first_grads, second_grads, weights, strict=True):
-        g1, g2, w = first.double(), second.double(), weight.double()
-        sums += torch.stack(
-            [
-                (g1 * g1).sum(),
-                (g2 * g2).sum(),
-                (g1 * g2).sum(),
-                (g2.abs() > g1.abs()).sum(),
-                (g1 * g2 > 0).sum(),
-                (w * w).sum(),
-            ]
-        )
-    numel = sum(g.numel() for g in first_grads)
-    return Comparison(sums, numel, second_norms=norms(second_grads))
+        exp_avgs[i].copy_(_unless_skipped(mix, new_m, m))
+        exp_avg_sqs[i].copy_(_unless_skipped(mix, new_v, v))
+        w.copy_(_unless_skipped(mix, updated, _wide(old)))
+        steps[i].copy_(_unless_skipped(mix, steps[i] + 1, steps[i]))
+    note(journal, True)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -214,23 +227,32 @@ def _power(base: float, exponents: Tensor) -> Tensor:
     return torch.where(rest > 0, 0.0, powers)
 
 
-def _recombined(recombination: Recombination, i: int) -> Tensor:
-    magnitude = _wide(recombination.magnitude[i])
-    coefficient = None
-    if recombination.sign is not None:
-        magnitude = magnitude.abs() * _wide(recombination.sign[i]).sign()
-    elif recombination.numerator is not None and recombination.denominator is not None:
-        numerator, denominator = (
-            norm if norm.dim() == 0 else norm[i]
-            for norm in (recombination.numerator, recombination.denominator)
-        )
-        coefficient = numerator / (denominator + recombination.eps)
-    if recombination.grad_scale is not None:
-        one = torch.ones_like(recombination.grad_scale)
-        coefficient = (one if coefficient is None else coefficient) / recombination.grad_scale
-    return magnitude if coefficient is None else coefficient * magnitude
+def _mixed(mix: Mix, i: int) -> Tensor:
+    x = _wide(mix.x[i])
+    a, b = (_of_tensor(value, i) for value in (mix.a, mix.b))
+    whole: float | Tensor = 1.0
+    if mix.divisor is not None:
+        # Tensors, as rho in perturb_.
+        one = torch.ones_like(mix.divisor)
+        a, b, whole = one * a / mix.divisor, one * b / mix.divisor, one / mix.divisor
+    if mix.y is None:
+        return a * x
+    y = _wide(mix.y[i])
+    if mix.function == "linear":
+        return a * x + b * y
+    if mix.function == "sign":
+        return a * (x.abs() * y.sign())
+    if mix.function == "damp":
+        ratio = x / (y + 1e-8)
+        return torch.where((ratio > 0) & (ratio < 1), a * x, whole * x)
+    return a * (x * y)
 
 
-def _unless_skipped(recombination: Recombination, updated: Tensor, kept: Tensor) -> Tensor:
-    takes_place = recombination.takes_place()
+def _of_tensor(value: Any, i: int) -> Any:
+    """Of a number for each tensor, that of tensor i."""
+    return value[i] if isinstance(value, Tensor) and value.dim() == 1 else value
+
+
+def _unless_skipped(mix: Mix, updated: Tensor, kept: Tensor) -> Tensor:
+    takes_place = mix.takes_place()
     return updated if takes_place is None else torch.where(takes_place, updated, kept)

@@ -1,10 +1,10 @@
-"""The base optimizers whose update is one kernel together with restore and recombination: when that
+"""The base optimizers whose update is one kernel together with restore and mix: when that
 kernel can serve, and what it is called with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from samkernels import ops
-from samkernels.backends import AdamOptions, Recombination, SgdOptions, TensorList
+from samkernels import checks
+from samkernels.backends import AdamOptions, Mix, SgdOptions, TensorList
 from samkernels.optim import _shards
-from samkernels.optim._lists import Bucket, fits, laid_out_like, refuse_capture
+from samkernels.optim._lists import Bucket, Slot, fits, laid_out_like, refuse_capture
 
 State = dict[str, Any]  # of one parameter
 
@@ -29,20 +29,61 @@ class Update:
     lists: tuple[TensorList | None, ...]  # of the op, behind the weights
     options: SgdOptions | AdamOptions
     new_states: dict[Tensor, State]  # to be stored after the call
+    # Of momentum with dampening, on the device: whether the buffers still hold nothing after it.
+    is_empty: Tensor | None = None
+    journal: list[bool] = field(default_factory=list)  # of the backend
 
     def run(
-        self, old_params: TensorList, recombination: Recombination, state: dict[Tensor, State]
+        self,
+        old_params: TensorList,
+        mix: Mix,
+        state: dict[Tensor, State],
+        out: TensorList | None = None,
     ) -> None:
+        """Called again after an interrupt, it does what was not done.
+
+        Args:
+            out: where the new w goes; the parameters if None.
+        """
         bucket = self.bucket
-        op = getattr(bucket.ops, self.op)
-        op(bucket.params, old_params, *self.lists, recombination, self.options)
+        if not self.journal:
+            op = getattr(bucket.ops, self.op)
+            params = bucket.params if out is None else out
+            op(params, old_params, *self.lists, mix, self._options(), self.journal)
         for p, of_param in self.new_states.items():
-            state[p].update(of_param)
+            state.setdefault(p, {}).update(of_param)
+        if self.is_empty is not None:
+            self._note_emptiness(self.is_empty, mix, state)
+
+    def _options(self) -> SgdOptions | AdamOptions:
+        options = self.options
+        if self.is_empty is None or isinstance(options, AdamOptions) or options.init_momentum:
+            return options
+        first = self.bucket.params[0]
+        dtype = torch.float64 if first.dtype is torch.float64 else torch.float32
+        factor = torch.full((), 1 - options.dampening, dtype=dtype, device=first.device)
+        return options._replace(one_minus_dampening=factor.masked_fill_(self.is_empty, 1.0))
+
+    def _note_emptiness(self, is_empty: Tensor, mix: Mix, state: dict[Tensor, State]) -> None:
+        takes_place = mix.takes_place()
+        if takes_place is None:
+            is_empty.zero_()
+        else:
+            is_empty.logical_and_(takes_place.logical_not())
+        is_known = is_empty.device.type == "cpu" and not is_empty
+        for slot in self.bucket.slots:
+            buffer = state[slot.param]["momentum_buffer"]
+            slot.empty_momentum = None if is_known else (buffer, is_empty)
 
 
 class FusedBase(Protocol):
     tensors: tuple[str, ...]  # in the state of a parameter, of its shape
-    needed: tuple[str, ...]  # what a state that is not empty has to have
+
+    def needed(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """What a state that is not empty has to have."""
+
+    def check_options(self, group: dict[str, Any], like: Tensor) -> None:
+        """Raise TypeError or ValueError if one of this group is wrong for parameters like this."""
 
     def serves(self, group: dict[str, Any]) -> bool:
         """Whether the op can make the step of this group; if not, the base optimizer does."""
@@ -54,9 +95,28 @@ class FusedBase(Protocol):
         """Raises TypeError or ValueError if a hyperparameter or a state is wrong."""
 
 
+def check_state(base: FusedBase, bucket: Bucket, state: dict[Tensor, State]) -> None:
+    """Raise ValueError if the state of a parameter lacks what a step of its group reads: somebody
+    has edited it, or switched amsgrad on."""
+    needed = base.needed(bucket.group)
+    for slot in bucket.slots:
+        of_param = state.get(slot.param)
+        for name in needed if of_param else ():
+            if name not in of_param:  # type: ignore[operator]
+                raise ValueError(
+                    f"the state of a parameter of shape {tuple(slot.param.shape)} has no {name}: "
+                    "put it there, or remove the state of this parameter, which begins anew then"
+                )
+
+
 class Sgd:
     tensors: tuple[str, ...] = ("momentum_buffer",)
-    needed: tuple[str, ...] = ()
+
+    def needed(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ()
+
+    def check_options(self, group: dict[str, Any], like: Tensor) -> None:
+        sgd_options(*_SGD_VALUES(group), like=like)
 
     def serves(self, group: dict[str, Any]) -> bool:
         values = group["momentum"], group["dampening"], group["weight_decay"]
@@ -71,20 +131,25 @@ class Sgd:
         options = bucket.checked(sgd_options, *_SGD_VALUES(bucket.group))
         if options.momentum == 0:
             return [Update(bucket, "sgd_", (None,), options, {})]
-        buffers = bucket.ops.state_of(state, bucket.params, "momentum_buffer")
-        if buffers is not None:
-            return [Update(bucket, "sgd_", (buffers,), options, {})]
+        # Without dampening, a buffer of zeros is as good as none.
+        minds = options.dampening != 0
+        if not (minds and any(slot.empty_momentum is not None for slot in bucket.slots)):
+            buffers = bucket.ops.state_of(state, bucket.params, "momentum_buffer")
+            if buffers is not None:
+                return [Update(bucket, "sgd_", (buffers,), options, {})]
 
-        # Parameters that have no momentum yet, and those that have.
-        new = {slot for slot in bucket.slots if state[slot.param].get("momentum_buffer") is None}
-        parts = [bucket.select(lambda slot: slot not in new), bucket.select(new.__contains__)]
+        # Parameters that have no momentum yet; those of which only the device knows; and the rest.
+        kinds = {slot: _momentum_of(slot, state, minds) for slot in bucket.slots}
         updates = []
-        for part in parts if new else [bucket]:
-            if not part.slots:
-                continue
-            init = part.slots[0] in new
+        for kind in dict.fromkeys(kinds.values()):
+            of_kind = {slot for slot in bucket.slots if kinds[slot] is kind}
+            part = bucket.select(of_kind.__contains__)
+            is_empty = kind if isinstance(kind, Tensor) else None
+            init = kind is NONE
             if init:
                 refuse_capture()
+                if minds:
+                    is_empty = torch.ones((), dtype=torch.bool, device=bucket.place.device)
             states = [
                 {"momentum_buffer": torch.empty_like(slot.param, requires_grad=False)}
                 if init
@@ -95,8 +160,22 @@ class Sgd:
             of_part = options._replace(init_momentum=init)
             params = [slot.param for slot in part.slots]
             new_states = dict(zip(params, states, strict=True)) if init else {}
-            updates.append(Update(part, "sgd_", (buffers,), of_part, new_states))
+            updates.append(Update(part, "sgd_", (buffers,), of_part, new_states, is_empty))
         return updates
+
+
+NONE, SOME = "none", "some"
+
+
+def _momentum_of(slot: Slot, state: dict[Tensor, State], minds_emptiness: bool) -> str | Tensor:
+    """NONE or SOME; or, on the device, whether the buffer still holds nothing."""
+    # Not state[..]: that would make a state.
+    buffer = state.get(slot.param, {}).get("momentum_buffer")
+    if buffer is None:
+        return NONE
+    if not minds_emptiness or slot.empty_momentum is None or slot.empty_momentum[0] is not buffer:
+        return SOME
+    return slot.empty_momentum[1]
 
 
 _SGD_VALUES = itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -112,31 +191,47 @@ def sgd_options(
     *,
     like: Tensor,
 ) -> SgdOptions:
-    """As backends take what a group says, for lists of tensors like one.
+    """As backends take what a group says, for lists of tensors like one. Like torch.optim.SGD, a
+    step takes what schedules pass through: an lr below 0, nesterov where momentum is 0.
 
     Raises:
         TypeError, ValueError: an option is no hyperparameter of SGD.
     """
-    options = {
+    numbers = {
         "momentum": _number(momentum),
         "dampening": _number(dampening),
         "weight_decay": _number(weight_decay),
-        "nesterov": nesterov,
-        "maximize": maximize,
     }
-    ops.check_sgd_options(lr=lr, **options)
-    return SgdOptions(ops.hyperparameter("lr", lr, like), **options, init_momentum=False)
+    checks.check_sgd_options(lr=lr, **numbers, nesterov=nesterov, maximize=maximize, in_step=True)
+    _check_fits(numbers, like)
+    return SgdOptions(
+        checks.hyperparameter("lr", lr, like, signed=True),
+        **numbers,
+        nesterov=nesterov and numbers["momentum"] != 0,
+        maximize=maximize,
+        init_momentum=False,
+    )
 
 
 class Adam:
     """Adam and AdamW, without amsgrad."""
 
     tensors: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-    needed: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "step")
+    kept: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "step")
 
     def __init__(self, decoupled_weight_decay: bool) -> None:
         # Of groups that do not say, as before PyTorch 2.7.
         self._decoupled_weight_decay = decoupled_weight_decay
+
+    def needed(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return (*self.kept, "max_exp_avg_sq") if group["amsgrad"] else self.kept
+
+    def check_options(self, group: dict[str, Any], like: Tensor) -> None:
+        values = *_ADAM_VALUES(group), self._is_decoupled(group)
+        _adam_options(*values, like=like)
+
+    def _is_decoupled(self, group: dict[str, Any]) -> bool:
+        return group.get("decoupled_weight_decay", self._decoupled_weight_decay)
 
     def serves(self, group: dict[str, Any]) -> bool:
         values = [*group["betas"], group["eps"], group["weight_decay"]]
@@ -144,11 +239,11 @@ class Adam:
 
     def updates(self, bucket: Bucket, state: dict[Tensor, State]) -> list[Update]:
         group = bucket.group
-        decoupled = group.get("decoupled_weight_decay", self._decoupled_weight_decay)
-        options = bucket.checked(_adam_options, *_ADAM_VALUES(group), decoupled)
+        options = bucket.checked(_adam_options, *_ADAM_VALUES(group), self._is_decoupled(group))
         lists = self._known(bucket, state)
         new_states: dict[Tensor, State] = {}
         if lists is None:
+            check_state(self, bucket, state)
             states, new_states = self._states(bucket, state)
             moments = [_laid_out(bucket, states, name) for name in self.tensors]
             lists = [*moments, [of_param["step"] for of_param in states]]
@@ -157,7 +252,7 @@ class Adam:
     def _known(self, bucket: Bucket, state: dict[Tensor, State]) -> list[TensorList] | None:
         """Moments and steps, if nothing about them is new."""
         lists: list[TensorList] = []
-        for name in self.needed:
+        for name in self.kept:
             found = bucket.ops.state_of(state, bucket.params, name, numbers=name == "step")
             if found is None:
                 return None
@@ -185,9 +280,9 @@ class Adam:
             step = of_param["step"]
             if step.device != bucket.place.device or step.is_neg():
                 step = of_param["step"] = step.to(bucket.place.device, copy=True).resolve_neg()
-            ops.check_step("step in the state", step, p)
+            checks.check_step("step in the state", step, p)
             states.append(of_param)
-        ops.check_disjoint("step in the states", [of_param["step"] for of_param in states])
+        checks.check_disjoint("step in the states", [of_param["step"] for of_param in states])
         return states, new_states
 
     def new_state(self, group: dict[str, Any], p: Tensor) -> State:
@@ -212,17 +307,26 @@ def _adam_options(
     *,
     like: Tensor,
 ) -> AdamOptions:
-    options = {
-        "eps": _number(eps),
-        "weight_decay": _number(weight_decay),
-        "decoupled_weight_decay": decoupled_weight_decay,
-        "maximize": maximize,
-    }
-    numbers = tuple(map(_number, betas))
-    ops.check_adam_options(lr=lr, betas=numbers, **options)
-    options["decoupled"] = options.pop("decoupled_weight_decay")
-    beta1, beta2 = numbers
-    return AdamOptions(ops.hyperparameter("lr", lr, like), beta1, beta2, **options)
+    numbers = {"eps": _number(eps), "weight_decay": _number(weight_decay)}
+    pair = tuple(map(_number, betas))
+    checks.check_adam_options(
+        lr=lr,
+        betas=pair,
+        **numbers,
+        decoupled_weight_decay=decoupled_weight_decay,
+        maximize=maximize,
+        in_step=True,
+    )
+    _check_fits(numbers, like)
+    beta1, beta2 = pair
+    return AdamOptions(
+        checks.hyperparameter("lr", lr, like, signed=True),
+        beta1,
+        beta2,
+        **numbers,
+        decoupled=decoupled_weight_decay,
+        maximize=maximize,
+    )
 
 
 # By their exact class: a subclass may have changed anything.
@@ -240,6 +344,11 @@ def _are_on_device(values: Iterable[object]) -> bool:
         if isinstance(value, Tensor) and value.device.type != "cpu":
             return True
     return False
+
+
+def _check_fits(numbers: dict[str, float], like: Tensor) -> None:
+    for name, value in numbers.items():
+        checks.hyperparameter(name, value, like, signed=True)
 
 
 def _number(value: Any) -> Any:

@@ -4,20 +4,21 @@ steps."""
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from samkernels import backends, ops
+from samkernels import backends, checks
 from samkernels.backends import Backend, TensorList
 from samkernels.optim import _shards
-from samkernels.optim._ranks import Exchange
+
+if TYPE_CHECKING:
+    from samkernels.optim._perturbation import Perturbation
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ class Place:
     dtype: torch.dtype
     backend: str
     process_groups: tuple[Any, ...] = ()  # that parameters here are sharded over
+    has_addresses: bool = True  # see checks.has_address
 
     def __post_init__(self) -> None:
         self.ops = backends.get(self.backend)
@@ -43,6 +45,9 @@ class Slot:
     param: Tensor
     place: Place
     old: Tensor  # room for w, laid out like local
+    own: dict[str, Tensor] = field(default_factory=dict)  # state of the variant, laid out likewise
+    # A momentum buffer, and on the device, whether all steps with it were skipped.
+    empty_momentum: tuple[Tensor, Tensor] | None = None
 
     @property
     def local(self) -> Tensor:
@@ -51,9 +56,20 @@ class Slot:
         return _shards.local(self.param)
 
 
+class Kind(NamedTuple):
+    """What sets parameters of one group in one place apart: see SAM's arguments."""
+
+    is_moved: bool = True
+    is_scaled: bool = True
+    is_new: bool = False  # the variant's own state holds nothing yet
+
+
+KIND = Kind()  # of most
+
+
 @dataclass
 class Bucket:
-    """Parameters of one group in one place, and the gradients that they have now."""
+    """Parameters of one group, place and kind, and the gradients that they have now."""
 
     group: dict[str, Any]
     place: Place
@@ -61,30 +77,41 @@ class Bucket:
     params: TensorList  # local, as is all below
     grads: TensorList
     old: TensorList  # of the slots
+    keys: dict[str, str]  # of options of SAM in the group: see SAM._keys
     # What was made of options of the group, and of which values.
     made: dict[Callable[..., Any], tuple[tuple[Any, ...], Any]]
+    kind: Kind
+    checked_values: dict[str, Any] = field(default_factory=dict)  # of a variant's options
 
     def __post_init__(self) -> None:
         self.ops: Backend = self.place.ops  # these lists were checked when they were made
 
     @property
-    def granularity(self) -> str:
-        return self.group.get("granularity", "element")
+    def written(self) -> TensorList:
+        """What somebody writes to who writes parameters."""
+        return [slot.param for slot in self.slots] if self.place.process_groups else self.params
+
+    def option(self, name: str) -> Any:
+        """What the group says of an option of SAM."""
+        return self.group[self.keys[name]]
 
     @property
     def numel(self) -> int:
         """Elements of the parameters, those in other processes too."""
         return sum(slot.param.numel() for slot in self.slots)
 
-    def bring(self, norm: Tensor | None) -> Tensor | None:
-        """A norm over all buckets, or another scalar, on this one's device, in the dtype that ops
-        take it in."""
-        if norm is None:
+    def bring(self, number: Any, dtype: torch.dtype | None = None) -> Any:
+        """A number over all buckets, or one for each tensor of this one, on this one's device: in
+        the dtype that ops take coefficients in, or in another one."""
+        if number is None:
             return None
-        dtype = torch.float64 if self.place.dtype is torch.float64 else torch.float32
-        if norm.dtype is dtype and norm.dim() == 0 and norm.device == self.place.device:
-            return norm
-        return norm.reshape(()).to(self.place.device, dtype, non_blocking=True)
+        if dtype is None:
+            dtype = torch.float64 if self.place.dtype is torch.float64 else torch.float32
+        if number.dtype is dtype and number.device == self.place.device and number.is_contiguous():
+            return number
+        if number.dim() == 1 and number.numel() != len(self.slots):  # as GradScaler's, shape (1,)
+            number = number.reshape(())
+        return number.to(self.place.device, dtype, non_blocking=True).contiguous()
 
     def select(self, keep: Callable[[Slot], bool]) -> Bucket:
         """The part whose slots satisfy `keep`; the bucket itself if all do."""
@@ -92,7 +119,8 @@ class Bucket:
         if len(indices) == len(self.slots):
             return self
         slots = [self.slots[i] for i in indices]
-        return bucket_of(self.group, self.place, slots, [self.grads[i] for i in indices])
+        grads = [self.grads[i] for i in indices]
+        return bucket_of(self.group, self.place, self.kind, slots, grads, self.keys)
 
     def checked(self, make: Callable[..., T], *values: Any) -> T:
         """make(*values, like=params[0]), which checks options of the group; for values that are
@@ -111,81 +139,6 @@ class Bucket:
         replaced them."""
         are_whole = all(map(operator.is_, self.params, map(_param_of, self.slots)))
         return replace(self, params=self.params if are_whole else [], grads=[])
-
-
-@dataclass
-class Perturbation:
-    """What the second step, or a restore, needs to know of the first one."""
-
-    # Buckets of the first step while it is under way, each with its journal: not empty if it moved.
-    moving: list[tuple[Bucket, list[bool]]] = field(default_factory=list)
-    moved: list[list[Slot]] = field(default_factory=list)  # exactly those that did, by bucket
-    first_grads: dict[Slot, Tensor] = field(default_factory=dict)  # empty if nobody reads g1
-    ascent_norm: Tensor | None = None  # n
-    first_norm: Tensor | None = None  # n1 over all parameters, if a granularity needs it
-    second_norm: Tensor | None = None  # n2, likewise; known in the second step
-    # n1 and n2 of each parameter, for the lists that they were taken of.
-    first_norms: list[tuple[list[Slot], ops.Norms]] = field(default_factory=list)
-    second_norms: list[tuple[list[Slot], ops.Norms]] = field(default_factory=list)
-    divisor: Tensor | None = None  # of u: GradScaler's scale, and what clips
-    hook: RemovableHandle | None = None  # see SAM._spread_overflow
-    exchange: Exchange | None = None  # where g1 and n of all ranks replace those of this one
-    streams: dict[torch.device, Any] = field(default_factory=dict)  # of the first step
-
-    def remove_hook(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
-            self.hook = None
-
-    def settle(self) -> None:
-        """At the end of the first step, or when it was interrupted: take in what has moved."""
-        self.moved += [bucket.slots for bucket, journal in self.moving if journal]
-        self.moving.clear()  # and with it the gradients, which nobody may need any more
-
-    @cached_property
-    def slots(self) -> dict[Slot, None]:
-        """Those that moved, in order, once that is settled; a restore takes them out."""
-        return dict.fromkeys(chain.from_iterable(self.moved))
-
-    def moved_just(self, buckets: list[Bucket]) -> bool:
-        """Whether these are the buckets that moved, as a look at them tells; False may be wrong."""
-        if len(buckets) != len(self.moved):
-            return False
-        return all(map(operator.is_, [bucket.slots for bucket in buckets], self.moved))
-
-    def note_streams(self, buckets: list[Bucket]) -> None:
-        for bucket in buckets:
-            device = bucket.place.device
-            if device not in self.streams:
-                self.streams[device] = current_stream(device)
-
-    def record_streams(self) -> None:
-        """Before the second step or a restore. Memory goes back to the stream that it was allocated
-        on as soon as nobody holds it: where another one reads it now, the allocator has to know."""
-        for device, stream in self.streams.items():
-            current = current_stream(device)
-            if current == stream:
-                continue
-            tensors = [*self.first_grads.values(), *(slot.old for slot in self.slots)]
-            tensors += [x for x in (self.ascent_norm, self.first_norm) if x is not None]
-            tensors += [x for _, n in self.first_norms for x in (n.total, n.per_tensor)]
-            for tensor in tensors:
-                if tensor.device == device:
-                    tensor.record_stream(current)
-
-    def forget_first_norms(self) -> None:
-        """They were of another g1 than the update is made with."""
-        self.first_norm = None
-        self.first_norms.clear()
-
-    def old_of(self, bucket: Bucket) -> TensorList:
-        """w; of a parameter that was not perturbed, for want of g1, w is the parameter itself."""
-        for slots in self.moved:
-            if slots is bucket.slots:
-                return bucket.old
-        if all(map(self.slots.__contains__, bucket.slots)):
-            return bucket.old
-        return [slot.old if slot in self.slots else slot.local for slot in bucket.slots]
 
 
 def _is_plain(value: object) -> bool:
@@ -209,34 +162,63 @@ def current_stream(device: torch.device) -> Any:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
-def norms_of(slots: list[Slot], measured: list[tuple[list[Slot], ops.Norms]]) -> ops.Norms | None:
-    """The norms of these parameters, if just this list was measured."""
-    return next((norms for of, norms in measured if of == slots), None)
-
-
-def per_tensor_norms_of(
-    slots: list[Slot], measured: list[tuple[list[Slot], ops.Norms]]
-) -> Tensor | None:
-    """The norm of each parameter, if they were measured together, perhaps with others."""
-    for of, norms in measured:
-        if of == slots:
-            return norms.per_tensor
-        index = {slot: i for i, slot in enumerate(of)}
-        if all(slot in index for slot in slots):
-            return torch.stack([norms.per_tensor[index[slot]] for slot in slots])
-    return None
+# Of all optimizers that have perturbed now.
+_PERTURBED: set[weakref.ref[Slots]] = set()
 
 
 class Slots:
     """The slots of an optimizer's parameters, kept from step to step, and the perturbation."""
 
-    def __init__(self, backend: str) -> None:
-        self.perturbation: Perturbation | None = None  # between the steps
+    def __init__(
+        self,
+        backend: str,
+        options: dict[str, Any],
+        keys: dict[str, str],
+        kind_of: Callable[[dict[str, Any], int, dict[str, Tensor]], Kind] | None = None,
+    ) -> None:
+        """options: of SAM, which a group that comes to be without them gets, by their key.
+        kind_of: of the parameter at an index of a group, with the state that the variant has for
+        it; None if all are of one kind."""
+        self._perturbation: Perturbation | None = None  # between the steps
+        self._weakly = weakref.ref(self)
+        self.kind_of = kind_of
         self._backend = backend
+        self._options = options
+        self._keys = keys
         self._places: dict[tuple[Any, ...], Place] = {}
-        self._slots: dict[Tensor, Slot] = {}
-        # Per group the buckets of the last step, without gradients.
+        self._slots: dict[int, Slot] = {}  # by id of the parameter, which its slot keeps alive
+        self._has_new = False  # slots, since parameters were last compared
+        self._num_params = 0
+        # Per group the buckets of the last step, without gradients; and if there are several, the
+        # parameters that it had, those from which each bucket has its own, and all others.
         self._last: dict[int, list[Bucket]] = {}
+        self._seen: dict[int, tuple[list[Tensor], list[list[Tensor]], list[Tensor]]] = {}
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        return self._perturbation
+
+    @perturbation.setter
+    def perturbation(self, perturbation: Perturbation | None) -> None:
+        self._perturbation = perturbation
+        (_PERTURBED.discard if perturbation is None else _PERTURBED.add)(self._weakly)
+
+    def check_alone(self, buckets: list[Bucket]) -> None:
+        """Raises RuntimeError if another optimizer has perturbed one of these parameters."""
+        for weakly in list(_PERTURBED):
+            other = weakly()
+            if other is None:
+                _PERTURBED.discard(weakly)
+            if other is None or other is self or other.perturbation is None:
+                continue
+            theirs = {slot.param for slot in chain.from_iterable(other.perturbation.moved)}
+            for slot in (slot for bucket in buckets for slot in bucket.slots):
+                if slot.param in theirs:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(slot.param.shape)} is at w + e(w) of another "
+                        "optimizer, whose first_step was called and whose second_step was not: "
+                        "finish one step, or restore(), before the other begins"
+                    )
 
     def serves(self, slot: Slot) -> bool:
         """Whether the slot still suits its parameter, which may have been cast, moved or laid out
@@ -248,8 +230,8 @@ class Slots:
         """Raises RuntimeError if the backend that was named cannot serve p."""
         key = _place_key(p)
         if key not in self._places:
-            device, dtype, dense, process_groups = key
-            if process_groups and not dense:
+            device, dtype, dense, process_groups, has_addresses = key
+            if process_groups and not dense and has_addresses:
                 # A shard may have gaps in one process and none in the next: their lists would
                 # differ, and sums of different tensors would be added.
                 raise ValueError(
@@ -257,12 +239,43 @@ class Slots:
                     "shard a contiguous tensor"
                 )
             backend = backends.choose(self._backend, device, dtype, dense)[0]
-            self._places[key] = Place(device, dtype, backend, process_groups)
+            self._places[key] = Place(device, dtype, backend, process_groups, has_addresses)
         return self._places[key]
+
+    def empty_momenta(self) -> set[int]:
+        """The id of each momentum buffer whose steps were all skipped. May wait for the device."""
+        noted = [slot.empty_momentum for slot in self._slots.values()]
+        return {id(buffer) for buffer, is_empty in filter(None, noted) if is_empty}
 
     def forget_lists(self) -> None:
         """The next step looks closely. Nobody holds state that is about to be replaced then."""
         self._last.clear()
+
+    def forget_own(self) -> None:
+        """The state of the variant begins anew."""
+        for slot in self._slots.values():
+            slot.own = {}
+        self.forget_lists()
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def find(self, p: Tensor) -> Slot | None:
+        return self._slots.get(id(p))
+
+    def find_or_add(self, p: Tensor) -> Slot:
+        return self._slots.get(id(p)) or self._add(p)
+
+    def _add(self, p: Tensor) -> Slot:
+        slot = Slot(p, self.place_of(p), torch.empty_like(_shards.local(p), requires_grad=False))
+        self._slots[id(p)] = slot
+        self._has_new = True
+        return slot
+
+    def own_of(self, p: Tensor) -> dict[str, Tensor]:
+        """The state of the variant for a parameter."""
+        slot = self._slots.get(id(p))
+        return {} if slot is None else slot.own
 
     def buckets(
         self, groups: list[dict[str, Any]], perturbation: Perturbation | None = None
@@ -272,45 +285,95 @@ class Slots:
 
         Raises:
             RuntimeError: a parameter that the perturbation moved would get a new slot.
-            ValueError: a gradient is sparse.
+            TypeError: there is something else than tensors in a group.
+            ValueError: a gradient is sparse, or a parameter is in the groups twice.
         """
         buckets: list[Bucket] = []
+        num_params = 0
+        looked = False
         for index, group in enumerate(groups):
+            num_params += len(group["params"])
             current = self._as_before(index, group)
             if current is None:
                 current = self._look_closely(index, group, perturbation)
+                looked = looked or bool(current) or index in self._last
                 if not current:
                     continue
                 self._last[index] = [bucket.without_gradients() for bucket in current]
             buckets += current
+        if looked:
+            self._refuse_shared(groups, buckets)
+        if perturbation is None and (looked or num_params != self._num_params):
+            self._forget_all_but(groups)
+            self._num_params = num_params
         return buckets
+
+    def _refuse_shared(self, groups: list[dict[str, Any]], buckets: list[Bucket]) -> None:
+        slots = list(chain.from_iterable(bucket.slots for bucket in buckets))
+        if len(set(slots)) < len(slots):
+            _refuse_repeated(groups)
+        if self._has_new:
+            # Of parameters that were frozen nobody has asked before.
+            checks.check_disjoint("params", [slot.local for slot in slots])
+            self._has_new = False
+
+    def _forget_all_but(self, groups: list[dict[str, Any]]) -> None:
+        """Let go of parameters that were removed or replaced."""
+        params = chain.from_iterable(group["params"] for group in groups)
+        gone = self._slots.keys() - set(map(id, params))
+        for key in gone:
+            del self._slots[key]
+        if gone:
+            self._last = {
+                index: buckets
+                for index, buckets in self._last.items()
+                if not any(id(slot.param) in gone for b in buckets for slot in b.slots)
+            }
 
     def _as_before(self, index: int, group: dict[str, Any]) -> list[Bucket] | None:
         """The buckets of the last step with the gradients of now, if nothing else differs."""
-        last = self._last.get(index, [])
-        if len(last) != 1:  # none, or more than one place in a group
+        last = self._last.get(index)
+        if not last:
             return None
-        (bucket,) = last
-        read = bucket.ops.gradients_of(group["params"], bucket.params)
-        if read is None:
-            read = _read_alike(bucket, group)
-        if read is None:
-            return None
-        params, grads = read
-        return [Bucket(group, bucket.place, bucket.slots, params, grads, bucket.old, bucket.made)]
+        candidates = [group["params"]]
+        if len(last) > 1:
+            params, candidates, others = self._seen[index]
+            if len(params) != len(group["params"]) or any(p.grad is not None for p in others):
+                return None
+            if not all(map(operator.is_, params, group["params"])):
+                return None
+        buckets = []
+        for bucket, of_bucket in zip(last, candidates, strict=True):
+            read = bucket.ops.gradients_of(of_bucket, bucket.params)
+            if read is None:
+                read = _read_alike(bucket, of_bucket)
+            if read is None:
+                return None
+            slots, old, made = bucket.slots, bucket.old, bucket.made
+            kind, values = bucket.kind, bucket.checked_values
+            buckets.append(
+                Bucket(group, bucket.place, slots, *read, old, self._keys, made, kind, values)
+            )
+        return buckets
 
     def _look_closely(
         self, index: int, group: dict[str, Any], perturbation: Perturbation | None
     ) -> list[Bucket]:
         """The buckets of one group, parameter by parameter."""
-        by_place: dict[Place, tuple[list[Slot], list[Tensor]]] = {}
+        found: dict[tuple[Place, Kind], tuple[list[Slot], list[Tensor]]] = {}
+        for key, value in self._options.items():
+            group.setdefault(key, value)
         for i, p in enumerate(group["params"]):
+            if not isinstance(p, Tensor):
+                raise TypeError(
+                    f"params[{i}] of parameter group {index} is {type(p).__name__}: give a tensor"
+                )
             grad = p.grad
             if grad is None:
                 continue
             if grad.layout is not torch.strided:
-                ops.check_tensor(f"params[{i}].grad of parameter group {index}", grad)
-            slot = self._slots.get(p)
+                checks.check_tensor(f"params[{i}].grad of parameter group {index}", grad)
+            slot = self._slots.get(id(p))
             if slot is None or not self.serves(slot):
                 if perturbation is not None and slot in perturbation.slots:
                     raise RuntimeError(
@@ -318,31 +381,84 @@ class Slots:
                         "or layout between first_step and second_step. The weights were restored."
                     )
                 refuse_capture()
-                here = _shards.local(p)
-                ops.check_tensor(f"params[{i}] of parameter group {index}", here)
-                slot = Slot(p, self.place_of(p), torch.empty_like(here, requires_grad=False))
-                self._slots[p] = slot
+                name = f"params[{i}] of parameter group {index}"
+                _shards.check(name, p)
+                checks.check_tensor(name, _shards.local(p))
+                slot = self._add(p)
+                if not slot.place.has_addresses:
+                    _check_copies(name, slot)
             grad = _shards.local(_shards.cut_like(p, grad))
-            if not fits(grad, slot.local) or grad.is_neg():
+            is_at = slot.place.has_addresses and _is_at(grad, slot.local)
+            if is_at or not fits(grad, slot.local) or grad.is_neg():
                 grad = laid_out_like(slot.local, grad)
-            slots, grads = by_place.setdefault(slot.place, ([], []))
+            slots, grads = found.setdefault((slot.place, self._kind(group, i, slot)), ([], []))
             slots.append(slot)
             grads.append(grad)
-        return [bucket_of(group, place, *lists) for place, lists in by_place.items()]
+        if len(found) > 1:
+            self._remember(index, group, list(found))
+        return [bucket_of(group, *key, *lists, self._keys) for key, lists in found.items()]
+
+    def _kind(self, group: dict[str, Any], i: int, slot: Slot | None) -> Kind:
+        return KIND if self.kind_of is None else self.kind_of(group, i, slot.own if slot else {})
+
+    def _remember(self, index: int, group: dict[str, Any], found: list[tuple[Place, Kind]]) -> None:
+        """From which parameters each bucket has its own: those without a gradient, too."""
+        candidates: dict[Any, list[Tensor]] = {key: [] for key in found}
+        others: list[Tensor] = []
+        for i, p in enumerate(group["params"]):
+            slot = self._slots.get(id(p))
+            key = None if slot is None else (slot.place, self._kind(group, i, slot))
+            candidates.get(key, others).append(p)
+        self._seen[index] = list(group["params"]), list(candidates.values()), others
 
 
-def _read_alike(bucket: Bucket, group: dict[str, Any]) -> tuple[TensorList, TensorList] | None:
+def _refuse_repeated(groups: list[dict[str, Any]]) -> None:
+    seen: dict[int, str] = {}
+    for index, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            name = f"params[{i}] of parameter group {index}"
+            if id(p) in seen and p.grad is not None:
+                raise ValueError(
+                    f"{seen[id(p)]} and {name} are the same, of shape {tuple(p.shape)}: leave it "
+                    "in one place"
+                )
+            seen[id(p)] = name
+
+
+def _check_copies(name: str, slot: Slot) -> None:
+    """Raises TypeError unless a wrapper has copies of its kind, by which w is kept and restored."""
+    failure: str | Exception = "empty_like gives a plain tensor"
+    try:
+        slot.old.copy_(slot.local)
+        slot.local.copy_(slot.old)
+        if not checks.has_address(slot.old):
+            return
+    except Exception as error:
+        failure = error
+    raise TypeError(
+        f"{name} is {type(slot.local).__name__}, which cannot be copied and copied back, so that w "
+        f"could not be restored: freeze it, or leave it out ({failure})"
+    )
+
+
+def _read_alike(bucket: Bucket, candidates: list[Tensor]) -> tuple[TensorList, TensorList] | None:
     """Backend.gradients_of for all backends, and for shards."""
-    params = [p for p in group["params"] if p.grad is not None]
+    try:
+        params = [p for p in candidates if p.grad is not None]
+    except AttributeError:  # of what is no tensor; the closer look finds words for it
+        return None
     if len(params) != len(bucket.slots):
         return None
     if not all(map(operator.is_, params, map(_param_of, bucket.slots))):
         return None
-    here = _shards.local_pairs(params, [p.grad for p in params])
+    found = [p.grad for p in params if p.grad is not None]
+    here = _shards.local_pairs(params, found)
     if here is None:
         return None
     params, grads = here
     if any(map(Tensor.is_neg, grads)):
+        return None
+    if bucket.place.has_addresses and any(map(_is_at, grads, params)):
         return None
     backend = bucket.ops
     try:
@@ -355,24 +471,40 @@ def _read_alike(bucket: Bucket, group: dict[str, Any]) -> tuple[TensorList, Tens
 _param_of = operator.attrgetter("param")
 
 
-def _place_key(p: Tensor) -> tuple[torch.device, torch.dtype, bool, tuple[Any, ...]]:
+def _place_key(p: Tensor) -> tuple[torch.device, torch.dtype, bool, tuple[Any, ...], bool]:
     here = _shards.local(p)
-    return here.device, here.dtype, ops.is_dense(here), _shards.process_groups(p)
+    groups = _shards.process_groups(p)
+    return here.device, here.dtype, checks.is_dense(here), groups, checks.has_address(here)
 
 
 def bucket_of(
-    group: dict[str, Any], place: Place, slots: list[Slot], grads: list[Tensor]
+    group: dict[str, Any],
+    place: Place,
+    kind: Kind,
+    slots: list[Slot],
+    grads: list[Tensor],
+    keys: dict[str, str],
 ) -> Bucket:
     params = place.ops.prepare([slot.local for slot in slots])
     old = place.ops.prepare([slot.old for slot in slots])
-    return Bucket(group, place, slots, params, place.ops.prepare(grads), old, {})
+    return Bucket(group, place, slots, params, place.ops.prepare(grads), old, keys, {}, kind)
+
+
+def _is_at(grad: Tensor, p: Tensor) -> bool:
+    """Whether they are one memory, as after p.grad = p.data: g would move with w."""
+    try:
+        return grad.data_ptr() == p.data_ptr() != 0
+    except RuntimeError:  # a tensor without memory
+        return False
 
 
 def fits(tensor: Tensor, p: Tensor) -> bool:
     """Whether a tensor can stand beside p in a list: dtype, device, shape and order in memory."""
     if tensor.dtype is not p.dtype or tensor.device != p.device or tensor.shape != p.shape:
         return False
-    return ops.same_layout(tensor, p) or not (ops.is_dense(p) or ops.overlaps_itself(tensor))
+    return checks.same_layout(tensor, p) or not (
+        checks.is_dense(p) or checks.overlaps_itself(tensor)
+    )
 
 
 def laid_out_like(p: Tensor, tensor: Tensor) -> Tensor:

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from torch import Tensor
 
 from samkernels import ops
-from samkernels.optim._lists import Bucket, Perturbation, Slot
+from samkernels.optim._lists import Bucket, Slot
+from samkernels.optim._perturbation import Perturbation
+
+if TYPE_CHECKING:
+    from samkernels.optim.sam import SAM
+
+T = TypeVar("T")
+
+
+class Parts(Generic[T]):
+    """What SAM.parts returns. Each loop gets a generator that nobody else holds: if the body
+    raises, it ends at once and restores the weights, though the parts may have a name."""
+
+    def __init__(self, make: Callable[[], Iterator[T]]) -> None:
+        self._make = make
+        self._begun: Iterator[T] | None = None  # by next()
+
+    def __iter__(self) -> Iterator[T]:
+        return self._make() if self._begun is None else self._begun
+
+    def __next__(self) -> T:
+        if self._begun is None:
+            self._begun = self._make()
+        return next(self._begun)
 
 
 class PartSums:
@@ -15,27 +39,26 @@ class PartSums:
 
     def __init__(self) -> None:
         self.count = 0
-        self._ascent_norms: list[Tensor] = []
+        self._ascent_squares: list[Tensor] = []
         self._first: dict[Slot, Tensor] = {}
         self._second: dict[Slot, Tensor] = {}
 
     def add(self, perturbation: Perturbation, buckets: list[Bucket]) -> None:
         """Take in a part whose second pass is done. A gradient that it lacks counts as 0."""
-        assert perturbation.ascent_norm is not None
         self.count += 1
-        self._ascent_norms.append(perturbation.ascent_norm)
+        if perturbation.ascent_square is not None:  # else this step has no second pass
+            self._ascent_squares.append(perturbation.ascent_square)
         for bucket in buckets:
             _add(self._second, zip(bucket.slots, bucket.grads, strict=True))
-            # One of the two gradients alone does not count, as where the batch is one part.
-            both = [slot for slot in bucket.slots if slot in perturbation.first_grads]
-            _add(self._first, ((slot, perturbation.first_grads[slot]) for slot in both))
+        _add(self._first, perturbation.first_grads.items())
 
     def means_into(self, perturbation: Perturbation) -> dict[Slot, Tensor]:
         """Make the perturbation of the last part one of all parts. Returns the means of g2."""
         # One part whose norm is not finite makes this one so, and the step is skipped.
-        perturbation.ascent_norm = ops.total_norm(self._ascent_norms)
+        if self._ascent_squares:
+            perturbation.ascent_square = ops.total_of(self._ascent_squares)
         perturbation.first_grads = self._means(self._first)
-        perturbation.forget_first_norms()
+        perturbation.first_dots.clear()
         return self._means(self._second)
 
     def _means(self, sums: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
@@ -54,3 +77,23 @@ def _add(sums: dict[Slot, Tensor], addends: Iterable[tuple[Slot, Tensor]]) -> No
             new[slot] = tensor
     ops.add_(*known)
     sums.update(zip(new, ops.sums_of(list(new.values())), strict=True))
+
+
+def each_of(sam: SAM, batches: Iterable[T]) -> Iterator[T]:
+    """The generator of SAM.parts."""
+    sums = PartSums()
+    begun = False
+    try:
+        for batch in batches:
+            if begun:
+                sam._add_part(sums)
+                sam.restore()
+                sam.zero_grad()
+            begun = True
+            yield batch
+        if sums.count:  # else one part has all of g1 and g2
+            sam._add_part(sums)
+            sam._average(sums)
+    except BaseException:
+        sam.restore()
+        raise

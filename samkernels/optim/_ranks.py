@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from samkernels import ops
+from samkernels import checks, ops
 
 PERTURBATIONS = ("global", "local", "group")
 
@@ -20,7 +20,7 @@ PERTURBATIONS = ("global", "local", "group")
 class Exchange:
     """What the second step needs of the g1 of all ranks, on its way while the second pass runs."""
 
-    ascent_norm: Tensor  # sum of the ranks' norms: not finite if one is not
+    ascent_square: Tensor  # sum of the ranks' squares: its root is not finite if one is not
     first_grads: dict[Tensor, Tensor]  # from parameters to the means of g1, if somebody reads g1
     works: list[Any] = field(default_factory=list)
 
@@ -34,7 +34,7 @@ class Ranks:
     """How the ranks of DistributedDataParallel perturb; see SAM.first_pass."""
 
     def __init__(self, perturbation: str, process_group: Any) -> None:
-        ops.check_choice("perturbation", perturbation, PERTURBATIONS)
+        checks.check_choice("perturbation", perturbation, PERTURBATIONS)
         if (process_group is not None) != (perturbation == "group"):
             raise ValueError(
                 f'process_group={process_group} with perturbation="{perturbation}": give '
@@ -100,6 +100,15 @@ class Ranks:
                 )
         self._all_ranks = parallel[0].process_group
 
+    def begin_only_step(self) -> None:
+        """Raises RuntimeError if g1 of a step without a second pass was not averaged."""
+        if self._all_ranks is not None:
+            self._all_ranks = None
+            raise RuntimeError(
+                "first_pass() in a step that has no second pass, whose gradient all ranks share: "
+                "make an ordinary pass where needs_second_pass is False. No step was made."
+            )
+
     def begin_first_step(self, param_groups: list[dict[str, Any]]) -> Any:
         """Average `.grad` within the group, if that was asked for.
 
@@ -129,11 +138,11 @@ class Ranks:
 
 
 def start_exchange(
-    params: Sequence[Tensor], ascent_norm: Tensor | None, all_ranks: Any
+    params: Sequence[Tensor], ascent_square: Tensor | None, all_ranks: Any
 ) -> Exchange:
     """Begin to average the `.grad` of params, which may be changed afterwards."""
-    assert ascent_norm is not None
-    total = ascent_norm.clone()
+    assert ascent_square is not None
+    total = ascent_square.clone()
     first_grads, works = _start_mean(params, all_ranks)
     works.append(dist.all_reduce(total, group=all_ranks, async_op=True))
     return Exchange(total, first_grads, works)

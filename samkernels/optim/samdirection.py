@@ -1,14 +1,19 @@
 """SAMDirection: the direction of g2 with the magnitude of g1."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT
-
+from samkernels.optim._rule import EPS, Combination, Lists, Option, Products, linear, options
 from samkernels.optim.sam import SAM
+
+GRANULARITIES = ("element", "tensor", "global")
+
+
+def with_direction(direction: str, magnitude: str, x: Lists, dots: Products) -> Combination:
+    """One gradient with the magnitude of the other, as the group's granularity says."""
+    granularity = x.option("granularity")
+    if granularity == "element":
+        return Combination(magnitude, direction, function="sign")
+    pairs = [f"{name}.{name}" for name in (magnitude, direction)]
+    squares = [dots[p] if granularity == "global" else dots.per_tensor(p, x) for p in pairs]
+    return linear(**{direction: squares[0].sqrt() / (squares[1].sqrt() + EPS)})
 
 
 class SAMDirection(SAM):
@@ -19,46 +24,17 @@ class SAMDirection(SAM):
         "element"             |g1| * sign(g2),  sign(0) = 0
         "tensor", "global"    n1 / (n2 + 1e-12) * g2
 
-    n1 and n2 are the L2 norms of g1 and g2, per tensor or over all parameters.
+    n1 and n2 are the L2 norms of g1 and g2, per tensor or over all parameters. "global" is Stable
+    SAM (arXiv:2401.07250). A parameter that has only one of the two gradients is not updated. The
+    report's tables were made with "element"; its public code has the names of SAMDirection and
+    SAMMagnitude swapped, here they are as in its prose.
 
-    Everything else is as in `SAM`, granularity beside it: it may differ between parameter groups,
-    and the norms of "global" span them all. A parameter that has only one of the two gradients is
-    not updated.
-
-    The report's tables were made with "element". Its public code has the names of SAMDirection and
-    SAMMagnitude swapped; here they are as in its prose.
-
-    Memory: as SAM, and g1 is kept until the second step.
-
-    Source: the report that this package implements (see README); perturbation: Foret et al.,
-    arXiv:2010.01412.
+    Source: the report that this package implements (see README).
     """
 
-    _rule = "samdirection"
+    own_options = options(granularity=Option("element", choices=GRANULARITIES))
+    keeps_g1 = True
+    has_norm_of = "g1"
 
-    def __init__(
-        self,
-        params: ParamsT,
-        base_optimizer: type[Optimizer] = torch.optim.SGD,
-        rho: float | Tensor = 0.05,
-        adaptive: bool = False,
-        *,
-        granularity: str = "element",
-        backend: str = "auto",
-        track_statistics: bool = False,
-        max_grad_norm: float | None = None,
-        perturbation: str = "global",
-        process_group: Any = None,
-        **base_options: Any,
-    ) -> None:
-        self._init(
-            params,
-            base_optimizer,
-            {"rho": rho, "adaptive": adaptive, "granularity": granularity},
-            base_options,
-            backend=backend,
-            track_statistics=track_statistics,
-            max_grad_norm=max_grad_norm,
-            perturbation=perturbation,
-            process_group=process_group,
-        )
+    def mix(self, x: Lists, dots: Products) -> Combination:
+        return with_direction("g2", "g1", x, dots)

@@ -1,8 +1,7 @@
 """SAMMagnitude: the magnitude of g2 with the direction of g1."""
 
-from __future__ import annotations
-
-from samkernels.optim.samdirection import SAMDirection
+from samkernels.optim._rule import Combination, Lists, Products
+from samkernels.optim.samdirection import SAMDirection, with_direction
 
 
 class SAMMagnitude(SAMDirection):
@@ -13,12 +12,13 @@ class SAMMagnitude(SAMDirection):
         "element"             |g2| * sign(g1),  sign(0) = 0
         "tensor", "global"    n2 / (n1 + 1e-12) * g1
 
-    n1 and n2 are the L2 norms of g1 and g2, per tensor or over all parameters.
+    Everything else is as in `SAMDirection`.
 
-    Arguments, memory and everything else are as in `SAMDirection`.
-
-    Source: the report that this package implements (see README); perturbation: Foret et al.,
-    arXiv:2010.01412.
+    Source: the report that this package implements (see README).
     """
 
-    _rule = "sammagnitude"
+    compares_scales = False
+    has_norm_of = "g2"
+
+    def mix(self, x: Lists, dots: Products) -> Combination:
+        return with_direction("g1", "g2", x, dots)

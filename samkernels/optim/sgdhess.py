@@ -11,15 +11,28 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from samkernels import backends, ops
+from samkernels import backends, checks, ops
 from samkernels.backends import SgdOptions
-from samkernels.optim import _shards
+from samkernels.optim import _checkpoints, _shards, _wrapping
 from samkernels.optim._bases import sgd_options
+from samkernels.optim._compile import keep_out_of_graphs
 from samkernels.optim._lists import Place, Slots, fits, laid_out_like, refuse_capture
 
 SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 # The same in all parameter groups: there is one v for all of them.
 SHARED = ("k", "seed", "step")
+
+# For what has no second derivatives, by what autograd says of it.
+CURES = {
+    "attention": (
+        "make the forward pass in `with torch.nn.attention.sdpa_kernel("
+        "torch.nn.attention.SDPBackend.MATH):`, since fused attention has none"
+    ),
+    "aot_autograd": "leave out torch.compile, whose networks have none",
+    "is not implemented": (
+        "replace the function that has none by others, or take SAM, which needs none"
+    ),
+}
 
 
 @dataclass
@@ -33,6 +46,23 @@ class Part:
     grads: list[Tensor] = field(default_factory=list)
     products: list[Tensor] = field(default_factory=list)
     buffers: list[Tensor] = field(default_factory=list)  # empty without momentum
+    journal: list[bool] = field(default_factory=list)  # of the backend
+
+    def update(self, state: dict[Tensor, Any]) -> None:
+        """Called again after an interrupt, it does what was not done."""
+        if not self.journal:
+            ops.sgd_hess_with(
+                self.place.ops,
+                self.params,
+                self.grads,
+                self.products,
+                self.buffers or None,
+                self.rho,
+                self.options,
+                self.journal,
+            )
+        for p, buffer in zip(self.params, self.buffers, strict=False):
+            state[p]["momentum_buffer"] = buffer
 
 
 class SGDHess(Optimizer):
@@ -69,8 +99,11 @@ class SGDHess(Optimizer):
     it takes nothing from PyTorch's generators, and a run that goes on from a state_dict gives the
     same bits as one without a break.
 
-    Not for torch.compile'd networks, which have no second derivatives; torch.amp.GradScaler, which
-    is refused; and DistributedDataParallel, which would not average Hv over the processes, nor what
+    Fused attention has no second derivatives: make the forward pass in
+    torch.nn.attention.sdpa_kernel(SDPBackend.MATH), which makes it of functions that have.
+
+    Not for torch.compile'd networks, which have none either; torch.amp.GradScaler, which is
+    refused; and DistributedDataParallel, which would not average Hv over the processes, nor what
     backward(loss) finds.
 
     Memory: Hv from backward() to step(), and with k > 1 always; the momentum.
@@ -115,7 +148,10 @@ class SGDHess(Optimizer):
     ) -> None:
         backends.check_name(backend)
         if seed is None:
-            seed = int(torch.randint(2**63 - 1, ()))
+            drawn = torch.randint(2**63 - 1, (), device="cpu")
+            seed = (
+                int(drawn) if checks.has_address(drawn) else 0
+            )  # of fake tensors nobody sees bits
         defaults: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
@@ -129,12 +165,13 @@ class SGDHess(Optimizer):
             "step": 0,
         }
         _check_options(defaults, "")
+        checks.check_sgd_options(**{name: defaults[name] for name in SGD_OPTIONS})
         self._backend = backend
-        self._slots = Slots(backend)
+        self._slots = Slots(backend, {}, {})
         self._products: dict[Tensor, Tensor] = {}
         self._is_constructed = False
         super().__init__(params, defaults)
-        ops.check_disjoint("params", self._all_params())  # once, not for each group
+        self._check_disjoint()  # once, not for each group
         self._is_constructed = True
 
     # -- the step ----------------------------------------------------------------------------------
@@ -155,9 +192,9 @@ class SGDHess(Optimizer):
 
         Raises:
             TypeError: the loss is no tensor.
-            RuntimeError: autograd cannot differentiate the loss (twice, where v is due). It does
-                not tell of functions marked once_differentiable: their derivative counts as
-                constant.
+            RuntimeError: autograd cannot differentiate the loss (twice, where v is due); for fused
+                attention and the like, the message says what to do. It does not tell of functions
+                marked once_differentiable: their derivative counts as constant.
         """
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss is {type(loss).__name__}: give a torch.Tensor of shape ()")
@@ -189,7 +226,8 @@ class SGDHess(Optimizer):
 
         Raises:
             RuntimeError: v is due, and neither was backward(loss) called nor has any gradient a
-                graph; or a torch.amp.GradScaler scaled the loss.
+                graph; autograd cannot differentiate the gradients, as in backward(); or a
+                torch.amp.GradScaler scaled the loss.
             TypeError, ValueError: an option of a group or a gradient is wrong. Raised before
                 anything is written.
         """
@@ -222,8 +260,6 @@ class SGDHess(Optimizer):
             for p, g in grads.items():
                 if g.requires_grad:
                     p.grad = g.detach()
-        for group in self.param_groups:
-            group["step"] += 1
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -240,7 +276,7 @@ class SGDHess(Optimizer):
     def backends(self) -> dict[str, str]:
         """Which backend serves whom, such as {"cuda:0 float32": "native"}."""
         served = {}
-        for p in self._all_params():
+        for p in filter(_wrapping.is_trained, self._all_params()):
             dtype = str(p.dtype).removeprefix("torch.")
             served[f"{p.device} {dtype}"] = self._slots.place_of(p).backend
         return served
@@ -268,38 +304,44 @@ class SGDHess(Optimizer):
         super().add_param_group(param_group)
         try:
             for i, p in enumerate(param_group["params"]):
-                ops.check_tensor(f"params[{i}] of parameter group {index}", p)
                 if _shards.is_dtensor(p):
                     raise ValueError(
                         f"params[{i}] of parameter group {index} is a DTensor: SGDHess takes whole "
                         "tensors, since FSDP2 computes no second derivatives"
                     )
-                self._slots.place_of(p)
+                if _wrapping.is_trained(p):
+                    checks.check_tensor(f"params[{i}] of parameter group {index}", p)
+                    self._slots.place_of(p)
             if self._is_constructed:
-                ops.check_disjoint("params", self._all_params())
+                self._check_disjoint()
         except Exception:
             self.param_groups.pop()
             raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; the groups hold k, seed and the number of steps, too."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:  # which may differ after an interrupt
+            group["step"] = self.param_groups[0]["step"]
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class, or of torch.optim.SGD: rho, k, seed and step stay then.
 
         Raises:
-            ValueError: the state_dict is no optimizer's, or does not fit the parameters.
+            TypeError, ValueError: the state_dict is no optimizer's, or does not fit the
+                parameters, or an option is out of range. The optimizer is as it was.
         """
-        try:
-            groups = [dict(group) for group in state_dict["param_groups"]]
-            saved = [index for group in groups for index in group["params"]]
-            state = dict(state_dict["state"])
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(
-                "state_dict is no optimizer's: give what state_dict() returned, with 'state' and "
-                "'param_groups'"
-            ) from None
+        groups, state = _checkpoints.read(state_dict)
+        saved = [index for group in groups for index in group["params"]]
         for i, (group, own) in enumerate(zip(groups, self.param_groups, strict=False)):
             for name, value in own.items():
                 group.setdefault(name, value)
-            _check_options(group, f" of parameter group {i} in state_dict")
+            where = f" of parameter group {i} in state_dict"
+            _check_options(group, where)
+            for p in own["params"][:1]:
+                checks.hyperparameter(f"rho{where}", group["rho"], p)
+                sgd_options(*[group[name] for name in SGD_OPTIONS], like=p)
             for name in SHARED:
                 if group[name] != groups[0][name]:
                     raise ValueError(f"state_dict: parameter groups 0 and {i} differ in {name}")
@@ -311,7 +353,8 @@ class SGDHess(Optimizer):
                         f"state_dict: the {name} of parameter {i} does not have its shape, "
                         f"{tuple(p.shape)}: load the checkpoint of the same model"
                     )
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        with _checkpoints.undone_on_failure(self):
+            super().load_state_dict({**state_dict, "param_groups": groups})
         self._products.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,19 +363,26 @@ class SGDHess(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_is_constructed", True)
-        self.__dict__.setdefault("_slots", Slots(self._backend))
+        self.__dict__.setdefault("_slots", Slots(self._backend, {}, {}))
         self.__dict__.setdefault("_products", {})
 
     # -- private -----------------------------------------------------------------------------------
 
+    def _patch_step_function(self) -> None:  # called by torch.optim when step gets its hooks
+        super()._patch_step_function()
+        keep_out_of_graphs(type(self), ("backward", "step", "zero_grad"))
+
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _check_disjoint(self) -> None:
+        checks.check_disjoint("params", list(filter(_wrapping.is_trained, self._all_params())))
 
     def _check_gradients(self, grads: dict[Tensor, Tensor]) -> None:
         for index, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 if p in grads and grads[p].layout is not torch.strided:
-                    ops.check_tensor(f"params[{i}].grad of parameter group {index}", grads[p])
+                    checks.check_tensor(f"params[{i}].grad of parameter group {index}", grads[p])
 
     def _refuse_grad_scaler(self) -> None:
         given = [self.__dict__.pop(name, None) for name in ("grad_scale", "found_inf")]
@@ -349,12 +399,20 @@ class SGDHess(Optimizer):
         differentiable = {p: g for p, g in grads.items() if g.requires_grad}
         products: Iterable[Tensor | None] = [None] * len(grads)
         if differentiable:
-            products = torch.autograd.grad(
-                list(differentiable.values()),
-                list(grads),
-                [directions(p) for p in differentiable],
-                allow_unused=True,
-            )
+            try:
+                products = torch.autograd.grad(
+                    list(differentiable.values()),
+                    list(grads),
+                    [directions(p) for p in differentiable],
+                    allow_unused=True,
+                )
+            except RuntimeError as error:  # NotImplementedError, too
+                cure = next((cure for what, cure in CURES.items() if what in str(error)), None)
+                if cure is None:
+                    raise
+                raise RuntimeError(
+                    f"SGDHess needs second derivatives: {cure}. ({error})"
+                ) from error
         return {
             p: torch.zeros_like(p) if product is None else product.detach()
             for p, product in zip(grads, products, strict=True)
@@ -373,26 +431,33 @@ class SGDHess(Optimizer):
     def _update(self, grads: dict[Tensor, Tensor], is_due: bool) -> None:
         # All groups before the first one is updated: what is wrong is found here.
         parts = [part for group in self.param_groups for part in self._parts(group, grads, is_due)]
+        count = self.param_groups[0]["step"] + 1
+        kept = {}
+        if self.param_groups[0]["k"] > 1:
+            kept = {p: hv for p, hv in self._products.items() if p in grads}
+        try:
+            self._make(parts, count, kept if is_due else None)
+        except BaseException:
+            # All or nothing; unless a backend that is no single call was interrupted in the middle.
+            journals = [part.journal for part in parts]
+            if any(journals) and [False] not in journals:
+                self._make(parts, count, kept if is_due else None)
+            raise
+
+    def _make(
+        self, parts: list[Part], count: int, new_products: dict[Tensor, Tensor] | None
+    ) -> None:
         for part in parts:
-            ops.sgd_hess_with(
-                part.place.ops,
-                part.params,
-                part.grads,
-                part.products,
-                part.buffers or None,
-                part.rho,
-                part.options,
-            )
-            for p, buffer in zip(part.params, part.buffers, strict=False):
-                self.state[p]["momentum_buffer"] = buffer
-        if not is_due:
+            part.update(self.state)
+        for group in self.param_groups:
+            group["step"] = count
+        if new_products is None:
             return
         for p in self._all_params():
-            if p in self.state:
+            if p in new_products:
+                self.state[p]["hessian_product"] = new_products[p]
+            elif p in self.state:
                 self.state[p].pop("hessian_product", None)
-        if self.param_groups[0]["k"] > 1:
-            for p in grads.keys() & self._products.keys():
-                self.state[p]["hessian_product"] = self._products[p]
         self._products.clear()
 
     def _parts(
@@ -412,7 +477,7 @@ class SGDHess(Optimizer):
                     refuse_capture()
                 options = sgd_options(*[group[name] for name in SGD_OPTIONS], like=p)
                 options = options._replace(init_momentum=buffer is None)
-                parts[key] = Part(key[0], ops.hyperparameter("rho", group["rho"], p), options)
+                parts[key] = Part(key[0], checks.hyperparameter("rho", group["rho"], p), options)
             part = parts[key]
             part.params.append(p)
             part.grads.append(_fitting(grads[p].detach(), p))
@@ -426,7 +491,8 @@ class SGDHess(Optimizer):
 def rademacher(like: Tensor, *key: int) -> Tensor:
     """-1 or 1 for each element, from the key alone: the same in every memory format."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little"))
+    device = "cpu" if like.is_meta else like.device  # whose bits nobody will see
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
     bits = torch.randint(2, like.shape, generator=generator, dtype=like.dtype, device=like.device)
     return bits.mul_(2).sub_(1)
 
@@ -437,8 +503,8 @@ def _fitting(tensor: Tensor, p: Tensor) -> Tensor:
 
 
 def _check_options(options: dict[str, Any], where: str) -> None:
-    ops.check_sgd_options(**{name: options[name] for name in SGD_OPTIONS})
-    ops.check_hyperparameter(f"rho{where}", options["rho"])
+    checks.check_sgd_options(**{name: options[name] for name in SGD_OPTIONS}, in_step=True)
+    checks.check_hyperparameter(f"rho{where}", options["rho"])
     for name, low in (("k", 1), ("seed", 0), ("step", 0)):
         value = options[name]
         if isinstance(value, bool) or not isinstance(value, int):

@@ -1,0 +1,280 @@
+"""Variants with one pass per step, whose weights stay perturbed in between."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from samkernels.backends import TensorList
+from samkernels.optim import _shards
+from samkernels.optim._grad import without_grad
+from samkernels.optim._lists import Bucket, Kind, Place, Slot, bucket_of
+from samkernels.optim._perturbation import Perturbation, aim, perturb, restore
+from samkernels.optim._rule import Lists
+from samkernels.optim._update import finish
+from samkernels.optim._variant import Base
+from samkernels.optim.sam import SAM
+
+
+class OnePass(SAM):
+    """SAM along a direction that is known before the gradient: plain backward() and step().
+
+    Between the steps the parameters hold w + e(w), and the optimizer holds w. A subclass names
+    `along`, the state of the base optimizer that it goes along; axes.sign says which way.
+    """
+
+    along: ClassVar[tuple[str, ...]] = ()  # names in a parameter's state, of which one is there
+    own_state = ("w",)
+    own_attributes = ("_is_held",)
+    _is_held = False  # by unperturbed()
+
+    @property
+    def needs_second_pass(self) -> bool:
+        """False: each step has one pass."""
+        return False
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are at w + e(w): between the steps, but within unperturbed()."""
+        return self._perturbation is not None
+
+    def first_step(self, zero_grad: bool = False, *, grad_scale: Any = None) -> bool:
+        """Raises RuntimeError: there is one pass only."""
+        raise RuntimeError(
+            f"{type(self).__name__} makes one pass: call loss.backward() and optimizer.step(), "
+            "without first_step() and second_step()"
+        )
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Raises RuntimeError: there is one pass only."""
+        self.first_step()
+
+    @without_grad
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of w with the gradient at w + e(w); then w + e(w) along the new direction.
+
+        Args:
+            closure: computes the loss, calls backward on it and returns it.
+
+        Returns:
+            What the closure returned, which is the loss at w + e(w); else None. A step with a
+                closure leaves no gradients.
+        """
+        loss = None
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            if self._only_makes_state():
+                self._make_state()
+            elif self._has_gradients:
+                self._make_step()
+        finally:
+            if closure is not None:
+                self.zero_grad()
+        return loss
+
+    @without_grad
+    def restore(self) -> None:
+        """Put w into the parameters; the next step perturbs them again. What was written to a
+        parameter meanwhile, as by loading a model, counts as w."""
+        perturbation = self._perturbation
+        if perturbation is not None:
+            perturbation.settle()
+            perturbation.record_streams()
+            written = perturbation.written()
+            for slot in list(perturbation.slots):
+                if id(slot.param) in written or id(slot.local) in written:
+                    del perturbation.slots[slot]
+            restore(perturbation.slots, self._slots)
+            self._perturbation = None
+
+    @without_grad
+    def perturb(self) -> None:
+        """Put w + e(w) into the parameters, which have w: after restore()."""
+        if self._perturbation is None and not self._is_held and self._wants_next():
+            self._ascend(self._with_momentum(), saves=True)
+
+    @contextlib.contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """The parameters hold w in the body: for evaluation, for saving the model, for averages of
+        weights. What the body does to them stays.
+
+        Usage:
+
+            with optimizer.unperturbed():
+                evaluate(model)
+        """
+        was_perturbed, was_held = self.is_perturbed, self._is_held
+        self.restore()
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = was_held
+            if was_perturbed:
+                self.perturb()
+
+    # -- private -----------------------------------------------------------------------------------
+
+    def _init(
+        self,
+        params: Any,
+        base_optimizer: Base,
+        options: dict[str, Any],
+        base_options: dict[str, Any],
+        **axes: Any,
+    ) -> None:
+        name = type(self).__name__
+        cls = base_optimizer if isinstance(base_optimizer, type) else type(base_optimizer)
+        if not issubclass(cls, (torch.optim.SGD, torch.optim.Adam)):
+            raise TypeError(
+                f"base_optimizer is {cls.__name__}: {name} goes along the momentum of "
+                "torch.optim.SGD, Adam or AdamW; give one of them"
+            )
+        if axes["track_statistics"] or axes["perturbation"] != "global":
+            raise ValueError(
+                f"{name} has no gradient at w: leave track_statistics and perturbation out"
+            )
+        if getattr(axes["when"], "needs_norm", False):
+            raise ValueError(f"when: {name} has no gradient at w, whose norm this policy looks at")
+        super()._init(params, base_optimizer, options, base_options, **axes)
+        if all(group.get("momentum") == 0 for group in self.param_groups):
+            raise ValueError(f"momentum=0: {name} goes along the momentum; give one above 0")
+
+    def _kind_of(self, group: dict[str, Any], i: int, own: dict[str, Tensor]) -> Kind:
+        return super()._kind_of(group, i, own)._replace(is_new=False)
+
+    def parts(self, batches: Iterable[Any]) -> Any:
+        """Raises RuntimeError: there is one pass only."""
+        self.first_step()
+
+    def _make_step(self) -> None:
+        if self._perturbation is not None and self._perturbation.written():
+            raise RuntimeError(
+                "parameters were written while they held w + e(w): write them in `with "
+                "optimizer.unperturbed():`, or call optimizer.restore() now, after which what was "
+                "written counts as w"
+            )
+        try:
+            self._update_and_ascend()
+        except BaseException:
+            self.restore()
+            raise
+
+    def _update_and_ascend(self) -> None:
+        if self._schedule is not None:
+            for group in self.param_groups:
+                group[self._keys["rho"]] = self._schedule.value(group["lr"])
+        if self._perturbation is None:
+            self._perturbation = Perturbation()
+        updated, lies_in_old = finish(self, self._perturbation, into_old=True)
+        if lies_in_old:
+            moved = [bucket for bucket in updated if bucket.kind.is_moved]
+            self._perturbation = Perturbation(moved=[bucket.slots for bucket in moved])
+        else:
+            self._perturbation = None
+        self._count_step()
+        if not self._wants_next():
+            self.restore()
+            return
+        everything = sum(len(bucket.slots) for bucket in updated) == len(self._slots)
+        if everything and lies_in_old:
+            self._ascend(updated, saves=False)
+        else:
+            self.restore()
+            self._ascend(self._with_momentum(), saves=True)
+
+    def _wants_next(self) -> bool:
+        return self._when is None or self._when.wants(self.option("sam_step"), math.nan, {})
+
+    def _along(self, bucket: Bucket) -> TensorList | None:
+        """The direction of a bucket; None if a parameter has none."""
+        for name in self.along:
+            lists = bucket.ops.state_of(self.state, bucket.params, name)
+            if lists is not None:
+                return lists
+            states = [self.state.get(slot.param, {}).get(name) for slot in bucket.slots]
+            if all(isinstance(tensor, Tensor) for tensor in states):
+                return _shards.locals_of(states)
+        return None
+
+    def _with_momentum(self) -> list[Bucket]:
+        """All parameters that have a direction."""
+        found = []
+        for group in self.param_groups:
+            by_kind: dict[tuple[Place, Kind], list[Slot]] = {}
+            for i, p in enumerate(group["params"]):
+                state = self.state.get(p, {})
+                if any(state.get(name) is not None for name in self.along):
+                    slot = self._slots.find_or_add(p)
+                    key = slot.place, self._kind_of(group, i, {})
+                    by_kind.setdefault(key, []).append(slot)
+            for key, slots in by_kind.items():
+                olds = [slot.old for slot in slots]
+                found.append(bucket_of(group, *key, slots, olds, self._keys))
+        return found
+
+    def _ascend(self, buckets: list[Bucket], saves: bool) -> None:
+        along = [(bucket, self._along(bucket)) for bucket in buckets if bucket.kind.is_moved]
+        lists = []
+        for bucket, direction in along:
+            if direction is None:  # momentum is being warmed up from 0
+                if not saves:
+                    restore(dict.fromkeys(bucket.slots), self._slots)
+                continue
+            w = bucket.params if saves else bucket.old
+            find = lambda name, _, d=direction, w=w: w if name == "w" else d  # noqa: E731
+            lists.append(Lists(bucket, find, {}))
+        perturbation = Perturbation()
+        if not saves:
+            along = [(bucket, direction) for bucket, direction in along if direction is not None]
+            perturbation.moved = [bucket.slots for bucket, _ in along]
+        self._perturbation = perturbation
+        if lists:
+            aims = aim(lists, lambda x: "v", self._axes, perturbation, saves)
+            perturb(aims, self._axes.eps, perturbation, saves=saves)
+        perturbation.ascent_square = None  # it would have the next step skipped
+        perturbation.first_dots.clear()
+        if not saves:
+            perturbation.moving.clear()  # they are in `moved`
+            perturbation.watch([bucket for bucket, _ in along])
+        perturbation.settle()
+        perturbation.note_streams([x.bucket for x in lists])
+
+    def _require_unperturbed(self, what: str) -> None:
+        """State is saved as of w, at any time."""
+
+    def _own_of(self, p: Tensor) -> dict[str, Tensor]:
+        slot = self._slots.find(p)
+        if self._perturbation is None or slot not in self._perturbation.slots:
+            return {}
+        return {"w": _shards.as_part_of(p, slot.old)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As SAM's; the parameters are put at the w that it holds, and perturbed anew."""
+        self.restore()
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self.perturb()
+
+    def _load_own(self, own: dict[Tensor, dict[str, Tensor]]) -> None:
+        with torch.no_grad():
+            for p, of_param in own.items():
+                self._slots.find_or_add(p)
+                _shards.local(p).copy_(of_param["w"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {p: of for p in self._all_params() if (of := self._own_of(p))}
+        return {**super().__getstate__(), "_own": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with torch.no_grad():
+            self.perturb()

@@ -1,0 +1,490 @@
+"""What a variant of SAM says of itself, and how an optimizer is made of that: its options, its
+groups, and the base optimizer that it shares them with."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from samkernels import backends, checks, ops
+from samkernels.optim import _axes, _shards, _wrapping
+from samkernels.optim._lists import Bucket, Kind, Slots
+from samkernels.optim._perturbation import Axes, Perturbation
+from samkernels.optim._ranks import Ranks
+from samkernels.optim._rule import Combination, Lists, Option, Products, linear
+from samkernels.optim._scalers import Scalers
+from samkernels.optim.schedule import ProportionScheduler
+from samkernels.optim.when import When, check_when
+
+Base = type[Optimizer] | Optimizer
+Radius = float | Tensor | ProportionScheduler
+
+
+class Variant(Optimizer):
+    """The part of SAM that does not depend on the protocol. A variant is a subclass of SAM that
+    sets some of these attributes and methods; see CONTRIBUTING.md."""
+
+    own_options: ClassVar[Mapping[str, Option]] = {}  # which each group may set
+    own_state: ClassVar[tuple[str, ...]] = ()  # lists like the parameters, kept from step to step
+    positional: ClassVar[tuple[str, ...]] = ("rho", "adaptive")  # behind params and base_optimizer
+    default_rho: ClassVar[float] = 0.05
+    axes: ClassVar[Mapping[str, Any]] = {}  # other defaults of SAM's arguments
+    keeps_g1: ClassVar[bool] = False  # whether mix or beside reads g1 in a step with two passes
+    compares_scales: ClassVar[bool] = True  # whether u depends on how g1 is scaled against g2
+    has_norm_of: ClassVar[str | None] = None  # the gradient whose norm u has, if it has one's
+    counts_steps: ClassVar[bool] = False  # whether `perturbs` looks at the step
+    own_attributes: ClassVar[tuple[str, ...]] = ()  # that a copy has, too
+    sign: ClassVar[float] = 1.0  # -1: against the direction
+
+    # Found out by running one: whether a closure clears the gradients that it finds.
+    _closure_clears: bool | None = None
+    _has_warned = False  # of a closure that calls no backward
+
+    def perturbs(self, options: dict[str, Any], step: int) -> bool:
+        """Whether this step, 0 at first, has a second pass."""
+        return True
+
+    def direction(self, x: Lists) -> str | Combination:
+        """d, along which the first step perturbs. May call x.set and x.moved."""
+        return "g1"
+
+    def mix(self, x: Lists, dots: Products) -> Combination:
+        """u, which takes the gradient's place, in a step with two passes. May call x.set."""
+        return linear(g2=1.0)
+
+    def mix_alone(self, x: Lists, dots: Products) -> Combination:
+        """u in a step without a second pass, where there is g1 only."""
+        return linear(g1=1.0)
+
+    def before(self, x: Lists, dots: Products) -> Combination | None:
+        """What is subtracted from w, times lr, before the base optimizer's step."""
+        return None
+
+    def beside(self, x: Lists, dots: Products) -> Combination | None:
+        """What is subtracted from w, times lr, after the base optimizer's step."""
+        return None
+
+    # -- construction ------------------------------------------------------------------------------
+
+    base_optimizer: Optimizer
+    # From the name of each option that a group may set to its key there: the name itself, or
+    # sam_NAME beside an option of the base optimizer.
+    _keys: dict[str, str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        parent: Any = cls.__mro__[1]
+        if "__init__" in vars(cls) or "__init__" not in vars(parent):
+            return
+        if parent.__name__ == "SAM" or hasattr(parent.__init__, "__signature__"):
+            cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+
+    def _init(
+        self,
+        params: Any,
+        base_optimizer: Base,
+        options: dict[str, Any],
+        base_options: dict[str, Any],
+        *,
+        scaled: _axes.Selected,
+        subset: _axes.Selected,
+        mask: Mapping[Tensor, Tensor] | None,
+        norm: str | None,
+        when: When | None,
+        perturb_eps: float,
+        backend: str,
+        track_statistics: bool,
+        max_grad_norm: float | None,
+        perturbation: str,
+        process_group: Any,
+    ) -> None:
+        _wrapping.check_kind(base_optimizer)
+        backends.check_name(backend)
+        check_when(when)
+        if self._direction_has_state and perturbation != "global":
+            raise ValueError(
+                f'perturbation="{perturbation}": each rank of {type(self).__name__} would move its '
+                f'{", ".join(self.own_state)} by another gradient; leave it "global"'
+            )
+        if when is not None and type(self).perturbs is not Variant.perturbs:
+            raise ValueError(
+                f"when: {type(self).__name__} says itself which steps have a second pass: leave "
+                "it out"
+            )
+        if getattr(when, "needs_norm", False) and perturbation != "global":
+            raise ValueError(
+                f'perturbation="{perturbation}": each rank would decide by the norm of another '
+                'gradient whether there is a second pass; leave it "global", or take another when'
+            )
+        checks.check_non_negative("perturb_eps", perturb_eps)
+        _axes.check_norm(norm)
+        if max_grad_norm is not None:
+            checks.check_positive("max_grad_norm", max_grad_norm)
+        self._schedule = options["rho"] if isinstance(options["rho"], ProportionScheduler) else None
+        if self._schedule is not None:
+            options["rho"] = self._schedule.max_value
+        self._keys = {name: name for name in (*options, *_COMMON)}
+        self._check_options(options, "")
+        if isinstance(base_optimizer, Optimizer):
+            if base_options:
+                raise TypeError(
+                    f"{', '.join(base_options)}: base_optimizer is an instance, whose options are "
+                    "given where it is made; leave them out here, or give the class"
+                )
+            self._keys = _wrapping.keys_beside(base_optimizer, self._keys)
+            options = {self._keys[name]: value for name, value in options.items()}
+            params = _wrapping.options_of_groups(base_optimizer, params, self._keys)
+        else:
+            self._refuse_collisions(base_optimizer, _wrapping.options_of, base_options)
+        if self.counts_steps or when is not None:
+            self._keys["sam_step"] = "sam_step"
+            options["sam_step"] = 0
+        self._backend = backend
+        self.track_statistics = track_statistics
+        self.max_grad_norm = max_grad_norm
+        self._when = when
+        self._scaled = _axes.Selection("scaled", scaled)
+        self._subset = _axes.Selection("subset", subset)
+        self._mask = mask
+        self._axes = Axes(norm, perturb_eps, mask, self.sign)
+        self._statistics: ops.GradientStatistics | None = None
+        self._meets_scaler = True  # until a step shows that there is none
+        self._ranks = Ranks(perturbation, process_group)
+        self._slots = self._new_slots(options)
+        self._scalers = Scalers(self)
+        self._is_constructed = False
+        # Groups and state are the base optimizer's; until it has them, they are here.
+        self.base_optimizer = cast(Any, SimpleNamespace())
+        super().__init__(params, options)
+        self._check_disjoint(self._all_params())  # once, not for each group
+        _axes.check_mask(mask, self._all_params())
+        groups = self.param_groups
+        if isinstance(base_optimizer, Optimizer):
+            base = base_optimizer
+        else:
+            base = base_optimizer(groups, **base_options)
+            self._refuse_collisions(base_optimizer, lambda _: base.defaults, base_options)
+        if len(base.param_groups) == len(groups):
+            _wrapping.write_options(base, groups, self._keys)
+        self.base_optimizer = base
+        self.defaults = {**base.defaults, **self.defaults}
+        self._is_constructed = True
+        self._kinds()  # whether names are there that are asked for
+
+    @property
+    def _direction_has_state(self) -> bool:
+        """Whether the first step writes the variant's own state."""
+        return bool(self.own_state) and type(self).direction is not Variant.direction
+
+    def _refuse_collisions(
+        self,
+        base: type[Optimizer],
+        names_of: Callable[[type[Optimizer]], Iterable[str]],
+        base_options: dict[str, Any],
+    ) -> None:
+        parameters = inspect.signature(Variant._init).parameters.values()
+        own = [*self._keys, *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
+        name = type(self).__name__
+        _wrapping.refuse_collisions(name, own, base, names_of(base), base_options)
+
+    def _new_slots(self, options: dict[str, Any]) -> Slots:
+        """options: what a group gets that comes to be without them, by key."""
+        one_kind = not (self.own_state or self._scaled or self._subset)
+        return Slots(self._backend, options, self._keys, None if one_kind else self._kind_of)
+
+    def _kind_of(self, group: dict[str, Any], i: int, own: dict[str, Tensor]) -> Kind:
+        p, name = group["params"][i], _axes.name_of(group, i)
+        is_new = bool(self.own_state) and not own
+        return Kind(self._subset.has(p, name), self._scaled.has(p, name), is_new)
+
+    def _kinds(self) -> None:
+        """Raise ValueError unless what was selected is there: some parameters, and no others."""
+        for selection in (self._scaled, self._subset):
+            if selection:
+                groups = self.param_groups
+                named = [
+                    (p, _axes.name_of(group, i))
+                    for group in groups
+                    for i, p in enumerate(group["params"])
+                ]
+                selection.check(named)
+
+    def _check_options(self, options: dict[str, Any], where: str) -> None:
+        """Raise TypeError or ValueError if one that is there is wrong."""
+        for name, key in self._keys.items():
+            if key not in options:
+                continue
+            value = options[key]
+            what = f"{key}{where}"
+            if name == "rho":
+                self._check_rho(what, value)
+            elif name in self.own_options:
+                self.own_options[name].check(what, value)
+            elif name in _COMMON:
+                _COMMON[name].check(what, value)
+
+    def _check_rho(self, what: str, value: Any) -> None:
+        if not isinstance(value, (int, float, Tensor)):
+            raise TypeError(
+                f"{what} is {type(value).__name__}: give a number, a tensor of one element or, to "
+                f"the constructor, a ProportionScheduler; {type(self).__name__}{_call(type(self))}"
+            )
+        checks.check_hyperparameter(what, value)
+
+    def option(self, name: str) -> Any:
+        """An option that is the same in all groups: that of the first."""
+        return self.param_groups[0][self._keys[name]]
+
+    # -- which steps have a second pass ------------------------------------------------------------
+
+    @property
+    def needs_second_pass(self) -> bool:
+        """Whether the next step has two passes. It is known before the forward pass, but for
+        policies that look at g1: it is True for them, and first_step() returns what they say."""
+        decides = type(self).perturbs is not Variant.perturbs
+        if not decides and self._when is None:
+            return True
+        step = self.option("sam_step") if "sam_step" in self._keys else 0
+        if decides and not self.perturbs({n: self.option(n) for n in self.own_options}, step):
+            return False
+        return self._when is None or self._when.needs_norm or self._when.wants(step, math.nan, {})
+
+    def _wants_second_pass(self, buckets: list[Bucket]) -> bool:
+        wants = self.needs_second_pass
+        if wants and self._when is not None and self._when.needs_norm:
+            lists = [Lists(bucket, lambda _, of: of.grads, {}) for bucket in buckets]
+            square = Products(lists)["g1.g1"].item()  # the host has to know
+            memory = {
+                name: self.param_groups[0][f"sam_{name}"]
+                for name in ("mean", "variance")
+                if f"sam_{name}" in self.param_groups[0]
+            }
+            wants = self._when.wants(self.option("sam_step"), square, memory)
+            for group in self.param_groups:
+                group.update({f"sam_{name}": value for name, value in memory.items()})
+        return wants
+
+    def _count_step(self) -> None:
+        """Of a variant or a policy that looks at the number: a GradScaler's skip does not count."""
+        if "sam_step" in self._keys:
+            found_inf = self._of_scaler("found_inf")
+            if found_inf is not None and found_inf.item():
+                return
+            step = self.option("sam_step") + 1
+            for group in self.param_groups:
+                group["sam_step"] = step
+
+    def _of_scaler(self, name: str) -> Tensor | None:
+        """grad_scale or found_inf, if a GradScaler has set it; shape ()."""
+        number = self.__dict__.get(name)
+        return number.reshape(()) if isinstance(number, Tensor) else None
+
+    @contextlib.contextmanager
+    def first_pass(self, model: nn.Module) -> Iterator[None]:
+        """For the forward and backward pass at w, of every rank: averages g1 over those ranks that
+        perturb alike.
+
+        With perturbation="global", or in one process, it does nothing: DistributedDataParallel
+        averages g1 over all ranks by itself. Otherwise its averaging is switched off in here; and
+        first_step sends, beside the second pass, what the update needs of g1: for SAM one number;
+        for SAMDirection, SAMMagnitude and statistics all of g1. "group" sends g1 within the group
+        before that, and waits for it.
+
+        Usage:
+
+            with optimizer.first_pass(model):
+                loss_fn(model(x), y).backward()    # the forward pass inside, too
+            optimizer.first_step()
+            loss_fn(model(x), y).backward()
+            optimizer.second_step(zero_grad=True)
+
+        Args:
+            model: the DistributedDataParallel module, compiled or inside of another one or not.
+                Of its options, join() is not served, and static_graph=True needs one backward
+                before training that averages. A parameter that a rank does not use
+                (find_unused_parameters) has g1 = 0 there. SyncBatchNorm makes every loss depend on
+                all ranks: m-sharpness is meant with batch norm of each share.
+
+        Raises:
+            TypeError: there is no DistributedDataParallel in model.
+            RuntimeError: the forward pass was made before, so that backward has averaged over all
+                ranks; or static_graph=True, at the very first pass.
+        """
+        with self._ranks.first_pass(model):
+            yield
+
+    @property
+    def statistics(self) -> ops.GradientStatistics | None:
+        """How g1 and g2 of the last step compare; None without track_statistics."""
+        return self._statistics
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Which backend serves whom, such as {"cuda:0 float32": "native"}."""
+        served = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if _wrapping.is_trained(p):
+                    dtype = str(p.dtype).removeprefix("torch.")
+                    served[f"{p.device} {dtype}"] = self._slots.place_of(p).backend
+        return served
+
+    # In an object and not in self, which is Lightning's wrapper where first_step is called on that:
+    # reading goes through to this optimizer, while assigning stays with the wrapper.
+    @property
+    def _perturbation(self) -> Perturbation | None:
+        return self._slots.perturbation
+
+    @_perturbation.setter
+    def _perturbation(self, perturbation: Perturbation | None) -> None:
+        self._slots.perturbation = perturbation
+
+    # -- groups ------------------------------------------------------------------------------------
+
+    # One list of groups and one state for both: a scheduler changes the lr of both.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the base optimizer."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """That of the base optimizer."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: dict[Tensor, Any]) -> None:
+        if not isinstance(state, defaultdict):  # which the steps of torch.optim count on
+            state = defaultdict(dict, state)
+        self.base_optimizer.state = state
+        self._slots.forget_own()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base optimizer does it; the group may set its own rho, adaptive and so on.
+
+        Raises:
+            TypeError, ValueError: an option or a parameter is of the wrong kind; the message names
+                it.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group is {type(param_group).__name__}: give a dict")
+        index = len(self.param_groups)
+        self._check_options(param_group, f" of parameter group {index}")
+        if not self._is_constructed:
+            super().add_param_group(param_group)
+            self._check_params(param_group["params"], index)
+            return
+        given = param_group["params"]
+        if not isinstance(given, (Tensor, set)):  # a set is for torch.optim to refuse
+            param_group["params"] = given = list(given)
+        new = [p for p in _wrapping.listed(given) if isinstance(p, Tensor)]
+        self._check_params(new, index)
+        added = set(new)
+        self._check_disjoint([*(p for p in self._all_params() if p not in added), *new])
+        for key in self._keys.values():
+            if key in self.defaults:
+                param_group.setdefault(key, self.defaults[key])
+        try:
+            self.base_optimizer.add_param_group(param_group)
+            self._kinds()
+        except BaseException:
+            del self.param_groups[index:]
+            raise
+
+    def _check_params(self, params: Iterable[Tensor], index: int) -> None:
+        for i, p in enumerate(params):
+            name = f"params[{i}] of parameter group {index}"
+            _shards.check(name, p)
+            if _shards.is_dtensor(p):
+                self._ranks.check_shards(name)
+            if _wrapping.is_trained(p):
+                checks.check_tensor(name, _shards.local(p))
+                self._slots.place_of(p)
+
+    @property
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self._all_params())
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _check_disjoint(self, params: list[Tensor]) -> None:
+        trained = list(filter(_wrapping.is_trained, params))
+        checks.check_disjoint("params", _shards.locals_of(trained))
+
+
+# Options of every variant, beside rho, in the groups.
+_COMMON: dict[str, Option] = {
+    "adaptive": Option(False),
+    "scaling": Option(None, choices=(None, *_axes.SCALINGS)),
+    "eta": Option(0.0, 0, math.inf),
+}
+
+
+def _arguments(cls: type[Variant]) -> list[inspect.Parameter]:
+    """Of the constructor of a variant that declares its options."""
+    common = inspect.signature(_sam().__init__).parameters
+    named = {name: option.default for name, option in cls.own_options.items()}
+    defaults = {"rho": cls.default_rho, **named, **cls.axes}
+    positional = [p for p in (common[name] for name in ("self", "params", "base_optimizer"))]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    for name in cls.positional:
+        default = defaults.get(name, common[name].default if name in common else None)
+        positional.append(inspect.Parameter(name, kind, default=default))
+    rest = []
+    for name in (*named, *common):
+        if name not in cls.positional and name not in ("self", "params", "base_optimizer"):
+            parameter = common.get(name)
+            if parameter is not None and parameter.kind is parameter.VAR_KEYWORD:
+                rest.append(parameter)
+                continue
+            default = defaults.get(name, None if parameter is None else parameter.default)
+            rest.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+    rest.sort(key=lambda p: p.kind)
+    return [*positional, *rest]
+
+
+def _sam() -> Any:
+    from samkernels.optim.sam import SAM
+
+    return SAM
+
+
+def _constructor(cls: type[Variant]) -> Callable[..., None]:
+    """One that takes the options which the class declares, in the order that it declares."""
+    signature = inspect.Signature(_arguments(cls))
+
+    def __init__(self: Variant, *args: Any, **kwargs: Any) -> None:
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{cls.__name__}: {error}. It is called {cls.__name__}{_call(cls)}"
+            ) from None
+        bound.apply_defaults()
+        values = dict(bound.arguments)
+        del values["self"]
+        values.update(values.pop("base_options", {}))
+        _sam().__init__(self, **values)
+
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    return __init__
+
+
+def _call(cls: type[Variant]) -> str:
+    """The first arguments, for messages."""
+    named = [name for name in cls.own_options if name not in cls.positional]
+    shown = ["params", "base_optimizer", *cls.positional, *(["*"] if named else []), *named]
+    return f"({', '.join(shown)}, ...)"

@@ -1,0 +1,42 @@
+"""BAR: balancing the factors of LoRA."""
+
+from typing import Any
+
+import torch
+
+from samkernels.optim._axes import Selection, pairs_by_name
+from samkernels.optim._rule import Combination, Lists, Option, Products, linear, options
+from samkernels.optim._variant import Base
+from samkernels.optim.sam import SAM
+
+
+class BAR(SAM):
+    """Balancedness-aware regularisation of pairs (x, y) such as LoRA's, in one pass.
+
+        x <- (1 + s * alpha * lr) * x;  y <- (1 - s * alpha * lr) * y;  then base(g)
+        s = sign(||gx|| - ||gy||) for kind "n", sign(||y|| - ||x||) for kind "o"
+
+    Without pairs of parameters, lora_A and lora_B are found in the names of named_parameters().
+
+    Source: Li et al., arXiv:2410.14802.
+    """
+
+    own_options = options(alpha=Option(None, 0), kind=Option("n", choices=("n", "o")))
+    own_attributes = ("partners",)
+
+    def __init__(
+        self, params: Any, base_optimizer: Base = torch.optim.AdamW, alpha: float = 0.05,
+        pairs: Any = None, kind: str = "n", **others: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(params, base_optimizer, 0.0, alpha=alpha, kind=kind, **others)
+        self.partners = pairs_by_name(self.param_groups) if pairs is None else dict(pairs)
+        self.partners.update({y: x for x, y in self.partners.items()})
+        Selection("pairs", self.partners).check([(p, None) for p in self._all_params()])
+
+    def perturbs(self, options: dict[str, Any], step: int) -> bool:
+        return False
+
+    def before(self, x: Lists, dots: Products) -> Combination:
+        pair, sign = ("g1.g1", -1.0) if x.option("kind") == "n" else ("w.w", 1.0)
+        excess = dots.per_tensor(pair, x) - dots.of_partners(pair, x, self.partners)
+        return linear(w=sign * x.option("alpha") * excess.sign())
