@@ -1,8 +1,10 @@
 """Checkpoints: continuation bit for bit after a kill at any moment; damaged and foreign files."""
 
+import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,15 @@ from rich.console import Console
 
 from train import checkpoint, progress, results, run
 from train.config import Config
-from train.errors import CheckpointError, DivergedError
+from train.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    InUseError,
+    NumericsError,
+    StorageError,
+    TerminatedError,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +36,8 @@ def small(folder: Path, **keys: Any) -> Config:
         **{
             "dataset": "digits", "model": "resnet_small", "opt_name": "sammagnitude", "rho": 0.1,
             "epochs": 3, "batch_size": 250, "device": "cpu", "threads": 1, "verify_steps": 6,
-            "sharpness_samples": 0, "statistics_every": 2, "output_dir": str(folder), **keys,
+            "sharpness_samples": 0, "statistics_every": 2, "label_noise": 0.2,
+            "output_dir": str(folder), **keys,
         }
     )  # fmt: skip
 
@@ -50,7 +61,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
     elif isinstance(a, dict):
         assert set(a) == set(b), where
         for key in a:
-            if key not in ("seconds", "output_dir", "resume"):
+            if key not in ("seconds", "output_dir", "resume", "id"):
                 assert_same(a[key], b[key], f"{where}.{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), where
@@ -61,12 +72,15 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "exponential"])
-@pytest.mark.parametrize("opt_name", ["sgd", "sam", "samdirection", "sammagnitude", "sgdhess"])
+@pytest.mark.parametrize(
+    "opt_name",
+    ["sgd", "sam", "samdirection", "sammagnitude", "sgdhess", "looksam", "vasso", "msam"],
+)
 def test_the_whole_state_continues_bit_for_bit(
     tmp_path: Path, opt_name: str, scheduler: str
 ) -> None:
     """Six verified steps: the lockstep is under way at the first checkpoint, after four."""
-    config = small(tmp_path, opt_name=opt_name, scheduler=scheduler)
+    config = small(tmp_path, opt_name=opt_name, scheduler=scheduler, k=3, lr=0.05)
     whole = run.Training(config)
     for number in (1, 2, 3):
         whole.epoch(number, bar(whole))
@@ -183,10 +197,10 @@ def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A run that ended after its first epoch; the bytes of last.pt."""
     epoch = run.Training.epoch
 
-    def one(self: run.Training, number: int, bar: Any) -> Any:
+    def one(self: run.Training, number: int, *rest: Any) -> Any:
         if number == 2:
             raise KilledError
-        return epoch(self, number, bar)
+        return epoch(self, number, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(run.Training, "epoch", one)
@@ -206,6 +220,260 @@ def test_an_unfinished_run_is_not_lost_by_mistake(
     assert (tmp_path / "last.pt").read_bytes() == content
     result = run.run(small(tmp_path, lr=0.2, epochs=1, overwrite=True), quiet())
     assert result["config"]["lr"] == 0.2
+    # best.pt alone is somebody's as well.
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(CheckpointError, match=r"without last.pt or result.json; .*--overwrite"):
+        run.run(small(tmp_path, resume=True), quiet())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_finished_run_is_not_lost_either(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"of a finished run; .*--resume.*--overwrite"):
+        run.run(small(tmp_path, lr=0.2), quiet())
+    assert contents(tmp_path) == before
+    # Nor when the run that is to replace it comes to nothing.
+    replacing = small(tmp_path, lr=0.2, overwrite=True)
+    epoch = run.Training.epoch
+
+    def failing(self: run.Training, number: int, *rest: Any) -> Any:
+        raise KilledError
+
+    monkeypatch.setattr(run.Training, "epoch", failing)
+    with pytest.raises(KilledError):
+        run.run(replacing, quiet())
+    assert contents(tmp_path) == before
+    monkeypatch.setattr(run.Training, "epoch", epoch)
+
+
+@pytest.mark.parametrize("file", ["last.pt", "best.pt"])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_death_while_a_finished_run_is_replaced(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, file: str, after: bool
+) -> None:
+    """Before the new run's first checkpoint the old one is whole; from then on, the new one is."""
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    measured = {"settings": {"sharpness_samples": 16}, "lambda_max": -1.0}
+    (tmp_path / "sharpness.json").write_text(json.dumps(measured))
+    replace = os.replace
+
+    def dying(source: Any, target: Any) -> None:
+        if Path(target).name == file and not after:
+            raise KilledError
+        replace(source, target)
+        if Path(target).name == file:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results.os, "replace", dying)
+        with pytest.raises(KilledError):
+            run.run(small(tmp_path, lr=0.2, overwrite=True), quiet())
+    if file == "last.pt" and not after:
+        assert_same_run(tmp_path, uninterrupted)
+        return
+    # The old result may still lie there: it is not taken for the new one's.
+    result = run.run(small(tmp_path, lr=0.2, resume=True, sharpness_samples=16), quiet())
+    assert result["config"]["lr"] == 0.2 and len(result["history"]) == 3
+    assert result["figures"]["lambda_max"] > 0  # its own
+    whole = run.run(small(tmp_path / "alone", lr=0.2), quiet())
+    assert without_times(result["history"]) == without_times(whole["history"])
+    assert result["figures"]["test_accuracy"] == whole["figures"]["test_accuracy"]
+
+
+def test_a_folder_is_for_one_process(tmp_path: Path, uninterrupted: Path) -> None:
+    """Held by another process: refused, with its number; when that is killed, it is free."""
+    code = (
+        "import sys, time; from pathlib import Path; from train.checkpoint import locked\n"
+        "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
+    )
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE,
+        text=True,
+    ) as other:  # fmt: skip
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "locked\n"
+            before = contents(tmp_path / "run")
+            for keys in ({"resume": True}, {"overwrite": True, "lr": 0.2}):
+                with pytest.raises(InUseError, match=f"in use by process {other.pid} on"):
+                    run.run(small(tmp_path / "run", **keys), quiet())
+            assert contents(tmp_path / "run") == before
+        finally:
+            other.kill()
+    assert run.run(small(tmp_path / "run", resume=True), quiet())["name"] == "sammagnitude-rho0.1"
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+# -- interrupted -----------------------------------------------------------------------------------
+
+
+def terminated_at(
+    monkeypatch: pytest.MonkeyPatch, config: Config, step: int, number: int = signal.SIGTERM
+) -> BaseException:
+    """Run, and be sent the signal in the step; what the run ended with."""
+    take = run.Training._step
+
+    def signalled(self: run.Training, *arguments: Any) -> Any:
+        if self.done == step:
+            signal.raise_signal(number)
+        return take(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Training, "_step", signalled)
+        # A shell has what it starts in the background ignore Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises((TerminatedError, KeyboardInterrupt)) as caught:
+                run.run(config, quiet())
+        finally:
+            signal.signal(signal.SIGINT, before)
+    return caught.value
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 5, 11])
+def test_sigterm_saves_within_the_epoch_and_resumes_bit_for_bit(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Four steps an epoch, three epochs; six steps in lockstep, statistics at every second."""
+    before = signal.getsignal(signal.SIGTERM)
+    error = terminated_at(monkeypatch, small(tmp_path), step)
+    assert isinstance(error, TerminatedError) and error.exit_code == 75
+    assert "--resume" in str(error) and signal.getsignal(signal.SIGTERM) is before
+    if step < 11:
+        state = checkpoint.load_checkpoint(tmp_path / "last.pt", run.RESUMABLE)
+        assert state["done"] == step + 1
+        assert (state["partial"] is None) == (step % 4 == 3)
+        torch.manual_seed(99)
+    run.run(small(tmp_path, resume=True), quiet())
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_sigterm_from_outside(tmp_path: Path) -> None:
+    """`python -m train` in a process; the exit code is what queues start again upon."""
+    flags = [f"--{k}={v}" for k, v in vars(small(tmp_path / "run", epochs=500)).items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train", *flags], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run" / "best.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    _, error = process.communicate(timeout=300)
+    assert (process.returncode, error.count("\n")) == (75, 1), error
+    assert error.startswith("error: ended by SIGTERM") and "--resume" in error
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "last.pt", run.RESUMABLE)["done"] > 0
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_ctrl_c_names_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = terminated_at(monkeypatch, small(tmp_path / "a"), 2, signal.SIGINT)
+    assert isinstance(error, KeyboardInterrupt) and str(error) == "nothing was saved yet"
+    assert not (tmp_path / "a").exists()
+    error = terminated_at(monkeypatch, small(tmp_path / "b"), 6, signal.SIGINT)
+    assert "--resume goes on from the last checkpoint" in str(error) and "last.pt" in str(error)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write of the second last.pt fails as it does on a full disk, and is said as such."""
+    fsync, count = os.fsync, [0]
+
+    def full(file: int) -> None:
+        if "last.pt" in os.readlink(f"/proc/self/fd/{file}"):
+            count[0] += 1
+            if count[0] == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results.os, "fsync", full)
+        with pytest.raises(StorageError, match=r"No space left on device.*--resume") as caught:
+            run.run(small(tmp_path), quiet())
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    assert checkpoint.load_checkpoint(tmp_path / "last.pt", run.RESUMABLE)["epoch"] == 1
+    assert not list(tmp_path.glob(".*"))
+    run.run(small(tmp_path, resume=True), quiet())
+    assert_same_run(tmp_path, uninterrupted)
+
+
+# -- what is measured ------------------------------------------------------------------------------
+
+
+def test_the_result_comes_before_what_is_measured(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever happens while the sharpness is measured, the training is not lost; and what is
+    measured may be another thing when the run is resumed."""
+    measured: list[tuple[int, int]] = []
+    measure = run.measure
+
+    def counting(model: Any, dataset: Any, config: Config, console: Any) -> Any:
+        measured.append((config.sharpness_batches, config.sharpness_samples))
+        if len(measured) == 1:
+            raise NumericsError("no eigenvalues")
+        return measure(model, dataset, config, console)
+
+    monkeypatch.setattr(run, "measure", counting)
+    keys = {"sharpness_samples": 16, "statistics_every": 2}
+    with pytest.raises(NumericsError):
+        run.run(small(tmp_path, **keys), quiet())
+    assert_same_run(tmp_path, uninterrupted)
+    assert json.loads((tmp_path / "result.json").read_text())["figures"]["lambda_max"] is None
+    result = run.run(small(tmp_path, resume=True, **keys), quiet())
+    assert result["figures"]["lambda_max"] > 0 and "SAMMagnitude" in (
+        tmp_path / "report.md").read_text()  # fmt: skip
+    # All there: nothing to do, though other keys that only measure differ.
+    run.run(small(tmp_path, resume=True, **{**keys, "statistics_every": 1}), quiet())
+    assert measured == [(0, 16), (0, 16)]
+    # More is asked for: only that is measured, and the rest is kept.
+    more = {**keys, "sharpness_batches": 1, "sharpness_batch_size": 32, "verify_steps": 0}
+    both = run.run(small(tmp_path, resume=True, **more), quiet())
+    assert measured[2:] == [(1, 0)]
+    assert both["figures"]["lambda_max"] == result["figures"]["lambda_max"]
+    assert both["figures"]["sharpness"] > 0 and both["verification"]["steps"] == 6
+    kept = json.loads((tmp_path / "sharpness.json").read_text())
+    assert kept["lambda_max"] == result["figures"]["lambda_max"]
+    assert kept["settings"]["sharpness_samples"] == 16
+    assert kept["settings"]["sharpness_batches"] == 1
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_what_train_sharpness_measured_stands(tmp_path: Path, uninterrupted: Path) -> None:
+    """It is not replaced by what the run asked for in the first place."""
+    run.run(small(tmp_path, sharpness_samples=16), quiet())
+    content = json.loads((tmp_path / "sharpness.json").read_text())
+    content["settings"]["sharpness_samples"], content["lambda_max"] = 64, 1.5
+    (tmp_path / "sharpness.json").write_text(json.dumps(content))
+    run.run(small(tmp_path, sharpness_samples=16, resume=True), quiet())
+    assert json.loads((tmp_path / "sharpness.json").read_text()) == content
+
+
+@pytest.mark.parametrize("verify_steps", [0, 2, 5, 9])
+def test_keys_that_measure_do_not_stop_a_resume(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, verify_steps: int
+) -> None:
+    """Interrupted after four of six steps in lockstep, then resumed with another number of them."""
+    interrupted(tmp_path, monkeypatch)
+    run.run(small(tmp_path, resume=True, verify_steps=verify_steps, statistics_every=2), quiet())
+    ours, theirs = (json.loads((f / "result.json").read_text()) for f in (tmp_path, uninterrupted))
+    assert without_times(ours["history"]) == without_times(theirs["history"])
+    assert ours["verification"]["steps"] == max(4, verify_steps)
+
+
+def test_too_large_a_batch_for_the_sharpness_is_said_before_the_first_epoch(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match=r"sharpness_batch_size=1001.*nearest 1000"):
+        run.run(small(tmp_path / "a", sharpness_batches=1, sharpness_batch_size=1001), quiet())
+    assert not (tmp_path / "a").exists()
 
 
 def damage(path: Path, how: str) -> None:
@@ -286,3 +554,28 @@ def test_divergence_keeps_the_last_good_checkpoint(
     assert all(value.isfinite().all() for value in kept["model"].values())
     # And the run can go on from it.
     assert len(run.run(small(tmp_path, verify_steps=0, resume=True), quiet())["history"]) == 3
+
+
+def test_weights_that_stay_perturbed_are_tested_and_saved_at_w(tmp_path: Path) -> None:
+    """Of MSAM: w is what a plain SGD would have stepped from, and best.pt has it."""
+    config = small(tmp_path, opt_name="msam", epochs=2, verify_steps=0)
+    training = run.Training(config)
+    entry = training.epoch(1, bar(training))
+    moved = [p.detach().clone() for p in training.model.parameters()]
+    saved = training.state()["model"]
+    pairs = list(zip(training.model.named_parameters(), moved, strict=True))
+    assert all(torch.equal(p, before) for (_, p), before in pairs)
+    assert not any(torch.equal(saved[name], p) for (name, p), _ in pairs if p.ndim > 1)
+    with training.optimizer.unperturbed():
+        assert all(torch.equal(saved[name], p) for (name, p), _ in pairs)
+
+    alone = run.Training(config)
+    alone.take_weights(saved)
+    loss, accuracy = alone.evaluate(alone.dataset.val)
+    assert (loss, accuracy) == (entry["val_loss"], entry["val_accuracy"])
+
+    result = run.run(config, quiet())
+    alone.take_weights(torch.load(tmp_path / "best.pt", weights_only=True)["model"])
+    loss, accuracy = alone.evaluate(alone.dataset.test)
+    figures = result["figures"]
+    assert (loss, accuracy) == (figures["test_loss"], figures["test_accuracy"])

@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from train import data
+from train import data, noise
 from train.config import Config
 from train.errors import DataError
 
@@ -87,7 +87,7 @@ def test_part_of_the_training_images() -> None:
 
 
 def test_wrong_labels_are_spread_over_the_other_classes() -> None:
-    wrong = data.flip_labels(torch.zeros(9000, dtype=torch.int64), 1.0, 10)
+    wrong = noise.flip_labels(torch.zeros(9000, dtype=torch.int64), 1.0, 10)
     counts = torch.bincount(wrong, minlength=10)
     assert counts[0] == 0
     assert (counts[1:] - 1000).abs().max() < 150  # about five standard deviations
@@ -283,7 +283,9 @@ def test_cifar_files_as_they_lie_on_disk(
         files = [(file, None) for file, _ in getattr(cls, attribute)]
         monkeypatch.setattr(cls, attribute, files)
     monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": None})
-    monkeypatch.setattr(data, "split_indices", lambda count, held_out: (slice(2, None), slice(2)))
+    # All for training, in the order of the files.
+    monkeypatch.setattr(data, "split_indices", lambda n, held_out: (torch.arange(n), slice(0)))
+    monkeypatch.setattr(data, "canonical_order", lambda split: torch.arange(len(split)))
     (tmp_path / folder).mkdir()
     rng = np.random.default_rng(0)
     pixels = {}
@@ -296,11 +298,225 @@ def test_cifar_files_as_they_lie_on_disk(
         pickle.dump({cls.meta["key"]: [str(i) for i in range(10)]}, stream)
 
     dataset = data.load_dataset(Config(dataset=name, data_root=str(tmp_path)), CPU)
-    known = torch.cat([dataset.val.images, dataset.train.images])
+    known = dataset.train.images
     expected = np.concatenate([pixels[file] for file, _ in cls.train_list])
     assert torch.equal(known, torch.from_numpy(expected.reshape(-1, 3, 32, 32)))
     assert dataset.test.labels.tolist() == [0, 1, 2, 9]
     assert dataset.test.images.shape == (4, 3, 32, 32)
+
+
+def write_class_folders(folder: Path, images: np.ndarray, names: list[str]) -> None:
+    """Images (N, S, S, 3), image i in folder names[i]; files are named in no order."""
+    for number, (pixels, name) in enumerate(zip(images, names, strict=True)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / name / f"{number * 7919 % 1000:03d}.png")
+
+
+def write_official_cifar100(
+    monkeypatch: pytest.MonkeyPatch, root: Path, parts: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Its pickles, of images (N, 32, 32, 3) and labels; torchvision does not look at checksums."""
+    cls = torchvision.datasets.CIFAR100
+    for attribute in ("train_list", "test_list"):
+        monkeypatch.setattr(cls, attribute, [(f, None) for f, _ in getattr(cls, attribute)])
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": None})
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    for name, (images, labels) in parts.items():
+        flat = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+        content = {"data": np.ascontiguousarray(flat), "fine_labels": labels.tolist()}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": noise.CIFAR100_CLASSES}))
+
+
+def test_cifar100_is_the_same_from_either_kind_of_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Same splits in the same order, and the same wrong labels."""
+    rng = np.random.default_rng(0)
+    parts = {}
+    for name, each in (("train", 2), ("test", 1)):
+        labels = rng.permutation(np.repeat(np.arange(100), each))
+        parts[name] = rng.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8), labels
+        names = [noise.CIFAR100_CLASSES[label] for label in labels]
+        write_class_folders(tmp_path / "folders" / name, parts[name][0], names)
+    write_official_cifar100(monkeypatch, tmp_path / "official", parts)
+    for keys in ({}, {"label_noise": 0.5}, {"label_noise": 0.5, "label_noise_kind": "asymmetric"}):
+        official, folders = (
+            data.load_dataset(Config(data_root=str(tmp_path / place), **keys), CPU)
+            for place in ("official", "folders")
+        )
+        for ours, theirs in (
+            (official.train, folders.train), (official.val, folders.val)
+        ):  # fmt: skip
+            assert torch.equal(ours.images, theirs.images)
+            assert torch.equal(ours.labels, theirs.labels)
+        assert [len(part) for part in (folders.train, folders.val, folders.test)] == [180, 20, 100]
+        assert folders.num_classes == 100
+        if keys:
+            assert torch.equal(official.noisy_val_labels, folders.noisy_val_labels)
+            assert (folders.train.labels != folders.train.true_labels).sum() == 90
+    # Not in the order of the files, nor of the classes, nor of brightness.
+    positions = folders.train.positions
+    assert positions is not None and not torch.equal(positions.sort().values, positions)
+    assert folders.train.labels[:50].unique().numel() > 20
+
+
+def test_foreign_class_folders_are_not_cifar(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 32, 32, 3), np.uint8)
+    for part in ("train", "test"):
+        write_class_folders(tmp_path / part, pixels, ["cat", "dog", "cat", "dog"])
+    with pytest.raises(
+        DataError, match=r"is not CIFAR-100: .*apple, aquarium_fish.*dataset=folder"
+    ):
+        data.load_dataset(Config(data_root=str(tmp_path)), CPU)
+
+
+def test_superclasses_are_a_partition() -> None:
+    assert len(set(noise.CIFAR100_CLASSES)) == 100 == len(noise.CIFAR100_CLASSES)
+    assert [len(members.split()) for members in noise.CIFAR100_SUPERCLASSES] == [5] * 20
+
+
+def folder_set(root: Path, **keys: Any) -> data.Dataset:
+    return data.load_dataset(Config(dataset="folder", data_root=str(root), **keys), CPU)
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 24, 24, 3), dtype=np.uint8)
+    names = [("bee", "ant", "cow")[i % 3] for i in range(60)]
+    write_class_folders(tmp_path / "train", images, names)
+    write_class_folders(tmp_path / "test", images[:6], names[:6])
+    dataset = folder_set(tmp_path)
+    assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [54, 6, 6]
+    assert dataset.num_classes == 3
+    assert dataset.augmentation == data.Augmentation(padding=3, flip=True)
+    # ant, bee, cow: the images of a label are those of its folder.
+    for label, first in ((0, 1), (1, 0), (2, 2)):
+        known = torch.cat(
+            [part.images[part.labels == label] for part in (dataset.train, dataset.val)]
+        )
+        expected = images[first::3].transpose(0, 3, 1, 2)
+        assert sorted(known.flatten(1).tolist()) == sorted(expected.reshape(20, -1).tolist())
+    pixels = dataset.train.images.double() / 255
+    torch.testing.assert_close(dataset.mean.flatten().double(), pixels.mean((0, 2, 3)))
+    std = pixels.transpose(0, 1).flatten(1).std(1, correction=0)
+    torch.testing.assert_close(dataset.std.flatten().double(), std)
+    assert folder_set(tmp_path, augmentation=False).augmentation == data.Augmentation()
+
+
+def test_validation_images_of_their_own_and_sizes(tmp_path: Path) -> None:
+    wide = np.zeros((4, 20, 40, 3), np.uint8)
+    wide[:, :, 10:30] = 200  # the square in the middle
+    for part in ("train", "val", "test"):
+        write_class_folders(tmp_path / part, wide, ["a", "b", "a", "b"])
+    dataset = folder_set(tmp_path, image_size=10)
+    assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [4, 4, 4]
+    assert dataset.train.images.shape == (4, 3, 10, 10)
+    assert dataset.train.images[:, :, :, 2:-2].min() == 200
+    assert dataset.val.positions is None and dataset.noisy_val_labels is None
+    with pytest.raises(DataError, match=r"has 40x20 pixels.*--image_size=N makes them so"):
+        folder_set(tmp_path)
+    write_class_folders(tmp_path / "val", wide[:1], ["c"])
+    with pytest.raises(DataError, match=r"val' has 3 classes .*train' 2 .*same class folders"):
+        folder_set(Path(str(tmp_path) + "/."), image_size=11)
+
+
+def test_unusable_folders_are_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no class folders with images.*FOLDER/train/CLASS/IMAGE"):
+        folder_set(tmp_path)
+    pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    write_class_folders(tmp_path / "train", pixels, ["a", "b", "a", "b"])
+    with pytest.raises(DataError, match="test' holds no class folders"):
+        folder_set(tmp_path)
+    write_class_folders(tmp_path / "test", pixels[:2], ["a", "b"])
+    with pytest.raises(DataError, match=r"has 4 images, a tenth .*10 or more, or .*val/"):
+        folder_set(tmp_path)
+    (tmp_path / "train" / "a" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"broken.png' cannot be read .*: replace or remove it"):
+        folder_set(Path(str(tmp_path) + "/."), image_size=8)
+
+
+# -- wrong labels ----------------------------------------------------------------------------------
+
+
+def test_asymmetric_noise_of_cifar10_is_between_classes_that_look_alike() -> None:
+    labels = torch.arange(10).repeat(1000)
+    noisy = noise.confuse_labels(labels, 0.4, noise.confused_with("cifar10", 10))
+    pairs = {(3, 5), (5, 3), (2, 0), (4, 7), (9, 1)}  # cat dog, bird plane, deer horse, truck car
+    wrong = labels != noisy
+    assert {
+        tuple(p) for p in torch.stack([labels, noisy], 1)[wrong].unique(dim=0).tolist()
+    } == pairs
+    assert wrong.sum() == 0.4 * 5000
+
+
+def test_asymmetric_noise_of_cifar100_stays_in_the_superclass() -> None:
+    partner = noise.confused_with("cifar100", 100)
+    names = noise.CIFAR100_CLASSES
+    taken_for = {names[i]: names[int(p)] for i, p in enumerate(partner)}
+    assert taken_for["beaver"] == "dolphin" and taken_for["whale"] == "beaver"
+    assert taken_for["tractor"] == "lawn_mower" and sorted(taken_for.values()) == names
+
+
+def test_asymmetric_noise_of_others_is_the_next_class() -> None:
+    clean, noisy = digits(), digits(label_noise=0.3, label_noise_kind="asymmetric")
+    wrong = noisy.train.labels != clean.train.labels
+    assert wrong.sum() == 300
+    assert torch.equal(noisy.train.labels[wrong], (clean.train.labels[wrong] + 1) % 10)
+    assert noisy.train.true_labels is not None and noisy.noisy_val_labels is not None
+    assert torch.equal(noisy.train.true_labels, clean.train.labels)
+    assert (noisy.noisy_val_labels != noisy.val.labels).sum() == round(0.3 * 297)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".txt"])
+def test_labels_from_a_file(tmp_path: Path, suffix: str) -> None:
+    """For the images in the order of the files; the splits take theirs."""
+    from sklearn.datasets import load_digits
+
+    images, true = load_digits(return_X_y=True)
+    labels = (true + (np.arange(len(true)) % 3 == 0)) % 10
+    path = tmp_path / f"labels{suffix}"
+    np.save(path, labels) if suffix == ".npy" else np.savetxt(path, labels, "%d")
+    given = {
+        tuple(image): int(label) for image, label in zip(images.astype(int), labels, strict=True)
+    }
+    dataset = digits(label_noise_file=str(path), train_samples=500)
+    train = dataset.train
+    expected = [given[tuple(image)] for image in train.images.flatten(1).tolist()]
+    assert train.labels.tolist() == expected
+    assert train.true_labels is not None and 100 < (train.labels != train.true_labels).sum() < 250
+    val = [given[tuple(image)] for image in dataset.val.images.flatten(1).tolist()]
+    assert dataset.noisy_val_labels is not None and dataset.noisy_val_labels.tolist() == val
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (np.zeros(5, np.int64), r"shape \(5,\): there are 1797 .*allowed is \(1797,\)"),
+        (np.full(1797, 10), "labels from 10 to 10: allowed 0 to 9"),
+        (np.zeros(1797), "dtype float64, which is no integer"),
+        (None, "cannot be read .*give a .npy file or text"),
+    ],
+)
+def test_unusable_label_files_are_said(
+    tmp_path: Path, content: np.ndarray | None, says: str
+) -> None:
+    path = tmp_path / "labels.npy"
+    if content is not None:
+        np.save(path, content)
+    with pytest.raises(DataError, match=f"label_noise_file=.*{says}"):
+        digits(label_noise_file=str(path))
+
+
+def test_visits_are_what_the_batches_go_through() -> None:
+    dataset = image_set(padding=4, flip=True)
+    for rank, world in ((0, 1), (1, 3)):
+        visited = data.visits(dataset, 24, 0, 1, rank, world)
+        labels = [labels for _, labels in data.train_batches(dataset, 24, 0, 1, rank, world)]
+        assert torch.equal(dataset.train.labels[visited], torch.cat(labels))
+        later = data.visits(dataset, 24, 0, 1, rank, world, first=2)
+        assert torch.equal(dataset.train.labels[later], torch.cat(labels[2:]))
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -401,3 +617,25 @@ def test_missing_cifar_is_one_sentence(
     assert "\n" not in message
     assert str(tmp_path) in message and "--data_root=" in message and folder in message
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_a_wrong_checksum_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """torchvision would download again: without a network, that is not what is wrong."""
+    kind, folder, title = CIFAR[name]
+    cls = getattr(torchvision.datasets, kind)
+
+    def download(self: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(cls, "download", download)
+    (tmp_path / folder).mkdir()
+    damaged = tmp_path / folder / cls.train_list[-1][0]
+    damaged.write_bytes(b"not the file")
+    with pytest.raises(DataError) as caught:
+        data.load_dataset(Config(dataset=name, data_root=str(tmp_path)), CPU)
+    message = str(caught.value)
+    assert message.startswith(f"'{damaged}' has a wrong checksum") and title in message
+    assert "\n" not in message and "network" in message

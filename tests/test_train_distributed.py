@@ -39,7 +39,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = finish([*TORCHRUN, *command(tmp_path / "two")])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test accuracy") == 1  # one of them speaks
+    assert done.stdout.count("accuracy, %") == 1  # one of them speaks
     one, two = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["verification"]["steps"] == 3 and two["verification"]["value"] <= 1e-5
@@ -67,6 +67,31 @@ def test_sgdhess_is_for_one_process(tmp_path: Path) -> None:
     assert "allowed one process" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("perturbation", "opt_name"), [("local", "sam"), ("local", "sammagnitude"), ("group", "sam")]
+)
+def test_processes_perturb_on_their_own(tmp_path: Path, perturbation: str, opt_name: str) -> None:
+    """In lockstep with the reference; the weights stay the same in both, those of batch norm too.
+
+    A group of both is the mean over all, and one of one process each is local."""
+    groups = {"perturbation_group": 1} if perturbation == "group" else {}
+    keys = {"opt_name": opt_name, "perturbation": perturbation, "statistics_every": 0, **groups}
+    done = finish([*TORCHRUN, *command(tmp_path, **keys)])
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["verification"]["steps"] == 3 and result["verification"]["value"] <= 1e-5
+    assert result["history"][-1]["train_loss"] < result["history"][0]["train_loss"]
+
+
+def test_groups_divide_the_processes(tmp_path: Path) -> None:
+    keys = {"perturbation": "group", "perturbation_group": 3}
+    done = finish([*TORCHRUN, *command(tmp_path, **keys)])
+    assert done.returncode != 0
+    assert "perturbation_group=3 does not divide 2 processes: allowed are 1, 2" in done.stderr
+    with pytest.raises(ConfigError, match="perturbation=group is for several processes"):
+        distributed.own_group(1)
+
+
 SCRIPT = """
 import torch
 import torch.nn.functional as F
@@ -77,8 +102,8 @@ torch.set_num_threads(1)
 with distributed.process_group("cpu") as processes:
     torch.manual_seed(0)
     images, labels = torch.randn(9, 1, 8, 8).double(), torch.randint(0, 10, (9,))
-    plain = build_model("resnet_small", 1, 10).double()
-    shared = build_model("resnet_small", 1, 10).double()
+    plain = build_model("resnet_small", (1, 8, 8), 10).double()
+    shared = build_model("resnet_small", (1, 8, 8), 10).double()
     shared.load_state_dict(plain.state_dict())
     F.cross_entropy(plain(images), labels).backward()
     device = torch.device("cpu")
@@ -102,19 +127,31 @@ def test_gradients_of_uneven_shares_are_those_of_the_batch(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
 
 
-def test_two_processes_resume(tmp_path: Path) -> None:
-    """Killed after its first epoch, and then bit for bit what two processes do without a break."""
+DYING = (
+    "epoch = run.Training.epoch\n"
+    "def dying(self, number, *rest):\n"
+    "    if number == 2: os._exit(9)\n"
+    "    return epoch(self, number, *rest)\n"
+    "run.Training.epoch = dying\n"
+)
+TERMINATED = (
+    "step = run.Training._step\n"
+    "def signalled(self, *arguments):\n"
+    "    if self.done == 5 and self.processes.rank == 1: signal.raise_signal(signal.SIGTERM)\n"
+    "    return step(self, *arguments)\n"
+    "run.Training._step = signalled\n"
+)
+
+
+@pytest.mark.parametrize("end", [DYING, TERMINATED], ids=["killed", "terminated"])
+def test_two_processes_resume(tmp_path: Path, end: str) -> None:
+    """Killed after the first epoch, or one of them told to end within the second: resumed, they do
+    bit for bit what two processes do without a break."""
     done = finish([*TORCHRUN, *command(tmp_path / "whole", verify_steps=0, batch_size=250)])
     assert done.returncode == 0, done.stderr
     script = (
-        "import os, sys, train.run as run\n"
-        "from train.__main__ import main\n"
-        "epoch = run.Training.epoch\n"
-        "def dying(self, number, bar):\n"
-        "    if number == 2: os._exit(9)\n"
-        "    return epoch(self, number, bar)\n"
-        "run.Training.epoch = dying\n"
-        "main(sys.argv[1:])\n"
+        "import os, signal, sys, train.run as run\n"
+        f"from train.__main__ import main\n{end}main(sys.argv[1:])\n"
     )
     (tmp_path / "dying.py").write_text(script)
     flags = command(tmp_path / "parts", verify_steps=0, batch_size=250)[2:]
@@ -124,6 +161,8 @@ def test_two_processes_resume(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode != 0 and (tmp_path / "parts" / "last.pt").exists(), done.stderr
+    state = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)
+    assert state["done"] == (4 if end is DYING else 6)
     again = command(tmp_path / "parts", verify_steps=0, batch_size=250, resume="true")
     done = finish([*TORCHRUN, *again])
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from train import graphs, progress, run, trackers
+from train import data, distributed, graphs, optimizers, progress, run, trackers
 from train.config import Config
 from train.errors import ConfigError
-from train.models import MODELS
+from train.registry import MODELS
+from train.registry import OPTIMIZERS as ROWS
 
 OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude", "sgdhess")
 
@@ -122,6 +125,63 @@ def test_verification_with_every_model(
     assert 0 <= verification["value"] <= 1e-5
 
 
+AXES = ({"when": "periodic:2"}, {"subset": "norm", "norm": "tensor"}, {"scaling": "tensor"})
+
+
+@pytest.mark.parametrize("opt_name", sorted(set(ROWS) - set(OPTIMIZERS) - {"adamw"}))
+def test_the_whole_family_trains(tmp_path: Path, opt_name: str) -> None:
+    """Two steps in lockstep, with statistics of both gradients where there are two passes."""
+    config = small(
+        tmp_path, opt_name=opt_name, batch_size=500, epochs=1, statistics_every=1, rho=0.2, k=2
+    )
+    training = trained(config)
+    assert type(training.optimizer).__name__ == ROWS[opt_name].title
+    assert training.verification is not None and training.verification["steps"] == 2
+    assert training.verification["value"] <= 1e-5
+    entry = training.history[0]
+    assert entry["train_loss"] > 0 and ("cosine" in entry) is (opt_name != "msam")
+    group = training.optimizer.param_groups[0]
+    for key in ("rho", *ROWS[opt_name].keys):
+        wanted = getattr(config, key)
+        assert group[key] == (wanted if key != "max_norm" else None), key
+
+
+@pytest.mark.parametrize("axes", AXES, ids=str)
+@pytest.mark.parametrize("opt_name", ["gsam", "friendlysam", "msam"])
+def test_axes_go_with_every_variant(tmp_path: Path, opt_name: str, axes: dict[str, Any]) -> None:
+    keys: dict[str, Any] = {"opt_name": opt_name, "batch_size": 250, "epochs": 1}
+    training = trained(small(tmp_path, **keys, **axes))
+    assert training.verification is not None and training.verification["value"] <= 1e-5
+    plain = trained(small(tmp_path, **keys))
+    assert training.history[0]["val_loss"] != plain.history[0]["val_loss"]
+
+
+def test_steps_without_a_second_pass_make_one(tmp_path: Path) -> None:
+    """Every second step of four has two; the losses of each are logged."""
+    training = run.Training(small(tmp_path, when="periodic:2", epochs=1))
+    logged: list[dict[str, float]] = []
+    training.config.__dict__["log_every"] = 1
+    training.log_step = lambda _epoch, _step, values: logged.append(values)
+    passes = [0]
+    training.model.register_forward_hook(
+        lambda module, _i, _o: passes.__setitem__(0, passes[0] + module.training)
+    )
+    training.epoch(1, progress.RunProgress(quiet(), "x", 1, training.steps_per_epoch))
+    assert passes[0] == 6
+    assert ["perturbed_loss" in values for values in logged] == [False, True, False, True]
+
+
+def test_options_that_do_not_go_together_are_said(tmp_path: Path) -> None:
+    for keys, says in (
+        ({"opt_name": "msam", "momentum": 0.0}, "opt_name=msam: momentum=0"),
+        ({"opt_name": "wsam", "gamma": 1.0}, "opt_name=wsam: gamma"),
+        ({"opt_name": "vasso", "perturbation": "local"}, "opt_name=vasso: perturbation"),
+        ({"opt_name": "sam", "subset": "norm", "model": "mlp"}, "subset=norm .* allowed all"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            run.Training(small(tmp_path, **keys))
+
+
 # -- statistics and trackers -----------------------------------------------------------------------
 
 
@@ -137,10 +197,10 @@ def test_statistics_are_means_over_the_observed_steps(tmp_path: Path) -> None:
     def flat(tensors: Any) -> torch.Tensor:
         return torch.cat([t.detach().reshape(-1) for t in tensors]).double()
 
-    def watch_first() -> None:
+    def watch_first() -> bool:
         weights.append(flat(training.model.parameters()))
         first.append(flat(p.grad for p in training.model.parameters()))
-        first_step()
+        return bool(first_step())
 
     def watch_second(zero_grad: bool = False) -> None:
         g1, g2, w = first[-1], flat(p.grad for p in training.model.parameters()), weights[-1]
@@ -186,9 +246,19 @@ def test_tensorboard_has_the_curves(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = small(tmp_path, framework_name="tensorboard", statistics_every=1)
+    config = small(
+        tmp_path, framework_name="tensorboard", statistics_every=1, log_every=3, density_steps=3,
+        sharpness_samples=20,
+    )  # fmt: skip
     result = run.run(config, quiet())
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    steps = EventAccumulator(str(tmp_path / "tensorboard" / "steps")).Reload()
+    assert [event.step for event in steps.Scalars("perturbed_loss")] == [3, 6]
+    for name in ("best_val_accuracy", "test_accuracy", "lambda_max"):
+        (event,) = events.Scalars(f"run/{name}")
+        assert event.value == pytest.approx(result["figures"][name], rel=1e-6)
+    pictures = events.Tags()["images"]
+    assert any("density" in name for name in pictures) and any("curves" in n for n in pictures)
     for name in ("train_loss", "val_accuracy", "lr", *run.STATISTICS):
         logged = [(event.step, event.value) for event in events.Scalars(name)]
         expected = [(entry["epoch"], entry[name]) for entry in result["history"]]
@@ -201,30 +271,103 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class Run:
-        def log(self, values: dict[str, float], step: int) -> None:
-            calls.append((step, values))
+        def __init__(self) -> None:
+            self.summary = summary
+
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            axes[name] = step_metric
+
+        def log(self, values: dict[str, Any]) -> None:
+            calls.append(values)
 
         def finish(self) -> None:
             calls.append("finished")
 
+    axes: dict[str, str | None] = {}
+    summary: dict[str, float] = {}
+    started: list[dict[str, Any]] = []
+
     def init(**keys: Any) -> Run:
-        calls.append(keys)
+        started.append(keys)
         return Run()
 
     monkeypatch.setattr(wandb, "init", init)
-    config = small(tmp_path, framework_name="wandb")
+    monkeypatch.setattr(wandb, "Image", lambda path: f"image {Path(path).name}")
+    config = small(tmp_path, framework_name="wandb", project_name="mine", tags="one, two")
     for epoch in (0, 1):
-        tracker = trackers.make_tracker(config, tmp_path, epoch)
-        tracker.log(epoch + 1, {"train_loss": 0.5})
+        tracker = trackers.make_tracker(config, tmp_path, epoch, 4 * epoch)
+        tracker.log_step(epoch + 1, 4 * epoch + 3, {"loss": 0.6})
+        tracker.log_epoch(epoch + 1, 4 * epoch + 4, {"train_loss": 0.5})
+        tracker.finish(2, 8, {"lambda_max": 3.0}, {"density": tmp_path / "density.png"})
         tracker.close()
-    first, second = (call for call in calls if isinstance(call, dict))
-    assert first["id"] == second["id"] and first["project"] == "samkernels"
+    first, second = started
+    assert first["id"] == second["id"] and first["project"] == "mine"
     assert first["config"]["rho"] == 0.1 and first["dir"] == str(tmp_path)
-    assert [call for call in calls if isinstance(call, tuple)] == [
-        (1, {"train_loss": 0.5}),
-        (2, {"train_loss": 0.5}),
+    assert (first["group"], first["tags"]) == ("digits-resnet_small", ["one", "two"])
+    assert first["name"] == config.full_name and "seed0" in first["name"]
+    assert axes == {"epoch": None, "*": "epoch", "step": None, "steps/*": "step"}
+    assert calls[:4] == [
+        {"step": 3, "steps/loss": 0.6},
+        {"epoch": 1, "train_loss": 0.5},
+        {"epoch": 2, "density": "image density.png"},
+        "finished",
     ]
-    assert calls.count("finished") == 2
+    assert calls[4] == {"step": 7, "steps/loss": 0.6} and calls.count("finished") == 2
+    assert summary == {"lambda_max": 3.0}
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_metrics_grow_while_a_run_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for every log_every-th step and every epoch, there before the next; then the figures.
+
+    digits in batches of 250: four steps an epoch."""
+    seen: list[int] = []
+    evaluate = run.Training.evaluate
+
+    def watched(self: run.Training, split: Any, *others: Any) -> Any:
+        path = tmp_path / "metrics.jsonl"
+        seen.append(len(lines_of(tmp_path)) if path.exists() else 0)
+        return evaluate(self, split, *others)
+
+    monkeypatch.setattr(run.Training, "evaluate", watched)
+    result = run.run(small(tmp_path, log_every=2, test_every=2), quiet())
+    # Validation after each epoch, the test after the second, and both weights' at the end.
+    assert seen == [2, 5, 5, 6, 6]
+    lines = lines_of(tmp_path)
+    assert [(line["epoch"], line["step"]) for line in lines] == [
+        (1, 2), (1, 4), (1, 4), (2, 6), (2, 8), (2, 8), (2, 8)
+    ]  # fmt: skip
+    assert {"loss", "perturbed_loss", "lr"} < lines[0].keys()
+    for line, entry in zip((lines[2], lines[5]), result["history"], strict=True):
+        assert line == {**entry, "step": line["step"]}
+    assert "test_accuracy" not in lines[2]
+    assert lines[5]["test_accuracy"] == result["figures"]["last_test_accuracy"]
+    assert lines[6]["test_accuracy"] == result["figures"]["test_accuracy"]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_metrics_of_a_resumed_run_have_each_step_once(tmp_path: Path) -> None:
+    """What was logged after the checkpoint, and a line cut off, are left out."""
+    config = small(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"epoch": 1, "step": 4, "loss": 1.0}\n{"epoch": 2, "step": 6, "loss": 2.0}\n{"epo'
+    )
+    tracker = trackers.make_tracker(config, tmp_path, 1, 4)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3  # nothing to say yet
+    tracker.log_step(2, 5, {"loss": math.nan})
+    tracker.close()
+    assert lines_of(tmp_path) == [
+        {"epoch": 1, "step": 4, "loss": 1.0}, {"epoch": 2, "step": 5, "loss": None}
+    ]  # fmt: skip
+    tracker = trackers.make_tracker(config, tmp_path, 0, 0)
+    tracker.log_step(1, 1, {"loss": 3.0})
+    tracker.close()
+    assert lines_of(tmp_path) == [{"epoch": 1, "step": 1, "loss": 3.0}]
 
 
 def test_a_missing_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +376,118 @@ def test_a_missing_package_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(trackers.TRACKERS, "wandb", missing)
     with pytest.raises(ConfigError, match=r"framework_name=wandb needs .*\[tracking\]"):
-        trackers.make_tracker(small(tmp_path, framework_name="wandb"), tmp_path, 0)
+        trackers.make_tracker(small(tmp_path, framework_name="wandb"), tmp_path, 0, 0)
+
+
+# -- what is learnt, and how -----------------------------------------------------------------------
+
+
+def test_accuracy_on_clean_and_on_mislabelled_images(tmp_path: Path) -> None:
+    """Counted here, with what the network said to each batch."""
+    config = small(tmp_path, opt_name="sgd", epochs=1, label_noise=0.3, batch_size=240)
+    training = run.Training(config)
+    said: list[torch.Tensor] = []
+    hook = training.model.register_forward_hook(lambda _m, _i, output: said.append(output))
+    evaluate = training.evaluate
+    training.evaluate = lambda *a: (hook.remove(), evaluate(*a))[1]  # type: ignore[method-assign]
+    entry = training.epoch(1, progress.RunProgress(quiet(), "x", 1, training.steps_per_epoch))
+    predicted = torch.cat(said).argmax(1)
+    train = training.dataset.train
+    order = data.draw_epoch(training.dataset, 0, 1).order
+    assert train.true_labels is not None
+    given, true = train.labels[order], train.true_labels[order]
+    wrong = given != true
+    assert wrong.sum() == 300
+    expected = {
+        "clean_accuracy": (predicted == true)[~wrong],
+        "mislabelled_accuracy": (predicted == given)[wrong],
+        "mislabelled_true_accuracy": (predicted == true)[wrong],
+        "train_accuracy": predicted == given,
+    }
+    for name, right in expected.items():
+        assert entry[name] == pytest.approx(float(right.double().mean()), abs=1e-9), name
+    noisy = training.dataset.noisy_val_labels
+    assert noisy is not None
+    val = run.Split(training.dataset.val.images, noisy)
+    assert entry["val_noisy_accuracy"] == evaluate(val)[1] != entry["val_accuracy"]
+
+
+def test_without_noise_there_is_nothing_mislabelled(tmp_path: Path) -> None:
+    entry = trained(small(tmp_path, epochs=1)).history[0]
+    assert not [name for name in entry if "mislabelled" in name or "clean" in name]
+    assert "val_noisy_accuracy" not in entry
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "constant", "exponential"])
+def test_warm_up_rises_to_lr_and_the_scheduler_begins_there(scheduler: str) -> None:
+    config = Config(warmup_epochs=3, epochs=7, lr=0.4, scheduler=scheduler, lr_gamma=0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    schedule = run.build_scheduler(optimizer, config)
+    rates = []
+    for _ in range(7):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    cosine = [0.4 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    after = {
+        "cosine": cosine, "constant": [0.4] * 4, "exponential": [0.4, 0.2, 0.1, 0.05]
+    }[scheduler]  # fmt: skip
+    assert rates == pytest.approx([0.1, 0.2, 0.3, *after])
+
+
+def test_smoothed_labels_are_in_both_passes(tmp_path: Path) -> None:
+    """The loss of uniform logits does not change, that of sure ones grows."""
+    plain, smooth = (
+        trained(small(tmp_path, epochs=1, label_smoothing=s, log_every=1)).history[0]
+        for s in (0.0, 0.4)
+    )
+    assert smooth["train_loss"] != plain["train_loss"]
+    logits, labels = torch.tensor([[4.0, 0.0, 0.0]]), torch.tensor([0])
+    wanted = torch.tensor([[0.6 + 0.4 / 3, 0.4 / 3, 0.4 / 3]])
+    expected = -(wanted * logits.log_softmax(1)).sum()
+    torch.testing.assert_close(distributed.mean_loss(logits, labels, 1, 1, 0.4), expected)
+
+
+@pytest.mark.parametrize("opt_name", ["adamw", "sam", "samdirection", "sammagnitude"])
+def test_adamw_alone_and_under_sam(tmp_path: Path, opt_name: str) -> None:
+    base = "sgd" if opt_name == "adamw" else "adamw"
+    config = small(tmp_path, opt_name=opt_name, base=base, lr=0.002, wd=0.01, batch_size=100)
+    training = trained(config)
+    assert training.history[-1]["train_accuracy"] > 0.5
+    if opt_name == "adamw":
+        assert type(training.optimizer) is torch.optim.AdamW
+        assert training.verification is None
+        assert optimizers.backend_names(training.optimizer) == {"cpu float32": "torch.optim.AdamW"}
+    else:
+        assert type(training.optimizer.base_optimizer) is torch.optim.AdamW
+        assert training.verification is not None and training.verification["value"] <= 1e-5
+
+
+@pytest.mark.parametrize(("precision", "convolutions"), [("fp32", False), ("tf32", True)])
+def test_tf32_is_in_convolutions_where_it_is_asked_for(
+    tmp_path: Path, precision: str, convolutions: bool
+) -> None:
+    try:
+        run.Training(small(tmp_path, precision=precision))
+        assert torch.backends.cudnn.allow_tf32 is convolutions
+        assert torch.backends.cuda.matmul.allow_tf32 is False
+        run.set_numerics()
+        assert torch.backends.cudnn.allow_tf32 is False
+    finally:
+        run.set_numerics()
+
+
+def test_a_missing_login_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_: Any) -> Any:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    config = small(tmp_path / "run", framework_name="wandb")
+    with pytest.raises(ConfigError, match=r"wandb does not start \(No API key.*WANDB_MODE=offline"):
+        run.run(config, quiet())
+    assert not list(tmp_path.rglob("*.pt"))  # before the first epoch
 
 
 # CUDA graphs

@@ -18,7 +18,9 @@ from train import run, sharpness
 from train.config import Config
 from train.data import load_dataset
 from train.errors import CheckpointError, ConfigError, NumericsError
-from train.sharpness import Batch, extreme_eigenvalues, hessian, lambda_max, report_sharpness
+from train.hessian import Batch, Hessian
+from train.lanczos import extreme_eigenvalues
+from train.sharpness import eigenvalues, lambda_max, report_sharpness
 
 
 def tiny(dtype: torch.dtype) -> tuple[nn.Module, list[Batch]]:
@@ -52,9 +54,63 @@ def test_hessian_vector_products_are_the_dense_ones() -> None:
     model, batches = tiny(torch.float64)
     model.eval()
     dense = dense_hessian(model, batches)
-    operator = hessian(model, batches).to_scipy()
-    product = operator.matmat(np.eye(operator.shape[0]))
-    np.testing.assert_allclose(product, dense, rtol=1e-10, atol=1e-12)
+    for memory in (None, 1, 4000):  # graphs kept; one image at a time; some
+        operator = Hessian(model, batches, memory)
+        product = operator @ torch.eye(operator.shape[0], dtype=torch.float64)
+        np.testing.assert_allclose(product, dense, rtol=1e-10, atol=1e-12)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_graphs_of_gradients_are_kept_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they do not, as many images at a time as fit, each product anew."""
+    model, batches = tiny(torch.float32)  # 8 and 4 images
+    model.eval()
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda _m, inputs: passes.append(len(inputs[0])))
+    operator = Hessian(model, batches)
+    per_image = operator._bytes_per_image()
+    vector = torch.ones(operator.shape[0])
+    passes.clear()
+    _ = operator @ vector, operator @ vector
+    assert passes == []
+    for images, expected in ((12, []), (11, [8, 4]), (7, [7, 1, 4]), (3, [3, 3, 2, 3, 1])):
+        operator = Hessian(model, batches, images * per_image)
+        passes.clear()
+        _ = operator @ vector
+        assert passes == expected
+    monkeypatch.setattr("train.hessian.free_memory", lambda _: 5 * per_image / 0.6 + 1)
+    operator = Hessian(model, batches)
+    passes.clear()
+    _ = operator @ vector
+    assert passes == [5, 3, 4]
+
+
+def test_bytes_of_a_graph_are_counted() -> None:
+    """A linear layer's double backward keeps its input and its output's gradient, at the least."""
+    model = nn.Sequential(nn.Linear(100, 50), nn.Tanh(), nn.Linear(50, 10))
+    operator = Hessian(model, [(torch.randn(3, 100), torch.zeros(3, dtype=torch.int64))])
+    assert 4 * (100 + 50 + 50) < operator._bytes_per_image() < 4 * 10 * (100 + 50 + 10)
+
+
+def test_what_is_linear_has_no_second_derivatives() -> None:
+    """A parameter that is not used, and one that only adds to all logits alike."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.ones(2))
+            self.scale = nn.Parameter(torch.tensor([1.0, -1.0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    batch = (torch.tensor([[1.0, 2.0]]), torch.tensor([1]))
+    operator = Hessian(Odd(), [batch])
+    product = operator @ torch.eye(4)
+    p = float(torch.softmax(torch.tensor([1.0, -2.0]), 0)[0])
+    expected = p * (1 - p) * torch.tensor([[1.0, -2.0], [-2.0, 4.0]])
+    torch.testing.assert_close(product[2:, 2:], expected)
+    assert not product[:2].any() and not product[:, :2].any()
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-3), (torch.float32, 1e-3)])
@@ -95,16 +151,79 @@ def test_extreme_eigenvalues_of_each_kind() -> None:
     model, batches = tiny(torch.float64)
     model.eval()
     dense = np.linalg.eigvalsh(dense_hessian(model, batches))
-    operator = hessian(model, batches).to_scipy()
+    operator = Hessian(model, batches)
     products: list[int] = []
     for which, expected in (
         ("LA", dense[-2:]),
         ("SA", dense[:2]),
         ("LM", np.sort(dense[np.argsort(-abs(dense))[:2]])),
     ):
-        found = extreme_eigenvalues(operator, 2, which, each=lambda: products.append(1))
+        found = eigenvalues(operator, 2, which, each=lambda: products.append(1))
         np.testing.assert_allclose(found, expected, rtol=1e-3)
     assert products
+
+
+SPECTRA = {
+    "as of a network": [50.0, 30, 20, 10, 9, 8, 7, 6, -3, -2],
+    "each several times": [5.0, 5, 4, -6, -6, 3, 2],
+    "close together": [10.0, 9.99, 9.98, 9.97, 9.96, -9.95, -9.94],
+}
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA"])
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_lanczos_against_the_spectrum(spectrum: str, number: int, which: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(300, generator=generator, dtype=torch.float64) * 1e-2
+    if spectrum == "each several times":
+        values[:] = 1.0
+    values[: len(SPECTRA[spectrum])] = torch.tensor(SPECTRA[spectrum], dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))
+    matrix = ((turn * values) @ turn.T).float()
+    start = torch.randn(300, generator=generator)
+    products: list[int] = []
+    found = extreme_eigenvalues(
+        lambda v: matrix @ v, start, number, which, tolerance=1e-3, each=lambda: products.append(1)
+    )
+    keys = {"LA": -values, "SA": values, "LM": -values.abs()}[which]
+    expected = values[keys.argsort()[:number]].sort().values
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert len(products) <= 150
+
+
+def test_lanczos_of_a_small_operator_has_all_its_eigenvalues() -> None:
+    matrix = torch.diag(torch.tensor([3.0, -1.0, 0.5]))
+    start = torch.tensor([1.0, 2.0, 3.0])
+    found = extreme_eigenvalues(lambda v: matrix @ v, start, 5, "LM", tolerance=1e-3)
+    expected = torch.tensor([-1.0, 0.5, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_lanczos_that_does_not_converge_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.lanczos.MAX_PRODUCTS", 20)
+    values = torch.linspace(-1, 1, 500)
+    with pytest.raises(NumericsError, match=r"did not converge in \d+ products: residuals"):
+        extreme_eigenvalues(lambda v: values * v, torch.ones(500), 5, "LM", tolerance=1e-6)
+
+
+def test_eigenvalues_are_of_the_contiguous_network() -> None:
+    """Memory formats do not change them, and the trained network keeps its own."""
+    config = settings(
+        sharpness_batches=1, sharpness_batch_size=20, channels_last=True, model="resnet_small"
+    )
+    dataset = load_dataset(config, torch.device("cpu"))
+    torch.manual_seed(0)
+    model = run.build_model("resnet_small", (1, 8, 8), 10)
+    plain = sharpness.measure(model, dataset, settings(**CONTIGUOUS), Console(file=io.StringIO()))
+    model.to(memory_format=torch.channels_last)
+    found = sharpness.measure(model, dataset, config, Console(file=io.StringIO()))
+    assert found["eigenvalues"] == plain["eigenvalues"]
+    weight = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+CONTIGUOUS: dict[str, Any] = {"sharpness_batches": 1, "sharpness_batch_size": 20}
 
 
 def test_weights_that_are_not_finite_are_said() -> None:
@@ -173,6 +292,8 @@ def test_the_whole_protocol_against_dense_hessians() -> None:
     np.testing.assert_allclose(found["eigenvalues"], pooled, rtol=1e-2, atol=1e-4)
     positive = np.concatenate(pooled)
     np.testing.assert_allclose(found["sharpness"], positive[positive > 0].mean(), rtol=2e-3)
+    np.testing.assert_allclose(found["largest_eigenvalue"], positive.max(), rtol=2e-3)
+    assert found["negative_share"] == np.mean(np.array(found["eigenvalues"]) < 0)
 
     fixed = (dataset.normalise(dataset.train.images[:300]), dataset.train.labels[:300])
     hessian_matrix = dense_hessian(model, [fixed])
@@ -232,7 +353,7 @@ def test_command_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     # What it is: the trained weights, and the noisy labels of the run.
     config = settings(label_noise=0.1)
     dataset = load_dataset(config, torch.device("cpu"))
-    model = run.build_model("resnet_small", 1, 10)
+    model = run.build_model("resnet_small", (1, 8, 8), 10)
     model.load_state_dict(torch.load(trained / "best.pt", weights_only=True)["model"])
     fixed = (dataset.normalise(dataset.train.images[:8]), dataset.train.labels[:8])
     assert found["lambda_max"] == pytest.approx(lambda_max(model, [fixed]), rel=1e-3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from train.config import Config
 from train.errors import DivergedError, VerificationError
 from train.models import build_model
-from train.optimizers import build_optimizer
+from train.optimizers import build_optimizer, names_of_norms
 from train.verify import TOLERANCE, Lockstep, relative_deviation
 
 SAM_FAMILY = ("sam", "samdirection", "sammagnitude")
@@ -24,7 +24,7 @@ def config(opt_name: str = "sam", **keys: Any) -> Config:
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    return build_model("resnet_small", 1, 10)
+    return build_model("resnet_small", (1, 8, 8), 10)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -47,15 +47,17 @@ def take_steps(
     for step in range(steps):
         images, labels = batch(step)
         F.cross_entropy(model(images), labels).backward()
-        lockstep.first_step()
-        F.cross_entropy(model(images), labels).backward()
+        if lockstep.first_step():
+            F.cross_entropy(model(images), labels).backward()
         lockstep.second_step(zero_grad=True)
         each()
     return lockstep, model
 
 
 def made(settings: Config) -> Callable[[nn.Module], Any]:
-    return lambda model: build_optimizer(model.parameters(), settings)
+    return lambda model: build_optimizer(
+        model.named_parameters(), settings, norms=names_of_norms(model)
+    )
 
 
 @pytest.mark.parametrize("granularity", ["element", "tensor", "global"])
@@ -66,6 +68,11 @@ def test_right_optimizers_pass(opt_name: str, granularity: str) -> None:
     summary = lockstep.summary()
     assert (summary["steps"], summary["tolerance"]) == (10, TOLERANCE)
     assert 0 <= summary["value"] <= TOLERANCE
+
+
+def test_another_second_pass_is_caught() -> None:
+    with pytest.raises(VerificationError, match=r"step 1: .*has a second pass"):
+        take_steps(made(config(when="periodic:2")), config())
 
 
 def sgdhess_steps(
@@ -166,6 +173,20 @@ def test_lockstep_changes_nothing_in_the_training() -> None:
         (config(wd=0.0), config(wd=0.001), "update"),
         (config(momentum=0.0), config(momentum=0.9), "update"),
         (config(nesterov=True), config(), "update"),
+        (config("asam"), config("sam"), "perturbation"),
+        (config("gsam", alpha=0.2), config("gsam"), "update"),
+        (config("wsam", gamma=0.8), config("wsam"), "update"),
+        (config("wsam", decouple=False), config("wsam"), "update"),
+        (config("gradientnormpenalty", normed=True), config("gradientnormpenalty"), "update"),
+        (config("friendlysam", sigma=0.5), config("friendlysam"), "perturbation"),
+        (config("friendlysam", lmbda=0.5), config("friendlysam"), "perturbation"),
+        (config("vasso", theta=0.5), config("vasso"), "perturbation"),
+        (config("looksam", k=3, alpha=0.1), config("looksam", k=3), "update"),
+        (config("saner", alpha=0.1), config("saner"), "update"),
+        (config("xsam", a=0.5), config("xsam"), "update"),
+        (config(norm="tensor"), config(), "perturbation"),
+        (config(subset="norm"), config(), "perturbation"),
+        (config(scaling="tensor"), config(), "perturbation"),
     ],
 )
 def test_wrong_optimizers_are_caught(wrong: Config, right: Config, phase: str) -> None:
@@ -192,9 +213,9 @@ def test_an_optimizer_that_never_restores_is_caught() -> None:
         first_step = optimizer.first_step
         originals: list[Tensor] = []
 
-        def remember() -> None:
+        def remember() -> bool:
             originals[:] = [p.detach().clone() for p in params]
-            first_step()
+            return bool(first_step())
 
         optimizer.first_step, optimizer.second_step = remember, keep_the_perturbation
         return optimizer

@@ -10,8 +10,10 @@ from train.errors import DriverError
 USAGE = """\
 python -m train [--experiment=NAME] [--KEY=VALUE ...] [--set SECTION.KEY=VALUE ...]
 
-Trains one model. NAME is a file of train/configs (default: default); its keys, and the flags that
-override them, with the values they have where neither says otherwise, by section:
+Trains one model. NAME is a file of train/configs (default: default), or the path of a YAML file. A
+run is not lost: where one lies, --resume or --overwrite must say what to do. SIGTERM ends it with a
+checkpoint and the exit code 75: a queue may start the same command, with --resume, again.
+The keys of NAME, and the flags that override them, with their values where neither says otherwise:
 """
 
 
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     config = from_command_line(arguments)
     # Here, so that a typing error is answered before torch is imported.
-    from train import results
+    from train import report
     from train.progress import make_console
     from train.run import run
 
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     result = run(config, console)
     if console.quiet:
         return 0
-    results.print_table(console, [result])
+    report.print_summary(console, [result])
     console.print(f"written to {config.folder}", soft_wrap=True, markup=False)
     return 0
 
@@ -46,8 +48,8 @@ def guarded(command: Callable[[Sequence[str]], int]) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}".removesuffix(": "), file=sys.stderr)
         return 130
 
 

@@ -1,18 +1,78 @@
-"""Checkpoints: written atomically, read with a clear error, never changed by reading."""
+"""Checkpoints: written atomically, read with a clear error, never changed by reading; the lock of
+the folder in which they lie."""
 
+import contextlib
+import fcntl
+import os
+import platform
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from train.config import Config
-from train.errors import CheckpointError
+from train.errors import CheckpointError, ConfigError, InUseError
 from train.results import write_atomically
 
 FORMAT = "samkernels training, 1"
 LEFT_ALONE = "it was left as it is"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder if it is missing, and keep other processes of this program out of it.
+
+    The operating system unlocks it when the process ends, however it ends. A folder that was made
+    here and is empty in the end is removed.
+
+    Raises:
+        ConfigError: it cannot be made.
+        InUseError: another process has it; the message names the process.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _lock(folder / ".lock")
+    except InUseError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"output_dir={folder} cannot be written: {error}") from None
+    try:
+        for leftover in folder.glob(".*.[0-9]*"):  # of a process killed as it wrote
+            leftover.unlink(missing_ok=True)
+        yield
+    finally:
+        # Before it is unlocked: whoever opened it meanwhile finds that it is gone, and tries again.
+        (folder / ".lock").unlink(missing_ok=True)
+        os.close(file)
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _lock(path: Path) -> int:
+    """The descriptor of the locked file; it names this process."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(file, 1000).decode(errors="replace") or "another process"
+            os.close(file)
+            raise InUseError(
+                f"'{path.parent}' is in use by {owner}; {LEFT_ALONE}: wait for it, or choose "
+                "another --output_dir"
+            ) from None
+        except OSError:  # a file system without locks: work without
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                os.truncate(file, 0)
+                os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+                return file
+        os.close(file)
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,8 +1,11 @@
 """The typed configuration: YAML and command-line flags with the same keys."""
 
+import contextlib
 import dataclasses
 import difflib
+import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,34 @@ from typing import Any
 import yaml
 
 from train.errors import ConfigError
+from train.registry import DATASETS, MODELS, OPTIMIZERS, PASSES, TIMM, optimizers_with
 
 EXPERIMENTS = Path(__file__).parent / "configs"
-MODEL_NAMES = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wrn28_10", "resnet_small"
-)  # fmt: skip
-
+PRESETS = {"bf16": {"precision": "bf16", "channels_last": "true"}}
 
 SECTIONS = ("data", "network", "optimizer", "schedule", "run", "sharpness")
-ALIASES = {"verify": "verify_steps"}
+# Other names of keys: most are those of the report's command line and YAML files.
+ALIASES = {
+    "verify": "verify_steps",
+    "model_name": "model",
+    "data_name": "dataset",
+    "weight_decay": "wd",
+    "sch_name": "scheduler",
+    "gamma": "lr_gamma",
+}
+# Sections of the report's YAML files; some are keys here, which then hold no mapping.
+REPORT_SECTIONS = (
+    "dataloader", "model", "opt_hyperparameter", "scheduler", "sch_hyperparameter",
+    "trainer", "logging",
+)  # fmt: skip
+# Keys in them that have one value here: what that is, None where any will do.
+REPORT_ONLY: dict[str, Any] = {"num_workers": None, "sch": None, "split": [0.9, 0.1]}
+
+TWO_PASSES = optimizers_with(steps=("two passes",))
+SAM_FAMILY = optimizers_with(steps=("two passes", "one pass"))
+WITH_SGD = ("opt_name", tuple(name for name in OPTIMIZERS if name != "adamw"))
+OF_SAM = ("opt_name", SAM_FAMILY)
+OF_KERNELS = ("opt_name", tuple(n for n, row in OPTIMIZERS.items() if row.step != "plain"))
 
 
 def _key(
@@ -29,7 +51,10 @@ def _key(
     choices: Sequence[str] = (),
     low: float = 0.0,
     high: float = math.inf,
-    matters: bool = True,
+    effect: str = "training",
+    used_if: tuple[str, Sequence[str]] | None = None,
+    short: str | None = None,
+    varies: bool = False,
 ) -> Any:
     """A configuration key.
 
@@ -37,10 +62,22 @@ def _key(
         section: the `a` of `--set a.b=value` and of nested YAML.
         choices: for strings; none: free text.
         low, high: bounds of numbers, both allowed.
-        matters: whether the results depend on it, up to rounding.
+        effect: "training": the trained weights depend on it; "measuring": what is measured of them
+            does; "none": up to rounding, neither.
+        used_if: (key, values): it is in use only where that key has one of the values.
+        short: stands before the value in names of runs; None: the key's name.
+        varies: the default is another one for some optimizers, see OptimizerEntry.usual.
     """
-    meta = {"section": section, "help": help, "choices": tuple(choices), "matters": matters}
-    return dataclasses.field(default=default, metadata={**meta, "low": low, "high": high})
+    meta: dict[str, Any] = {"section": section, "help": help, "choices": tuple(choices)}
+    meta |= {"default": default, "varies": varies}
+    meta |= {"effect": effect, "low": low, "high": high, "used_if": used_if, "short": short}
+    return dataclasses.field(default=None if varies else default, metadata=meta)
+
+
+def _own_key(name: str, default: Any, help: str, **others: Any) -> Any:
+    """A key that some optimizers have as an argument of their own."""
+    rule = ("opt_name", optimizers_with(key=name))
+    return _key("optimizer", default, help, used_if=rule, **others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,24 +85,60 @@ class Config:
     """One training run. The defaults are the report's protocol for CIFAR-100."""
 
     dataset: str = _key(
-        "data", "cifar100", "data set", choices=("cifar100", "cifar10", "fashion", "digits")
+        "data",
+        "cifar100",
+        "data set; folder: class folders in data_root/train and data_root/test",
+        choices=tuple(DATASETS),
     )
     data_root: str = _key(
-        "data", "data", "folder that holds, or receives, the files of the data set", matters=False
+        "data",
+        "data",
+        "folder that holds, or receives, the files of the data set",
+        effect="none",
+        short="",
     )
-    label_noise: float = _key("data", 0.0, "share of the training labels made wrong", high=1.0)
+    image_size: int = _key(
+        "data", 0, "of dataset=folder: pixels of a side to resize to; 0: as they are", high=4096
+    )
+    augmentation: bool = _key("data", True, "crop, flip and Cutout, as the data set has them")
+    label_noise: float = _key(
+        "data", 0.0, "share of the training labels made wrong", high=1.0, short="noise"
+    )
+    label_noise_kind: str = _key(
+        "data",
+        "symmetric",
+        "into any other class, or into the one that looks like it",
+        choices=("symmetric", "asymmetric"),
+        short="",
+    )
+    label_noise_file: str = _key(
+        "data",
+        "",
+        "instead: labels for all training images of the files, .npy or text",
+        short="labels",
+    )
     train_samples: int = _key(
         "data",
         0,
         "training images to use, a random part that is always the same; 0: all",
         high=10**9,
+        short="samples",
     )
     batch_size: int = _key(
-        "data", 256, "images per step, of all processes together", low=2, high=100_000
+        "data",
+        256,
+        "images per step, of all processes together",
+        low=2,
+        high=100_000,
+        short="batch",
     )
-    model: str = _key("network", "resnet18", "network", choices=MODEL_NAMES)
+    model: str = _key("network", "resnet18", "network", choices=(*MODELS, f"{TIMM}NAME"), short="")
     precision: str = _key(
-        "network", "fp32", "of the passes; bf16: under autocast", choices=("fp32", "bf16")
+        "network",
+        "fp32",
+        "of the passes; tf32: torch's default, convolutions in TF32; bf16: under autocast",
+        choices=("fp32", "tf32", "bf16"),
+        short="",
     )
     channels_last: bool = _key("network", False, "memory format of images and weights")
     compile: bool = _key("network", False, "torch.compile the network")
@@ -76,140 +149,412 @@ class Config:
         "optimizer",
         "sgd",
         "optimizer",
-        choices=("sgd", "sam", "samdirection", "sammagnitude", "sgdhess"),
+        choices=tuple(OPTIMIZERS),
+    )
+    base: str = _key(
+        "optimizer",
+        "sgd",
+        "optimizer under those of the SAM family",
+        choices=("sgd", "adamw"),
+        used_if=OF_SAM,
+        short="",
     )
     rho: float = _key(
         "optimizer",
         0.05,
         "radius of the perturbation; sgdhess: weight of the curvature",
         high=100.0,
+        used_if=OF_KERNELS,
+        varies=True,
     )
-    adaptive: bool = _key("optimizer", False, "ASAM's perturbation, scaled by |w|")
-    granularity: str = _key(
+    adaptive: bool = _key("optimizer", False, "ASAM's perturbation, scaled by |w|", used_if=OF_SAM)
+    scaling: str = _key(
         "optimizer",
+        "auto",
+        "of the perturbation: by |w| + eta, or by the norm of each tensor; auto: as adaptive says",
+        choices=("auto", "none", "elementwise", "tensor"),
+        used_if=OF_SAM,
+    )
+    eta: float = _key(
+        "optimizer", 0.0, "of scaling by |w| + eta", high=100.0, used_if=OF_SAM, varies=True
+    )
+    subset: str = _key(
+        "optimizer",
+        "all",
+        "parameters that are perturbed; norm: those of normalisation layers (SAM-ON)",
+        choices=("all", "norm"),
+        used_if=OF_SAM,
+    )
+    norm: str = _key(
+        "optimizer",
+        "global",
+        "that divides the perturbation: over all tensors, of each, or none (USAM)",
+        choices=("global", "tensor", "none"),
+        used_if=OF_SAM,
+    )
+    when: str = _key(
+        "optimizer",
+        "always",
+        "steps that perturb: always, periodic:K (every K-th), from:STEP, bernoulli:P (at random)",
+        used_if=OF_SAM,
+        short="",
+    )
+    granularity: str = _own_key(
+        "granularity",
         "element",
         "what SAMDirection and SAMMagnitude take magnitude and direction over",
         choices=("element", "tensor", "global"),
+        short="",
+    )
+    k: int = _own_key(
+        "k",
+        1,
+        "steps from one random vector of sgdhess, or second pass of looksam, to the next",
+        low=1,
+        high=1_000_000,
+        varies=True,
+    )
+    alpha: float = _own_key(
+        "alpha",
+        0.4,
+        "weight of what gsam, gradientnormpenalty, looksam and saner add",
+        low=-100.0,
+        high=100.0,
+        varies=True,
+    )
+    gamma: float = _own_key("gamma", 0.9, "weight of wsam's sharpness, below 1", high=1.0)
+    decouple: bool = _own_key("decouple", True, "wsam's sharpness apart from the momentum")
+    max_norm: float = _own_key("max_norm", 0.0, "wsam: clips g1 and g2; 0: no clipping", high=1e6)
+    normed: bool = _own_key("normed", False, "gradientnormpenalty as its authors' code has it")
+    sigma: float = _own_key(
+        "sigma", 1.0, "share of the average that friendlysam takes off", low=-100.0, high=100.0
+    )
+    lmbda: float = _own_key("lmbda", 0.9, "of friendlysam's moving average", high=1.0)
+    theta: float = _own_key("theta", 0.9, "weight of g1 in vasso's moving average", high=1.0)
+    a: float = _own_key("a", 1.0, "angle of xsam: 0 is g1's, 1 is sam", low=-10.0, high=10.0)
+    perturbation: str = _key(
+        "optimizer",
+        "global",
+        "of torchrun's processes: one for all, one for each (m-sharpness), or one for each group",
+        choices=("global", "local", "group"),
+        used_if=("opt_name", TWO_PASSES),
+        short="",
+    )
+    perturbation_group: int = _key(
+        "optimizer",
+        0,
+        "processes in a group of perturbation=group",
+        high=65536,
+        used_if=("perturbation", ("group",)),
+        short="of",
     )
     backend: str = _key(
         "optimizer",
         "auto",
         "samkernels backend",
         choices=("auto", "native", "triton", "foreach", "reference"),
+        used_if=OF_KERNELS,
+        short="",
     )
     lr: float = _key("optimizer", 0.1, "learning rate at the start", high=100.0)
-    momentum: float = _key("optimizer", 0.9, "momentum of SGD", high=1.0)
+    momentum: float = _key("optimizer", 0.9, "momentum of SGD", high=1.0, used_if=WITH_SGD)
     wd: float = _key("optimizer", 0.001, "weight decay", high=1.0)
-    nesterov: bool = _key("optimizer", False, "Nesterov momentum")
+    nesterov: bool = _key("optimizer", False, "Nesterov momentum", used_if=WITH_SGD)
     scheduler: str = _key(
         "schedule",
         "cosine",
         "learning rate per epoch: cosine to 0, constant, or times lr_gamma",
         choices=("cosine", "constant", "exponential"),
+        short="",
     )
     lr_gamma: float = _key(
-        "schedule", 0.98, "factor per epoch of the exponential scheduler", high=1
+        "schedule",
+        0.98,
+        "factor per epoch of the exponential scheduler",
+        high=1,
+        used_if=("scheduler", ("exponential",)),
+        short="gamma",
+    )
+    warmup_epochs: int = _key(
+        "schedule",
+        0,
+        "epochs that come before the scheduler's, in which the learning rate rises to lr",
+        high=100_000,
+        short="warmup",
+    )
+    label_smoothing: float = _key(
+        "schedule",
+        0.0,
+        "share of each training label given to all classes alike",
+        high=1.0,
+        short="smoothing",
     )
     epochs: int = _key("schedule", 200, "passes over the training split", low=1, high=100_000)
     seed: int = _key("run", 0, "of the weights, the order and the augmentation", high=2**31 - 1)
     device: str = _key(
-        "run", "auto", "where to train", choices=("auto", "cpu", "cuda"), matters=False
+        "run", "auto", "where to train", choices=("auto", "cpu", "cuda"), effect="none"
     )
     threads: int = _key(
-        "run", 0, "CPU threads; 0: torch's choice, all cores", high=4096, matters=False
+        "run", 0, "CPU threads; 0: torch's choice, all cores", high=4096, effect="none"
     )
     verify_steps: int = _key(
         "run",
         20,
         "(or --verify) first steps that are compared with the reference backend; sgd has none",
         high=1_000_000,
+        effect="measuring",
     )
     statistics_every: int = _key(
         "run",
         0,
         "steps from one to the next at which g1, g2 and w are compared, for curves; 0: never",
         high=1_000_000,
+        effect="measuring",
+    )
+    test_every: int = _key(
+        "run",
+        0,
+        "epochs from one test to the next, for curves; 0: only at the end",
+        high=100_000,
+        effect="measuring",
+    )
+    log_every: int = _key(
+        "run",
+        10,
+        "steps from one to the next whose losses are logged; 0: none",
+        high=1_000_000,
+        effect="none",
     )
     framework_name: str = _key(
         "run",
         "none",
         "where curves go as well (wandb: offline with WANDB_MODE=offline)",
         choices=("none", "tensorboard", "wandb"),
-        matters=False,
+        effect="none",
     )
+    project_name: str = _key("run", "samkernels", "project of wandb", effect="none")
+    group: str = _key("run", "", "group of wandb; empty: data set and model", effect="none")
+    tags: str = _key("run", "", "tags of wandb, with commas between", effect="none")
     resume: bool = _key(
-        "run", False, "go on from the folder's last.pt, bit for bit, if it has one", matters=False
+        "run", False, "go on from the folder's last.pt, bit for bit, if it has one", effect="none"
     )
-    overwrite: bool = _key("run", False, "start over where an unfinished run lies", matters=False)
+    overwrite: bool = _key(
+        "run", False, "start over where a run lies, finished or not", effect="none"
+    )
     output_dir: str = _key(
-        "run", "", "folder of the results; empty: runs/ and a name from the keys", matters=False
+        "run", "", "folder of the results; empty: runs/ and a name from the keys", effect="none"
     )
     sharpness_samples: int = _key(
         "sharpness",
         1024,
         "training images for lambda_max, trace and density of the best checkpoint; 0: none of them",
         high=10**9,
+        effect="measuring",
     )
     trace_vectors: int = _key(
-        "sharpness", 0, "random vectors for the trace; 0: leave it out", high=10**6
+        "sharpness",
+        0,
+        "random vectors for the trace; 0: leave it out",
+        high=10**6,
+        effect="measuring",
     )
     density_steps: int = _key(
-        "sharpness", 0, "Lanczos steps for the spectral density; 0: leave it out", high=10**4
+        "sharpness",
+        0,
+        "Lanczos steps for the spectral density; 0: leave it out",
+        high=10**4,
+        effect="measuring",
     )
     sharpness_batches: int = _key(
         "sharpness",
         0,
         "augmented batches for the report's sharpness, which has 40; 0: leave it out",
         high=10**6,
+        effect="measuring",
     )
     sharpness_batch_size: int = _key(
-        "sharpness", 256, "images in each of them", low=1, high=100_000
+        "sharpness", 256, "images in each of them", low=1, high=100_000, effect="measuring"
     )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             # Through the checks whoever made the object; frozen, hence object.__setattr__.
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+            value = getattr(self, field.name)
+            if value is None and field.metadata["varies"]:
+                value = self.usual(field.name)
+            object.__setattr__(self, field.name, _checked(field, value))
+        object.__setattr__(
+            self, "when", "{}:{:g}".format(*when) if (when := self.policy) else "always"
+        )
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov=true needs momentum above 0: allowed (0, 1], nearest 0.9")
 
-        if self.opt_name == "sgdhess" and self.compile:
+        if self.label_noise and self.label_noise_file:
             raise ConfigError(
-                "compile=true with opt_name=sgdhess: torch.compile's networks have no second "
-                "derivatives; allowed false"
+                f"label_noise={self.label_noise:g} with a label_noise_file, which has the wrong "
+                "labels: allowed one of the two"
+            )
+        if self.image_size and self.dataset != "folder":
+            raise ConfigError(
+                f"image_size={self.image_size} with dataset={self.dataset}, whose images have "
+                "their size: allowed 0, or dataset=folder"
+            )
+        if self.base != "sgd" and self.opt_name not in SAM_FAMILY:
+            raise ConfigError(
+                f"base={self.base} with opt_name={self.opt_name}, which has no base: allowed sgd; "
+                f"opt_name={self.base} is {self.base} by itself"
+            )
+        if (self.perturbation == "group") != (self.perturbation_group > 0):
+            raise ConfigError(
+                f"perturbation={self.perturbation} with perturbation_group="
+                f"{self.perturbation_group}: allowed group with 1 or more, global and local with 0"
+            )
+        if self.perturbation != "global" and self.opt_name not in TWO_PASSES:
+            raise ConfigError(
+                f"perturbation={self.perturbation} with opt_name={self.opt_name}, which has none: "
+                "allowed global"
+            )
+        if self.warmup_epochs >= self.epochs:
+            raise ConfigError(
+                f"warmup_epochs={self.warmup_epochs} of epochs={self.epochs} leave none for the "
+                f"scheduler: allowed 0 to {self.epochs - 1}; nearest {self.epochs - 1}"
+            )
+        if OPTIMIZERS[self.opt_name].step == "hessian" and self.compile:
+            raise ConfigError(
+                f"compile=true with opt_name={self.opt_name}: torch.compile's networks have no "
+                "second derivatives; allowed false"
+            )
+        if self.resume and self.overwrite:
+            raise ConfigError(
+                "resume=true with overwrite=true: allowed is one of them, to go on or to start over"
             )
         if self.density_steps == 1:
             raise ConfigError("density_steps=1 gives no density: allowed 0, 2 to 10000; nearest 2")
 
+    def uses(self, name: str) -> bool:
+        """Whether the key is in use beside the others: rho is not where opt_name is sgd."""
+        rule = FIELDS[name].metadata["used_if"]
+        return rule is None or getattr(self, rule[0]) in rule[1]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The keys in use that the trained weights depend on; equal recipes: the same weights.
+
+        Class folders are known by the name of their folder, wherever it lies.
+        """
+        found = {
+            name: getattr(self, name)
+            for name, field in FIELDS.items()
+            if field.metadata["effect"] == "training" and self.uses(name)
+        }
+        if self.dataset == "folder":
+            found["data_root"] = Path(self.data_root).resolve().name
+        return found
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        """The keys that what is measured depends on, beside the recipe."""
+        return {
+            name: getattr(self, name)
+            for name, field in FIELDS.items()
+            if field.metadata["effect"] == "measuring"
+        }
+
+    def usual(self, name: str) -> Any:
+        """What the key is by default, with this optimizer."""
+        return OPTIMIZERS[self.opt_name].usual.get(name, FIELDS[name].metadata["default"])
+
+    @property
+    def policy(self) -> tuple[str, float] | None:
+        """Name and number of `when`; None: always.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        name, _, text = self.when.partition(":")
+        number = math.nan
+        with contextlib.suppress(ValueError):
+            number = float(text) if name == "bernoulli" else int(text)
+        lowest = {"periodic": 1, "from": 0, "bernoulli": 0}
+        if self.when == "always":
+            return None
+        if name not in lowest or not lowest[name] <= number <= (1 if name == "bernoulli" else 1e9):
+            raise ConfigError(
+                f"when={self.when} is not known: allowed always, periodic:K with K from 1, "
+                "from:STEP with STEP from 0, bernoulli:P with P from 0 to 1; nearest "
+                f"{nearest(name, ('always', 'periodic:10', 'from:0', 'bernoulli:0.5'))}"
+            )
+        return name, number
+
+    @property
+    def passes(self) -> float:
+        """Gradients of the model's loss that a step takes, on the average; with when=from:STEP, at
+        most."""
+        row = OPTIMIZERS[self.opt_name]
+        passes = PASSES[row.step]
+        if row.step != "two passes":
+            return passes
+        name, number = self.policy or ("always", 1)
+        share = {"periodic": 1 / (number or 1), "bernoulli": number}.get(name, 1.0)
+        return 1 + share / (getattr(self, row.every) if row.every else 1)
+
     @property
     def run_name(self) -> str:
-        """Label of a run in tables and plots: the optimizer and what distinguishes it."""
-        if self.opt_name == "sgd":
-            return "sgd"
-        name = f"{self.opt_name}-rho{self.rho:g}"
-        if self.opt_name == "sgdhess":
-            return name
-        if self.opt_name != "sam" and self.granularity != "element":
-            name += f"-{self.granularity}"
-        return name + ("-adaptive" if self.adaptive else "")
+        """Label of a run in tables and plots: the optimizer and what is special about it."""
+        rho = f"-rho{self.rho:g}" if self.uses("rho") else ""
+        return self.opt_name + rho + self._departures("optimizer", ("opt_name", "rho"))
+
+    @property
+    def full_name(self) -> str:
+        """All that tells a run from others: data set, model, run_name, the rest, the seed."""
+        rest = (section for section in SECTIONS if section != "optimizer")
+        left_out = ("dataset", "model", "seed")
+        departures = "".join(self._departures(section, left_out) for section in rest)
+        name = f"{self.dataset}-{named_value('model', self.model)}-{self.run_name}{departures}"
+        if len(name) > 200:  # a file name has 255 bytes
+            name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return f"{name}-seed{self.seed}"
+
+    def _departures(self, section: str, without: Sequence[str]) -> str:
+        """The keys of the section whose values are not the defaults, as a part of a name."""
+        found = ""
+        for name, value in self.recipe.items():
+            field = FIELDS[name]
+            if field.metadata["section"] == section and name not in without:
+                if value != self.usual(name):
+                    found += f"-{named_value(name, value)}"
+        return found
 
     @property
     def folder(self) -> Path:
         """Where the results go."""
-        name = f"{self.dataset}-{self.model}-{self.run_name}-seed{self.seed}"
-        return Path(self.output_dir) if self.output_dir else Path("runs") / name
+        return Path(self.output_dir) if self.output_dir else Path("runs") / self.full_name
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Where `other` (a saved configuration) asks for other results: "key=theirs, here ours"."""
-        found = []
-        for name, field in FIELDS.items():
-            mine, theirs = getattr(self, name), other.get(name, field.default)
-            if field.metadata["matters"] and mine != theirs:
-                found.append(f"{name}={theirs} there, {mine} here")
-        return found
+        """Where `other` (a saved configuration) asks for other weights: "key=theirs, here ours"."""
+        theirs = Config(**{name: other[name] for name in FIELDS if name in other}).recipe
+        ours = self.recipe
+        return [
+            f"{name}={theirs[name]} there, {ours[name]} here"
+            for name in FIELDS
+            if name in ours and name in theirs and ours[name] != theirs[name]
+        ]
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def named_value(name: str, value: Any) -> str:
+    """A key and its value as a part of a file name, such as wd0.01, nesterov, no-nesterov."""
+    short = FIELDS[name].metadata["short"]
+    short = name if short is None else short
+    if isinstance(value, bool):
+        return short if value else f"no-{short}"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = text.replace(":", "") if name == "when" else text
+    if safe := re.sub(r"[^\w.+-]+", "_", text):
+        text = safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    return short + text
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -243,7 +588,9 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
     """
     name, meta = field.name, field.metadata
     if field.type is str:
-        if meta["choices"] and value not in meta["choices"]:
+        # Whatever the library timm has: its names are checked when the model is made.
+        timm = f"{TIMM}NAME" in meta["choices"] and str(value).startswith(TIMM)
+        if meta["choices"] and value not in meta["choices"] and not timm:
             raise ConfigError(
                 f"{name}={value} is not known: allowed {', '.join(meta['choices'])}; "
                 f"nearest {nearest(str(value), meta['choices'])}"
@@ -263,7 +610,7 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
         number = _int(value) if field.type is int else _float(value)
     except (TypeError, ValueError):
         raise ConfigError(
-            f"{name}={value} is not {kind}: allowed {low} to {high}; default {field.default}"
+            f"{name}={value} is not {kind}: allowed {low} to {high}; default {meta['default']}"
         ) from None
     if not meta["low"] <= number <= meta["high"]:
         raise ConfigError(
@@ -317,16 +664,44 @@ def key_of_path(path: str, where: str) -> str:
 def flatten(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """Sections dissolved, aliases replaced: a mapping from keys of Config to values.
 
+    The sections of the report's YAML files are dissolved as well.
+
     Raises:
-        ConfigError: an unknown section or key.
+        ConfigError: an unknown section or key, or a key of the report's with a value that it cannot
+            have here.
     """
-    flat = {}
-    for name, value in content.items():
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                flat[key_of_path(f"{name}.{key}", where)] = inner
-        else:
-            flat[key_of_path(str(name), where)] = value
+    flat: dict[str, Any] = {}
+    length = None
+
+    def take(mapping: Mapping[Any, Any]) -> None:
+        nonlocal length
+        for name, value in mapping.items():
+            if isinstance(value, dict) and name in REPORT_SECTIONS:
+                take(value)
+            elif isinstance(value, dict):
+                for key, inner in value.items():
+                    if isinstance(inner, dict) and key in REPORT_SECTIONS:
+                        take(inner)
+                    else:
+                        flat[key_of_path(f"{name}.{key}", where)] = inner
+            elif name == "T_max":
+                length = value
+            elif name in REPORT_ONLY:
+                if REPORT_ONLY[name] not in (None, value):
+                    raise ConfigError(
+                        f"{name}={value} in {where}: allowed here is {REPORT_ONLY[name]}, the "
+                        "report's"
+                    )
+            else:
+                flat[key_of_path(str(name), where)] = value
+
+    take(content)
+    epochs = flat.get("epochs", FIELDS["epochs"].default)
+    if length not in (None, epochs):
+        raise ConfigError(
+            f"T_max={length} in {where}: the cosine ends with the last epoch; allowed, the number "
+            f"of epochs: {epochs}"
+        )
     return flat
 
 
@@ -348,15 +723,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def named_yaml(name: str, folder: Path, kind: str) -> Path:
-    """`folder/name.yaml`.
+    """`folder/name.yaml`; a name that ends with .yaml or .yml is a path.
 
     Raises:
         ConfigError: there is none; names those that exist and the nearest.
     """
+    if Path(name).suffix in (".yaml", ".yml"):
+        if not Path(name).is_file():
+            raise ConfigError(f"there is no file '{name}': give the path of a {kind}'s YAML file")
+        return Path(name)
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise ConfigError(
-            f"unknown {kind} '{name}': allowed {', '.join(known)}; nearest {nearest(name, known)}"
+            f"unknown {kind} '{name}': allowed {', '.join(known)}, or the path of a .yaml file; "
+            f"nearest {nearest(name, known)}"
         )
     return folder / f"{name}.yaml"
 
@@ -389,6 +769,14 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
             if not equals:
                 raise ConfigError(f"--set {path} has no value: write --set section.key=value")
             key = key_of_path(path, "--set")
+        if key == "preset":
+            if value not in PRESETS:
+                raise ConfigError(
+                    f"preset={value} is not known: allowed {', '.join(PRESETS)}; nearest "
+                    f"{nearest(value, PRESETS)}"
+                )
+            flags |= PRESETS[value]
+            continue
         flags[key] = value
     return flags
 
@@ -402,22 +790,28 @@ def make_config(*layers: tuple[str, Mapping[Any, Any]]) -> Config:
 
 
 def experiment_layers(name: str, below: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """The layers of configs/NAME.yaml: those of the file that it extends, then its own.
+    """The layers of a file: those of the file that it `extends`, then its own.
+
+    Args:
+        name: NAME of configs/NAME.yaml, or the path of a YAML file.
 
     Raises:
         ConfigError: there is no such file, or the files extend each other in a circle.
     """
     if name in below:
-        raise ConfigError(f"{name}.yaml extends itself: {' -> '.join([*below, name])}")
+        raise ConfigError(f"{name} extends itself: {' -> '.join([*below, name])}")
     path = named_yaml(name, EXPERIMENTS, "experiment")
     content = read_yaml(path)
     base = content.pop("extends", None)
+    if base is not None and Path(str(base)).suffix in (".yaml", ".yml"):
+        base = path.parent / str(base)
     layers = [] if base is None else experiment_layers(str(base), [*below, name])
     return [*layers, (path.name, content)]
 
 
 def from_command_line(arguments: Sequence[str]) -> Config:
-    """`--experiment=NAME` picks configs/NAME.yaml (default: default); the other flags override."""
+    """`--experiment=NAME` picks configs/NAME.yaml (default: default), or a YAML file by its path;
+    the other flags override it."""
     flags = parse_flags(arguments)
     name = flags.pop("experiment", "default")
     # The flags first: a typing error there should not hide behind one in the file.
@@ -436,7 +830,15 @@ def describe_keys() -> str:
             allowed = ", ".join(field.metadata["choices"])
             if field.type in (int, float):
                 allowed = f"{field.metadata['low']:.15g} to {field.metadata['high']:.15g}"
-            shown = str(field.default).lower() if field.type is bool else field.default
+            shown = field.metadata["default"]
+            shown = str(shown).lower() if field.type is bool else shown
+            if field.metadata["varies"]:
+                others = {
+                    n: r.usual[field.name] for n, r in OPTIMIZERS.items() if field.name in r.usual
+                }
+                allowed = ", ".join(
+                    [allowed, *(f"{n}: {v:g} by default" for n, v in others.items())]
+                )
             detail = f" [{allowed}]" if allowed else ""
             lines.append(f"  --{field.name}={shown}  {field.metadata['help']}{detail}")
     return "\n".join(lines)

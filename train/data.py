@@ -1,9 +1,10 @@
 """Data sets as uint8 tensors on the training device, and their augmentation in batches there."""
 
 import gzip
+import hashlib
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.error import URLError
@@ -12,24 +13,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train import noise
 from train.config import Config
 from train.errors import DataError
+from train.folders import has_class_folders, read_class_folders
+from train.registry import DATASETS
 
 SPLIT_SEED = 42  # the report's
-NOISE_SEED = 42  # the same wrong labels whatever the seed of the run
 # Where Debian's package dataset-fashion-mnist has its four files.
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 (N, C, H, W), unaugmented; labels: int64 (N,)."""
+    """images: uint8 (N, C, H, W), unaugmented; labels: int64 (N,), the ones to be learnt.
+
+    Args:
+        true_labels: int64 (N,), where some of the labels are wrong.
+        positions: int64 (N,): which of the files' training images these are, where that is known.
+    """
 
     images: Tensor
     labels: Tensor
+    true_labels: Tensor | None = None
+    positions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, which: Tensor | slice) -> "Split":
+        """Some of the images."""
+        return self._each(lambda tensor: tensor[which])
+
+    def to(self, device: torch.device) -> "Split":
+        """On the device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Split":
+        known = {k: change(v) for k, v in vars(self).items() if v is not None}
+        return Split(**known)
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,12 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Dataset:
-    """mean, std: float32 (1, C, 1, 1), of pixels in [0, 1] (uint8 / 255)."""
+    """mean, std: float32 (1, C, 1, 1), of pixels in [0, 1] (uint8 / 255).
+
+    file_images: the number of images that `positions` of the splits count.
+    noisy_val_labels: int64 (N,) of the validation images, wrong as often as those of training;
+    for those who want to know what they would choose by them.
+    """
 
     train: Split
     val: Split
@@ -58,6 +85,8 @@ class Dataset:
     mean: Tensor
     std: Tensor
     augmentation: Augmentation
+    file_images: int = 0
+    noisy_val_labels: Tensor | None = None
 
     def normalise(self, images: Tensor) -> Tensor:
         """(images / 255 - mean) / std, float32: bit for bit torchvision's ToTensor, Normalize."""
@@ -158,11 +187,32 @@ def train_batches(
             what one process would. The shares differ by one image at most.
     """
     draws = draw_epoch(dataset, seed, epoch)
-    for start in range(0, len(dataset.train), batch_size):
-        count = min(batch_size, len(dataset.train) - start)
-        part = draws.slice(start + count * rank // world, start + count * (rank + 1) // world)
+    for start, stop in _shares(len(dataset.train), batch_size, rank, world):
+        part = draws.slice(start, stop)
         images = dataset.train.images[part.order]
         yield augment(dataset, images, part), dataset.train.labels[part.order]
+
+
+def visits(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    first: int = 0,
+) -> Tensor:
+    """int64 (N,): the training images that train_batches goes through, from batch `first` on."""
+    order = draw_epoch(dataset, seed, epoch).order
+    shares = list(_shares(len(dataset.train), batch_size, rank, world))[first:]
+    return torch.cat([order[start:stop] for start, stop in shares])
+
+
+def _shares(count: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[int, int]]:
+    """The part of each batch that is a process's, as (start, stop) of the visited images."""
+    for start in range(0, count, batch_size):
+        size = min(batch_size, count - start)
+        yield start + size * rank // world, start + size * (rank + 1) // world
 
 
 def plain_batches(
@@ -174,20 +224,23 @@ def plain_batches(
         yield dataset.normalise(split.images[start:stop]), split.labels[start:stop]
 
 
-def flip_labels(labels: Tensor, share: float, num_classes: int, seed: int = NOISE_SEED) -> Tensor:
-    """A copy in which round(share * N) labels are wrong: another class, each equally likely."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
-    shift = torch.randint(1, num_classes, (len(chosen),), generator=generator)
-    noisy = labels.clone()
-    noisy[chosen] = (labels[chosen] + shift) % num_classes
-    return noisy
-
-
 def split_indices(count: int, held_out: int, seed: int = SPLIT_SEED) -> tuple[Tensor, Tensor]:
     """(training, held out): disjoint, as torch.utils.data.random_split takes them."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[: count - held_out], order[count - held_out :]
+
+
+def canonical_order(split: Split) -> Tensor:
+    """The images in the order of a hash of pixels and label, int64 (N,).
+
+    So a split does not depend on the files that the images came in.
+    """
+    images = split.images.numpy()
+    digests = [
+        hashlib.blake2b(b"%d " % label + image.tobytes(), digest_size=16).digest()
+        for image, label in zip(images, split.labels.tolist(), strict=True)
+    ]
+    return torch.tensor(sorted(range(len(digests)), key=digests.__getitem__))
 
 
 def load_dataset(config: Config, device: torch.device) -> Dataset:
@@ -197,7 +250,7 @@ def load_dataset(config: Config, device: torch.device) -> Dataset:
         DataError: it is neither at hand nor to be downloaded, a file is damaged, or it has fewer
             than train_samples.
     """
-    dataset = LOADERS[config.dataset](config.data_root)
+    dataset: Dataset = DATASETS[config.dataset].make(config)
     count = config.train_samples or len(dataset.train)
     if count > len(dataset.train):
         raise DataError(
@@ -205,23 +258,47 @@ def load_dataset(config: Config, device: torch.device) -> Dataset:
             f"{len(dataset.train)}"
         )
     # The training split was drawn at random: its beginning is a random part of it.
-    known = Split(dataset.train.images[:count], dataset.train.labels[:count])
-    noisy = flip_labels(known.labels, config.label_noise, dataset.num_classes)
-
-    def moved(images: Tensor, labels: Tensor) -> Split:
-        return Split(images.to(device), labels.to(device))
-
+    train, val = dataset.train[:count], dataset.val
+    noisy, noisy_val = _noisy_labels(config, replace(dataset, train=train))
+    if noisy is not None:
+        train = replace(train, labels=noisy, true_labels=train.labels)
+    augmentation = dataset.augmentation if config.augmentation else Augmentation()
     return replace(
         dataset,
-        train=moved(known.images, noisy),
-        val=moved(dataset.val.images, dataset.val.labels),
-        test=moved(dataset.test.images, dataset.test.labels),
+        train=train.to(device),
+        val=val.to(device),
+        test=dataset.test.to(device),
         mean=dataset.mean.to(device),
         std=dataset.std.to(device),
+        augmentation=augmentation,
+        noisy_val_labels=None if noisy_val is None else noisy_val.to(device),
     )
 
 
-def _digits(data_root: str) -> Dataset:
+def _noisy_labels(config: Config, dataset: Dataset) -> tuple[Tensor | None, Tensor | None]:
+    """The labels of the training and the validation images, with noise; None where there is
+    none."""
+    train, val, classes = dataset.train, dataset.val, dataset.num_classes
+    share = config.label_noise
+    if config.label_noise_file:
+        given = noise.read_labels(Path(config.label_noise_file), dataset.file_images, classes)
+        assert train.positions is not None
+        return given[train.positions], None if val.positions is None else given[val.positions]
+    if not share:
+        return None, None
+    if config.label_noise_kind == "asymmetric":
+        partner = noise.confused_with(config.dataset, classes)
+        return (
+            noise.confuse_labels(train.labels, share, partner),
+            noise.confuse_labels(val.labels, share, partner, noise.SEED + 1),
+        )
+    return (
+        noise.flip_labels(train.labels, share, classes),
+        noise.flip_labels(val.labels, share, classes, noise.SEED + 1),
+    )
+
+
+def digits(config: Config) -> Dataset:
     """scikit-learn's 1797 digits of 8x8 pixels in 0..16: 1000 / 297 / 500, stratified."""
     # Here, because scikit-learn takes a second to import and CIFAR-100 does not need it.
     from sklearn.datasets import load_digits
@@ -237,40 +314,52 @@ def _digits(data_root: str) -> Dataset:
     pixels = torch.from_numpy(images).to(torch.uint8).view(-1, 1, 8, 8)
     targets = torch.from_numpy(labels).long()
     known = pixels[train].float() / 255
+    everything = Split(pixels, targets, positions=torch.arange(len(targets)))
     return Dataset(
-        train=Split(pixels[train], targets[train]),
-        val=Split(pixels[val], targets[val]),
-        test=Split(pixels[test], targets[test]),
+        train=everything[torch.tensor(train)],
+        val=everything[torch.tensor(val)],
+        test=everything[torch.tensor(test)],
         num_classes=10,
         mean=known.mean().view(1, 1, 1, 1),
         std=known.std().view(1, 1, 1, 1),
         # A mirrored digit is another sign, and a hole in 8x8 pixels hides too much.
         augmentation=Augmentation(padding=1),
+        file_images=len(everything),
     )
 
 
-def _hold_out(
-    known: Split,
-    test: Split,
-    num_classes: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    augmentation: Augmentation,
-) -> Dataset:
-    """A data set whose validation split is 5,000 of the training images, as in the report."""
-    train, val = split_indices(len(known), held_out=5000)
-    return Dataset(
-        train=Split(known.images[train], known.labels[train]),
-        val=Split(known.images[val], known.labels[val]),
-        test=test,
-        num_classes=num_classes,
-        mean=torch.tensor(mean).view(1, -1, 1, 1),
-        std=torch.tensor(std).view(1, -1, 1, 1),
-        augmentation=augmentation,
-    )
+def _hold_out(known: Split, order: Tensor, held_out: int) -> tuple[Split, Split]:
+    """(training, validation): held_out of the images, taken in this order, are for validation."""
+    known = replace(known, positions=torch.arange(len(known)))
+    train, val = split_indices(len(known), held_out)
+    return known[order[train]], known[order[val]]
+
+
+def _channels(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+
+
+def _wrong_checksum(name: str, root: Path) -> Path | None:
+    """The first of CIFAR's unpacked files that is not what its checksum says."""
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    kind = {"CIFAR-10": datasets.CIFAR10, "CIFAR-100": datasets.CIFAR100}.get(name)
+    if kind is None:
+        return None
+    for file, checksum in [*kind.train_list, *kind.test_list]:
+        path = root / kind.base_folder / file
+        if path.exists() and not check_integrity(str(path), checksum):
+            return path
+    return None
 
 
 def _missing(name: str, data_root: str, error: Exception, holds: str) -> DataError:
+    if (damaged := _wrong_checksum(name, Path(data_root))) is not None:
+        return DataError(
+            f"'{damaged}' has a wrong checksum: it is damaged, or no file of {name}; put the right "
+            "one in its place, or remove it with a network to download it again"
+        )
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(
         f"{name} is not in '{data_root}' and could not be downloaded ({reason}): connect to the "
@@ -279,8 +368,21 @@ def _missing(name: str, data_root: str, error: Exception, holds: str) -> DataErr
     )
 
 
-def _cifar(data_root: str, name: str, folder: str) -> tuple[Split, Split]:
-    """(training, test) of CIFAR-10 or CIFAR-100, from torchvision's files."""
+def _cifar(config: Config, name: str, folder: str, classes: Sequence[str]) -> tuple[Split, Split]:
+    """(training, test) of CIFAR-10 or CIFAR-100, from torchvision's files or class folders."""
+    root = Path(config.data_root)
+    if has_class_folders(root):
+        parts = []
+        for part in ("train", "test"):
+            images, labels, found = read_class_folders(root / part)
+            if list(found) != list(classes) or images.shape[1:] != (3, 32, 32):
+                raise DataError(
+                    f"'{root / part}' is not {name}: allowed are the folders {classes[0]}, "
+                    f"{classes[1]}, ... {classes[-1]} with images of 32x32 pixels; other images "
+                    "are --dataset=folder"
+                )
+            parts.append(Split(images, labels))
+        return parts[0], parts[1]
     # Here, because torchvision takes seconds to import and the digits do not need it.
     from torchvision import datasets
 
@@ -288,44 +390,105 @@ def _cifar(data_root: str, name: str, folder: str) -> tuple[Split, Split]:
 
     def read(train: bool) -> Split:
         try:
-            part = kind(data_root, train=train, download=True)
+            part = kind(config.data_root, train=train, download=True)
         except (OSError, RuntimeError) as error:
-            raise _missing(name, data_root, error, f"the unpacked folder {folder}") from None
+            holds = f"the unpacked folder {folder}, or train/CLASS/IMAGE and test/CLASS/IMAGE"
+            raise _missing(name, config.data_root, error, holds) from None
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
         return Split(images, torch.tensor(part.targets))
 
     return read(train=True), read(train=False)
 
 
-# The report's, which suits CIFAR-10 too.
-CIFAR_AUGMENTATION = Augmentation(padding=4, flip=True, cutout=16)
-
-
-def _cifar100(data_root: str) -> Dataset:
+def cifar100(config: Config) -> Dataset:
     """CIFAR-100 as the report uses it: 45,000 / 5,000 / 10,000."""
-    return _hold_out(
-        *_cifar(data_root, "CIFAR-100", "cifar-100-python"),
-        num_classes=100,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        augmentation=CIFAR_AUGMENTATION,
-    )
+    known, test = _cifar(config, "CIFAR-100", "cifar-100-python", noise.CIFAR100_CLASSES)
+    return _cifar_protocol(known, test, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 100)
 
 
-def _cifar10(data_root: str) -> Dataset:
+def cifar10(config: Config) -> Dataset:
     """CIFAR-10 with the protocol of CIFAR-100: 45,000 / 5,000 / 10,000."""
-    return _hold_out(
-        *_cifar(data_root, "CIFAR-10", "cifar-10-batches-py"),
-        num_classes=10,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        augmentation=CIFAR_AUGMENTATION,
+    known, test = _cifar(config, "CIFAR-10", "cifar-10-batches-py", noise.CIFAR10_CLASSES)
+    return _cifar_protocol(known, test, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 10)
+
+
+def _cifar_protocol(
+    known: Split, test: Split, mean: Sequence[float], std: Sequence[float], num_classes: int
+) -> Dataset:
+    # A tenth, as 5,000 of 50,000 are: a part of the images in class folders will do.
+    train, val = _hold_out(known, canonical_order(known), len(known) // 10)
+    return Dataset(
+        train=train,
+        val=val,
+        test=test,
+        num_classes=num_classes,
+        mean=_channels(mean),
+        std=_channels(std),
+        # The report's, which suits CIFAR-10 too.
+        augmentation=Augmentation(padding=4, flip=True, cutout=16),
+        file_images=len(known),
     )
 
 
-def _fashion(data_root: str) -> Dataset:
+def folder(config: Config) -> Dataset:
+    """Class folders in train/ and test/; validation images in val/, else a tenth of train/."""
+    root, size = Path(config.data_root), config.image_size
+    images, labels, classes = read_class_folders(root / "train", size)
+    known = Split(images, labels)
+
+    def other(part: str) -> Split:
+        images, labels, found = read_class_folders(root / part, size)
+        if found != classes or images.shape[1:] != known.images.shape[1:]:
+            width, own = images.shape[-1], known.images.shape[-1]
+            raise DataError(
+                f"'{root / part}' has {len(found)} classes and images of {width}x{width} pixels, "
+                f"'{root / 'train'}' {len(classes)} and {own}x{own}: both must have the same class "
+                "folders and sizes (--image_size=N resizes)"
+            )
+        return Split(images, labels)
+
+    test = other("test")
+    if (root / "val").is_dir():
+        train, val = replace(known, positions=torch.arange(len(known))), other("val")
+        train = train[split_indices(len(known), 0)[0]]  # train_samples takes the first of them
+    else:
+        train, val = _hold_out(known, canonical_order(known), len(known) // 10)
+    if not len(val):
+        raise DataError(
+            f"'{root / 'train'}' has {len(known)} images, a tenth of which would be for "
+            "validation: allowed are 10 or more, or validation images in val/"
+        )
+    mean, std = _statistics(train.images)
+    return Dataset(
+        train=train,
+        val=val,
+        test=test,
+        num_classes=len(classes),
+        mean=mean,
+        std=std,
+        augmentation=Augmentation(padding=max(1, images.shape[-1] // 8), flip=True),
+        file_images=len(known),
+    )
+
+
+def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel, of pixels in [0, 1]; a part at a time."""
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for part in images.split(1000):
+        for channel, pixels in enumerate(part.transpose(0, 1)):
+            counts[channel] += torch.bincount(pixels.flatten().long(), minlength=256)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    shares = counts / counts.sum(1, keepdim=True)
+    mean = (shares * values).sum(1, keepdim=True)
+    std = (shares * (values - mean).square()).sum(1).sqrt()
+    # A channel of one value has none; such pixels are 0 then.
+    std = torch.where(std > 0, std, 1.0)
+    return _channels(mean.flatten().tolist()), _channels(std.tolist())
+
+
+def fashion(config: Config) -> Dataset:
     """Fashion-MNIST: 55,000 / 5,000 / 10,000 images of 28x28 pixels."""
-    folder = _fashion_folder(data_root)
+    folder = _fashion_folder(config.data_root)
 
     def read(part: str) -> Split:
         images = read_idx(_idx_file(folder, f"{part}-images-idx3-ubyte"))
@@ -337,14 +500,18 @@ def _fashion(data_root: str) -> Dataset:
             )
         return Split(images[:, None], labels.long())
 
-    return _hold_out(
-        read("train"),
-        read("t10k"),
+    known = read("train")
+    train, val = _hold_out(known, torch.arange(len(known)), 5000)
+    return Dataset(
+        train=train,
+        val=val,
+        test=read("t10k"),
         num_classes=10,
-        mean=(0.2860,),
-        std=(0.3530,),
+        mean=_channels((0.2860,)),
+        std=_channels((0.3530,)),
         # Clothes may be mirrored; a hole of half the width, as in CIFAR, hides too much of them.
         augmentation=Augmentation(padding=4, flip=True),
+        file_images=len(known),
     )
 
 
@@ -401,11 +568,3 @@ def read_idx(path: Path) -> Tensor:
         ) from None
     pixels = np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions)
     return torch.from_numpy(pixels.reshape(shape).copy())
-
-
-LOADERS: dict[str, Callable[[str], Dataset]] = {
-    "cifar100": _cifar100,
-    "cifar10": _cifar10,
-    "fashion": _fashion,
-    "digits": _digits,
-}

@@ -6,6 +6,7 @@ changes nothing but the rounding. Rank 0 writes.
 """
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from train.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,13 @@ class Processes:
         if self.world > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def mean_(self, *tensors: Tensor) -> None:
+        """Replace each tensor by its mean over the processes."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor /= self.world
 
     def wait(self) -> None:
         """For all others."""
@@ -65,6 +75,27 @@ def process_group(device: str) -> Iterator[Processes]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@functools.lru_cache
+def own_group(size: int) -> Any:
+    """The group of `size` processes that this one is in: neighbours, in the order of the ranks.
+
+    Raises:
+        ConfigError: the processes do not divide into such groups.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world % size:
+        raise ConfigError(
+            f"perturbation_group={size} does not divide {world} processes: allowed are "
+            f"{', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
+        )
+    if not dist.is_initialized():
+        raise ConfigError(
+            "perturbation=group is for several processes: start them with torchrun; allowed here "
+            "global"
+        )
+    return dist.new_subgroups(size)[0]
 
 
 class _SumOfProcesses(torch.autograd.Function):
@@ -130,12 +161,15 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
-def mean_loss(logits: Tensor, labels: Tensor, batch: int, world: int) -> Tensor:
+def mean_loss(
+    logits: Tensor, labels: Tensor, batch: int, world: int, smoothing: float = 0.0
+) -> Tensor:
     """A share's part of the mean cross-entropy of a batch; the mean over processes is the whole.
 
     Args:
         batch: images of the batch in all processes together.
+        smoothing: the share of each label that all classes get alike.
     """
-    loss = F.cross_entropy(logits, labels)
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     # The shares may differ by one image.
     return loss if world == 1 else loss * (len(labels) * world / batch)

@@ -35,3 +35,22 @@ class VerificationError(DriverError):
 
 class NumericsError(DriverError):
     """An eigensolver did not converge."""
+
+
+class InUseError(CheckpointError):
+    """Another process works in the folder."""
+
+
+class StorageError(DriverError):
+    """A file could not be written."""
+
+    exit_code = 2
+
+
+class TerminatedError(DriverError):
+    """The process was told to end, by SIGTERM; what it did until then is saved.
+
+    The exit code is that of sysexits' EX_TEMPFAIL: a queue may start the same command again.
+    """
+
+    exit_code = 75

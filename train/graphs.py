@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Losses, one per pass, and the number of right answers.
+# Losses, one per pass, and the predicted classes.
 Outputs = tuple[list[Tensor], Tensor]
 Step = Callable[[Tensor, Tensor], Outputs]
 # From something to do to what does it again, on the same memory.
@@ -62,5 +62,5 @@ class GraphedStep:
             self._again = self._capture(lambda: self._step(self._images, self._labels))
         self._images.copy_(images)
         self._labels.copy_(labels)
-        losses, right = self._again()
-        return [loss.clone() for loss in losses], right.clone()
+        losses, predicted = self._again()
+        return [loss.clone() for loss in losses], predicted.clone()

@@ -1,6 +1,7 @@
 """Optimizers by name, from a configuration."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +9,9 @@ from torch import nn
 
 import samkernels
 from train.config import Config
+from train.distributed import own_group
+from train.errors import ConfigError
+from train.registry import OPTIMIZERS
 
 
 class OnePassOptimizer(Protocol):
@@ -23,8 +27,12 @@ class OnePassOptimizer(Protocol):
 class TwoPassOptimizer(Protocol):
     """What it uses of the SAM family."""
 
-    def first_step(self) -> None:
-        """Take the gradients over and move the weights to w + e(w)."""
+    def first_pass(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Around the first pass: gradients are averaged over the processes that perturb alike."""
+
+    def first_step(self) -> bool:
+        """Take the gradients over and move the weights to w + e(w). Returns whether there is a
+        second pass; if not, the weights stay where they are."""
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and update them."""
@@ -33,50 +41,88 @@ class TwoPassOptimizer(Protocol):
         """Undo first_step."""
 
 
-SAM_FAMILY = {
-    "sam": samkernels.SAM,
-    "samdirection": samkernels.SAMDirection,
-    "sammagnitude": samkernels.SAMMagnitude,
-}
-
-
 def build_optimizer(
-    params: Iterable[nn.Parameter], config: Config, backend: str | None = None
+    params: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+    config: Config,
+    backend: str | None = None,
+    norms: Container[str] = (),
 ) -> Any:
-    """torch.optim.SGD, SGDHess, or one of the SAM family over SGD.
+    """The optimizer of the row of OPTIMIZERS, over SGD or AdamW where it is of the SAM family.
 
     Args:
-        params: the parameters to train.
+        params: the parameters to train, with their names or without.
         config: opt_name and its hyperparameters.
-        backend: overrides config.backend; torch.optim.SGD has none.
+        backend: overrides config.backend; torch's optimizers have none.
+        norms: for subset=norm, the names of the parameters of normalisation layers.
+
+    Raises:
+        ConfigError: it does not take these options.
     """
-    base_options: dict[str, Any] = {
-        "lr": config.lr,
-        "momentum": config.momentum,
-        "weight_decay": config.wd,
-        "nesterov": config.nesterov,
-    }
-    if config.opt_name == "sgd":
-        return torch.optim.SGD(params, **base_options)
-    if config.opt_name == "sgdhess":
-        return samkernels.SGDHess(
-            params,
-            rho=config.rho,
-            seed=config.seed,
-            backend=backend or config.backend,
-            **base_options,
-        )
-    options: dict[str, Any] = {"rho": config.rho, "adaptive": config.adaptive}
-    if config.opt_name != "sam":
-        options["granularity"] = config.granularity
-    return SAM_FAMILY[config.opt_name](
-        params, torch.optim.SGD, backend=backend or config.backend, **options, **base_options
-    )
+    row = OPTIMIZERS[config.opt_name]
+    given: list[Any] = list(params)
+    if not (row.needs_names or config.subset == "norm"):
+        given = [p[1] if isinstance(p, tuple) else p for p in given]
+    options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.wd}
+    base: type[torch.optim.Optimizer] = torch.optim.AdamW
+    if "adamw" not in (config.opt_name, config.base):
+        base = torch.optim.SGD
+        options |= {"momentum": config.momentum, "nesterov": config.nesterov}
+    if row.step == "plain":
+        return row.make(given, **options)
+    options |= {"rho": config.rho, "backend": backend or config.backend}
+    options |= {name: getattr(config, name) for name in row.keys}
+    if not options.get("max_norm", 1):
+        del options["max_norm"]
+    if row.step == "hessian":
+        return row.make(given, seed=config.seed, **options)
+    options |= _axes(config, norms)
+    if row.step == "two passes":
+        options["perturbation"] = config.perturbation
+    if config.perturbation == "group":
+        options["process_group"] = own_group(config.perturbation_group)
+    try:
+        return row.make(given, base, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"opt_name={config.opt_name}: {error}") from None
+
+
+def _axes(config: Config, norms: Container[str]) -> dict[str, Any]:
+    """What composes with every one of the family."""
+    axes: dict[str, Any] = {"adaptive": config.adaptive, "eta": config.eta}
+    axes["norm"] = None if config.norm == "none" else config.norm
+    if config.scaling != "auto":
+        axes["scaling"] = config.scaling
+    if config.subset == "norm":
+        axes["subset"] = lambda name: name in norms
+    if config.policy is not None:
+        name, number = config.policy
+        if name == "bernoulli":
+            axes["when"] = samkernels.Bernoulli(number, config.seed)
+        else:
+            policies = {"periodic": samkernels.Periodic, "from": samkernels.FromStep}
+            axes["when"] = policies[name](int(number))
+    return axes
+
+
+def names_of_norms(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of normalisation layers.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    try:
+        norms = {id(p) for p in samkernels.norm_parameters(model)}
+    except ValueError:
+        raise ConfigError(
+            "subset=norm with a model that has no normalisation layers: allowed all"
+        ) from None
+    return frozenset(name for name, p in model.named_parameters() if id(p) in norms)
 
 
 def backend_names(optimizer: Any) -> dict[str, str]:
     """Which backend serves which tensors, such as {"cpu float32": "native"}."""
-    if isinstance(optimizer, torch.optim.SGD):
+    if type(optimizer) in (torch.optim.SGD, torch.optim.AdamW):
         first = optimizer.param_groups[0]["params"][0]
-        return {f"{first.device} {str(first.dtype).removeprefix('torch.')}": "torch.optim.SGD"}
+        name = f"torch.optim.{type(optimizer).__name__}"
+        return {f"{first.device} {str(first.dtype).removeprefix('torch.')}": name}
     return dict(optimizer.backends)

@@ -12,8 +12,8 @@ LINE_EVERY = 10.0  # seconds
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Standard output; wide enough for the tables where it is no terminal and has no width."""
-    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=120, quiet=quiet)
+    """Standard output; 80 columns where it is no terminal and has no width."""
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=80, quiet=quiet)
 
 
 def duration(seconds: float) -> str:

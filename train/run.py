@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import math
+import os
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +17,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import samkernels
-from train import results
-from train.checkpoint import LEFT_ALONE, check_same_run, load_checkpoint, save_checkpoint
-from train.config import Config
-from train.data import Dataset, Split, load_dataset, plain_batches, train_batches
+from train import report, results
+from train.checkpoint import (
+    LEFT_ALONE,
+    check_same_run,
+    load_checkpoint,
+    locked,
+    save_checkpoint,
+)
+from train.config import FIELDS, Config
+from train.data import Dataset, Split, load_dataset, plain_batches, train_batches, visits
 from train.distributed import (
     ALONE,
     Processes,
@@ -25,20 +35,29 @@ from train.distributed import (
     process_group,
     synchronise_batchnorm,
 )
-from train.errors import CheckpointError, ConfigError, DivergedError
+from train.errors import CheckpointError, ConfigError, DivergedError, TerminatedError
 from train.graphs import CudaCapture, GraphedStep
 from train.models import build_model
-from train.optimizers import OnePassOptimizer, TwoPassOptimizer, backend_names, build_optimizer
+from train.optimizers import (
+    OnePassOptimizer,
+    TwoPassOptimizer,
+    backend_names,
+    build_optimizer,
+    names_of_norms,
+)
 from train.progress import RunProgress, make_console
+from train.registry import OPTIMIZERS
 from train.sharpness import measure
+from train.termination import Termination
 from train.timing import StepTimer
-from train.trackers import make_tracker, scalars
+from train.trackers import Several, Tracker, make_tracker, scalars
 from train.verify import Lockstep
 
 EVAL_BATCH = 1000
 WARMUP_STEPS = 10  # not timed after the lockstep steps, where a single epoch is all there is
 GRAPH_AFTER = 5  # steps of a run, before one is recorded
 CUDA_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the device
+MEASURED = ("lambda_max", "trace", "sharpness", "largest_eigenvalue", "negative_share")
 STATISTICS = samkernels.ops.GradientStatistics._fields
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -57,20 +76,33 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def plain_fp32() -> None:
-    """No TF32, as in the report and as the comparison with the reference needs it; and the same
-    sums at every pass, without which a resumed run would not come out the same."""
+def set_numerics(precision: str = "fp32") -> None:
+    """TF32 in convolutions where the precision is tf32, which is torch's default, and nowhere else;
+    and the same sums at every pass, without which a resumed run would not come out the same."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def build_scheduler(optimizer: Any, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate per epoch."""
+    """The learning rate per epoch: lr i / (n + 1) in the i-th of n epochs of warm-up, then the
+    scheduler's over the epochs that are left."""
+    factor = config.lr_gamma if config.scheduler == "exponential" else 1.0
+    warmup = config.warmup_epochs
+
+    def share(epoch: int) -> float:
+        if epoch < warmup:
+            return (epoch + 1) / (warmup + 1)
+        done = epoch - warmup
+        if config.scheduler == "cosine":
+            return (1 + math.cos(math.pi * done / (config.epochs - warmup))) / 2
+        return factor**done
+
+    if warmup:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     if config.scheduler == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
-    factor = config.lr_gamma if config.scheduler == "exponential" else 1.0
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, factor)
 
 
@@ -83,7 +115,7 @@ def sgd_step(
     observe: Callable[[], object] = lambda: None,
     backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> tuple[list[Tensor], Tensor]:
-    """One pass and an update. Returns its loss, in a list, and the number of right answers.
+    """One pass and an update. Returns its loss, in a list, and the predicted classes.
 
     Args:
         forward: images and labels to loss and logits.
@@ -96,35 +128,44 @@ def sgd_step(
     with timer.optimizer():
         optimizer.step()
     optimizer.zero_grad()
-    return [loss.detach()], (logits.argmax(1) == labels).sum()
+    return [loss.detach()], logits.argmax(1)
 
 
 def sam_step(
     forward: Forward,
     model: nn.Module,
+    network: Any,
     optimizer: TwoPassOptimizer,
     images: Tensor,
     labels: Tensor,
     timer: StepTimer,
 ) -> tuple[list[Tensor], Tensor]:
-    """Two passes and an update. Returns the losses at w and w + e(w), and the right answers at w.
+    """Two passes and an update. Returns the losses at w and w + e(w), and what is predicted at w.
+    Where the optimizer wants no second pass, there is one loss.
 
     Batch-norm statistics are those of the first pass.
+
+    Args:
+        network: the model, or what averages its gradients over processes.
     """
-    first, logits = forward(images, labels)
-    first.backward()
+    with optimizer.first_pass(network):
+        first, logits = forward(images, labels)
+        first.backward()
+    losses = [first.detach()]
     with timer.optimizer():
-        optimizer.first_step()
-    try:
-        with samkernels.frozen_batchnorm_stats(model):
-            second, _ = forward(images, labels)
-            second.backward()
-    except BaseException:
-        optimizer.restore()
-        raise
+        has_second_pass = optimizer.first_step()
+    if has_second_pass:
+        try:
+            with samkernels.frozen_batchnorm_stats(model):
+                second, _ = forward(images, labels)
+                second.backward()
+        except BaseException:
+            optimizer.restore()
+            raise
+        losses.append(second.detach())
     with timer.optimizer():
         optimizer.second_step(zero_grad=True)
-    return [first.detach(), second.detach()], (logits.argmax(1) == labels).sum()
+    return losses, logits.argmax(1)
 
 
 @torch.no_grad()
@@ -134,24 +175,47 @@ def evaluate(
     dataset: Dataset,
     split: Split,
     processes: Processes = ALONE,
-) -> tuple[float, float]:
+    *others: Tensor,
+) -> tuple[float, ...]:
     """(mean cross-entropy, accuracy as a share) in eval mode; the mode is put back.
 
     Each process takes every world-th image.
+
+    Args:
+        others: labels of the same images, int64 (N,), for an accuracy more each.
     """
     training = model.training
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=split.labels.device)
-    right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
     every = slice(processes.rank, None, processes.world)
-    part = Split(split.images[every], split.labels[every])
-    for images, labels in plain_batches(dataset, part, EVAL_BATCH):
+    predicted = [split.labels[:0]]  # a process may have no image
+    for images, labels in plain_batches(dataset, split[every], EVAL_BATCH):
         logits = forward(images).float()
         loss += nn.functional.cross_entropy(logits, labels, reduction="sum")
-        right += (logits.argmax(1) == labels).sum()
+        predicted.append(logits.argmax(1))
     model.train(training)
+    answers = torch.cat(predicted)
+    right = torch.stack([(answers == labels[every]).sum() for labels in (split.labels, *others)])
     processes.sum_(loss, right)
-    return float(loss) / len(split), float(right) / len(split)
+    return float(loss) / len(split), *(count / len(split) for count in right.tolist())
+
+
+def accuracy_by_label(counts: Tensor) -> dict[str, float]:
+    """Shares of the training images of an epoch, as they were predicted in its passes.
+
+    clean_accuracy: of those with the right label, predicted so; mislabelled_accuracy: of those with
+    a wrong label, predicted as it says (learnt by heart); mislabelled_true_accuracy: predicted as
+    what they are.
+
+    Args:
+        counts: int64 (5,): clean, of them right; mislabelled, of them as labelled, and as they are.
+    """
+    clean, right, mislabelled, learnt, seen_through = counts.tolist()
+    found = {"clean_accuracy": right / clean} if clean else {}
+    if mislabelled:
+        found["mislabelled_accuracy"] = learnt / mislabelled
+        found["mislabelled_true_accuracy"] = seen_through / mislabelled
+    return found
 
 
 class Training:
@@ -159,15 +223,16 @@ class Training:
 
     def __init__(self, config: Config, processes: Processes = ALONE) -> None:
         self.config, self.processes = config, processes
-        if config.opt_name == "sgdhess" and processes.world > 1:
+        self.row = OPTIMIZERS[config.opt_name]
+        if self.row.step == "hessian" and processes.world > 1:
             raise ConfigError(
-                f"opt_name=sgdhess in {processes.world} processes: batch normalisation over "
-                "processes has no second derivatives; allowed one process, without torchrun"
+                f"opt_name={config.opt_name} in {processes.world} processes: batch normalisation "
+                "over processes has no second derivatives; allowed one process, without torchrun"
             )
         self.device = pick_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        plain_fp32()
+        set_numerics(config.precision)
         # The writer first: it may have to download what the others find then.
         if processes.writes:
             self.dataset = load_dataset(config, self.device)
@@ -177,30 +242,33 @@ class Training:
         self._check_batches()
         if config.cuda_graph:
             self._check_graph()
-        channels, classes = self.dataset.train.images.shape[1], self.dataset.num_classes
         torch.manual_seed(config.seed)
         # Made on the CPU: the same weights on every device.
-        self.model = build_model(config.model, channels, classes).to(self.device)
+        shape = self.dataset.train.images.shape[1:]
+        self.model = build_model(config.model, shape, self.dataset.num_classes).to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
         network = self.model
         if processes.world > 1:
-            self.model = synchronise_batchnorm(self.model, self.device)
+            # Processes that perturb each on its own are to see their own share only.
+            if config.perturbation == "global":
+                self.model = synchronise_batchnorm(self.model, self.device)
             network = parallel(self.model, self.device)
         # `model` has the weights and their names; `network` is what the steps call.
-        self.network: Callable[[Tensor], Tensor] = network
+        self.network: Any = network
         if config.compile:
             self.network = torch.compile(network)
-        self.optimizer = build_optimizer(self.model.parameters(), config)
+        norms = names_of_norms(self.model) if config.subset == "norm" else frozenset()
+        self.optimizer = build_optimizer(self.model.named_parameters(), config, norms=norms)
         self.scheduler = build_scheduler(self.optimizer, config)
         self.timer = StepTimer(self.device)
         self.lockstep: Lockstep | None = None
         self.verification: dict[str, Any] | None = None
-        if config.opt_name != "sgd" and config.verify_steps:
+        if self.row.step != "plain" and config.verify_steps:
             self.lockstep = Lockstep(
                 self.model,
                 self.optimizer,
-                lambda params: build_optimizer(params, config, backend="reference"),
+                lambda params: build_optimizer(params, config, "reference", norms),
             )
         self.graphed: GraphedStep | None = None
         if config.cuda_graph:
@@ -209,7 +277,13 @@ class Training:
             self.graphed = GraphedStep(self._recorded_step, capture)
         self.steps_per_epoch = math.ceil(len(self.dataset.train) / config.batch_size)
         self.done = self.resumed = 0
+        self.last_test: tuple[float, ...] = ()  # loss and accuracy after the last epoch
         self.history: list[dict[str, float]] = []
+        # Of the epoch that is under way, where training stopped within one.
+        self.partial: dict[str, Any] | None = None
+        self.id = uuid.uuid4().hex  # of this run, in all of its files
+        # Takes the losses of every log_every-th step: epoch, step and values.
+        self.log_step: Callable[[int, int, dict[str, float]], object] = lambda *_: None
 
     @property
     def best(self) -> dict[str, float]:
@@ -218,13 +292,19 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """All that a bit-exact continuation needs. The order of the data follows from the seed."""
+        with self._unperturbed():
+            weights = self.model.state_dict()
+            if self.row.step == "one pass":  # they move on when the weights are perturbed again
+                weights = {name: value.clone() for name, value in weights.items()}
         generators = [torch.get_rng_state()]
         if self.device.type == "cuda":
             generators.append(torch.cuda.get_rng_state(self.device))
         return {
+            "id": self.id,
             "config": dataclasses.asdict(self.config),
             "epoch": len(self.history),
-            "model": self.model.state_dict(),
+            "partial": self.partial,
+            "model": weights,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "generators": generators,
@@ -233,6 +313,19 @@ class Training:
             "verification": self.verification,
             "lockstep": self.lockstep.state() if self.lockstep else None,
         }
+
+    def take_weights(self, weights: dict[str, Any]) -> None:
+        """The model's, after the last step."""
+        if self.row.step == "one pass":
+            self.optimizer.restore()  # it would put those of the last step there later
+        self.model.load_state_dict(weights)
+
+    def _unperturbed(self) -> contextlib.AbstractContextManager[None]:
+        """The weights are w, also those of an optimizer that perturbs them between its steps."""
+        if self.row.step != "one pass":
+            return contextlib.nullcontext()
+        found: contextlib.AbstractContextManager[None] = self.optimizer.unperturbed()
+        return found
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from what state() returned."""
@@ -244,16 +337,27 @@ class Training:
             torch.cuda.set_rng_state(state["generators"][1].cpu(), self.device)
         self.history, self.done = state["history"], state["done"]
         self.resumed = len(self.history)
+        self.partial, self.id = state.get("partial"), state.get("id", "")
         self.verification = state["verification"]
         if self.lockstep and state["lockstep"]:
             self.lockstep.load(state["lockstep"])
-        else:
+        # verify_steps may be another one than before.
+        if self.lockstep and (not state["lockstep"] or self._is_verified()):
             self.lockstep = None
 
-    def epoch(self, number: int, progress: RunProgress) -> dict[str, float]:
+    def epoch(
+        self, number: int, progress: RunProgress, stops: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
         """Train epoch `number` (from 1) and evaluate it. Returns its entry of the history.
 
+        Goes on within the epoch where `partial` says so.
+
+        Args:
+            stops: asked after steps; True: the state is that after the step, with what a
+                continuation needs in `partial`.
+
         Raises:
+            TerminatedError: `stops` was True in one of the processes.
             DivergedError: a loss is not finite; names the epoch, the step and the pass.
             VerificationError: see Lockstep.
         """
@@ -261,9 +365,21 @@ class Training:
         self.model.train()
         losses: list[Tensor] = []
         observed: list[Tensor] = []
+        answers: list[Tensor] = []
+        earlier_counts = torch.zeros(5, dtype=torch.int64, device=self.device)
         weighted = torch.zeros((), dtype=torch.float64, device=self.device)
         right = torch.zeros((), dtype=torch.int64, device=self.device)
-        seen = checked = 0
+        begin, before = 0, 0.0
+        if self.partial is not None:
+            begin, before = self.partial["step"], self.partial["seconds"]
+            if self.processes.rank == 0:  # sums over all of them
+                weighted += self.partial["weighted"].to(self.device)
+                right += self.partial["right"].to(self.device)
+            observed = [values.to(self.device) for values in self.partial["observed"]]
+            earlier_counts = self.partial["label_counts"].to(self.device)
+            self.partial = None
+        checked = begin
+        seen = skipped = begin * config.batch_size
         if self.graphed:
             self.graphed.forget()  # lr is another one now
         val_accuracy = self.history[-1]["val_accuracy"] if self.history else None
@@ -277,30 +393,60 @@ class Training:
             self.processes.rank,
             self.processes.world,
         )
-        for step in range(1, self.steps_per_epoch + 1):
+        batches = itertools.islice(batches, begin, None)
+        for step in range(begin + 1, self.steps_per_epoch + 1):
             observing = config.statistics_every > 0 and self.done % config.statistics_every == 0
             count = min(config.batch_size, len(self.dataset.train) - seen)
             with self.timer.step(self._counted(number) and not observing):
                 images, labels = next(batches)
-                taken, step_right = self._step(images, labels, count, observing, observed)
+                taken, predicted = self._step(images, labels, count, observing, observed)
             losses.append(torch.stack(taken))
             weighted += losses[-1][0] * count
-            right += step_right
+            right += (predicted == labels).sum()
+            if self.dataset.train.true_labels is not None:
+                answers.append(predicted)
             seen += count
             self.done += 1
-            if step % check_every == 0 or step == self.steps_per_epoch:
-                self._check_losses(losses[checked:], number, checked)
+            # Several processes ask one another, where they look at the losses anyway.
+            looks = step % check_every == 0 or step == self.steps_per_epoch
+            is_stopping = stops() if self.processes.world == 1 else False
+            if looks or is_stopping:
+                self._look_at_losses(losses[checked - begin :], number, checked)
                 checked = step
-                speed = seen / (time.perf_counter() - started)
+                speed = (seen - skipped) / (time.perf_counter() - started)
+                if self.processes.world > 1:
+                    asked = torch.tensor(float(stops()), device=self.device)
+                    self.processes.sum_(asked)
+                    is_stopping = bool(asked)
                 shown = [weighted / self.processes.world, right.double()]
                 self.processes.sum_(*shown)
                 loss, accuracy = (float(value) / seen for value in shown)
                 progress.update(self.done, number, loss, accuracy, val_accuracy, speed)
-        seconds = time.perf_counter() - started
+            if is_stopping and step < self.steps_per_epoch:
+                self.processes.sum_(weighted, right)
+                self.partial = {
+                    "step": step,
+                    "seconds": before + time.perf_counter() - started,
+                    "weighted": weighted,
+                    "right": right,
+                    "observed": observed,
+                    "label_counts": earlier_counts + self._label_counts(number, begin, answers),
+                }
+                raise TerminatedError(
+                    f"ended by SIGTERM in epoch {number}, after step {step} of "
+                    f"{self.steps_per_epoch}: the same command with --resume goes on there"
+                )
+        seconds = before + time.perf_counter() - started
         self.timer.collect()
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
-        val_loss, val_accuracy = self.evaluate(self.dataset.val)
+        if config.perturbation != "global":
+            # Batch norm saw shares: its statistics are the mean of theirs.
+            self.processes.mean_(*(b for b in self.model.buffers() if b.is_floating_point()))
+        noisy = self.dataset.noisy_val_labels
+        val_loss, val_accuracy, *val_noisy = self.evaluate(
+            self.dataset.val, *([] if noisy is None else [noisy])
+        )
         if not math.isfinite(val_loss):
             raise DivergedError(
                 f"the validation loss is not finite after epoch {number}: the run is stopped; a "
@@ -315,24 +461,59 @@ class Training:
             "val_accuracy": val_accuracy,
             "seconds": seconds,
         }
+        if val_noisy:
+            entry["val_noisy_accuracy"] = val_noisy[0]
+        if self.dataset.train.true_labels is not None:
+            counts = earlier_counts + self._label_counts(number, begin, answers)
+            entry |= accuracy_by_label(counts)
+        if config.test_every and number % config.test_every == 0:
+            entry["test_loss"], entry["test_accuracy"] = self.evaluate(self.dataset.test)
         if observed:
-            means = torch.stack(observed).double().mean(0).tolist()
+            means = torch.stack(observed).double().nanmean(0).tolist()
             # One pass has no second gradient to compare with.
             entry |= {k: v for k, v in zip(STATISTICS, means, strict=True) if not math.isnan(v)}
         self.history.append(entry)
         return entry
 
-    def evaluate(self, split: Split) -> tuple[float, float]:
-        """(mean cross-entropy, accuracy) of the weights as they are."""
+    def _label_counts(self, number: int, begin: int, answers: list[Tensor]) -> Tensor:
+        """int64 (5,), over all processes: what accuracy_by_label takes.
+
+        Args:
+            number: of the epoch.
+            begin: its steps before the first of the answers.
+            answers: predicted classes, by step.
+        """
+        train, config, processes = self.dataset.train, self.config, self.processes
+        counts = torch.zeros(5, dtype=torch.int64, device=self.device)
+        if answers and train.true_labels is not None:
+            predicted = torch.cat(answers)
+            place = (processes.rank, processes.world)
+            visited = visits(
+                self.dataset, config.batch_size, config.seed, number, *place, first=begin
+            )[: len(predicted)]
+            labels, true = train.labels[visited], train.true_labels[visited]
+            wrong = labels != true
+            counts = torch.stack(
+                [
+                    (~wrong).sum(), (predicted == true)[~wrong].sum(), wrong.sum(),
+                    (predicted == labels)[wrong].sum(), (predicted == true)[wrong].sum(),
+                ]
+            )  # fmt: skip
+        processes.sum_(counts)
+        return counts
+
+    def evaluate(self, split: Split, *others: Tensor) -> tuple[float, ...]:
+        """(mean cross-entropy, accuracy) at w; see evaluate()."""
 
         def forward(images: Tensor) -> Tensor:
             with self._autocast():
                 return self.model(self._laid_out(images))
 
-        return evaluate(forward, self.model, self.dataset, split, self.processes)
+        with self._unperturbed():
+            return evaluate(forward, self.model, self.dataset, split, self.processes, *others)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.precision == "fp32":
+        if self.config.precision != "bf16":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
@@ -368,7 +549,8 @@ class Training:
         def forward(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             with self._autocast():
                 logits = self.network(images).float()
-            return mean_loss(logits, labels, count, self.processes.world), logits
+            smoothing = self.config.label_smoothing
+            return mean_loss(logits, labels, count, self.processes.world, smoothing), logits
 
         def observe() -> None:
             if observing:
@@ -376,20 +558,23 @@ class Training:
 
         optimizer: Any = self.lockstep or self.optimizer
         batch = (images, labels, timer)
-        if self.config.opt_name == "sgd":
+        if self.row.step in ("plain", "one pass"):
             taken = sgd_step(forward, optimizer, *batch, observe)
-        elif self.config.opt_name == "sgdhess":
+        elif self.row.step == "hessian":
             taken = sgd_step(forward, optimizer, *batch, observe, optimizer.backward)
         else:
             self.optimizer.track_statistics = observing
-            taken = sam_step(forward, self.model, optimizer, *batch)
-            if observing:
+            taken = sam_step(forward, self.model, self.network, optimizer, *batch)
+            if observing and self.optimizer.statistics is not None:  # no second pass, none
                 observed.append(torch.stack(list(self.optimizer.statistics)))
         if self.lockstep is not None:
             self.verification = self.lockstep.summary()
-            if self.lockstep.steps == self.config.verify_steps:
+            if self._is_verified():
                 self.lockstep = None  # with the twin's weights and state
         return taken
+
+    def _is_verified(self) -> bool:
+        return self.lockstep is not None and self.lockstep.steps >= self.config.verify_steps
 
     def _single_statistics(self) -> Tensor:
         """STATISTICS where there is one gradient only: nan for the rest."""
@@ -397,14 +582,14 @@ class Training:
         grads = [p.grad for p in params if p.grad is not None]
         missing = torch.full((), math.nan, device=self.device)
         known = {
-            "first_grad_norm": samkernels.ops.norms(grads).total,
-            "weight_norm": samkernels.ops.norms([p.detach() for p in params]).total,
+            "first_grad_norm": samkernels.ops.dots(grads).total[0].sqrt(),
+            "weight_norm": samkernels.ops.dots([p.detach() for p in params]).total[0].sqrt(),
         }
         return torch.stack([known.get(name, missing) for name in STATISTICS])
 
     def _counted(self, epoch: int) -> bool:
         """Whether the next step's time counts: not while verified, nor while warming up."""
-        verified = 0 if self.config.opt_name == "sgd" else self.config.verify_steps
+        verified = 0 if self.row.step == "plain" else self.config.verify_steps
         warm = epoch > 1 or (self.config.epochs == 1 and self.done >= verified + WARMUP_STEPS)
         return warm and self.done >= verified
 
@@ -415,8 +600,12 @@ class Training:
             why = f"device={self.device.type}"
         elif self.processes.world > 1:
             why = f"{self.processes.world} processes"
-        elif config.opt_name == "sgdhess":
-            why = "opt_name=sgdhess, whose random vectors come from the host"
+        elif self.row.step == "hessian":
+            why = f"opt_name={config.opt_name}, whose random vectors come from the host"
+        elif self.row.step == "one pass":
+            why = f"opt_name={config.opt_name}, whose weights the host perturbs between the steps"
+        elif self.row.every or config.policy is not None:
+            why = "second passes that the host decides on"
         if why:
             raise ConfigError(
                 f"cuda_graph=true does not go with {why}: it records the step of one process on a "
@@ -436,11 +625,20 @@ class Training:
                 f"at least {max(2, world)}; nearest {size + 1}"
             )
 
-    def _check_losses(self, losses: list[Tensor], epoch: int, before: int) -> None:
-        together = torch.stack(losses)
-        self.processes.sum_(together)  # all stop, wherever it happens
+    def _look_at_losses(self, losses: list[Tensor], epoch: int, before: int) -> None:
+        """Log them; the step before the first of them was the epoch's `before`-th.
+
+        Raises:
+            DivergedError: one is not finite.
+        """
+        # A step of one pass stands beside others for what it has.
+        passes = max(len(values) for values in losses)
+        together = torch.stack([torch.cat([v, v[:1].expand(passes - len(v))]) for v in losses])
+        self.processes.mean_(together)  # all stop, wherever it happens
         finite = together.isfinite()
         if finite.all():
+            finished = zip(together.tolist(), losses, strict=True)
+            self._log_losses([values[: len(of)] for values, of in finished], epoch)
             return
         step, which = (~finite).nonzero()[0].tolist()
         raise DivergedError(
@@ -450,10 +648,18 @@ class Training:
             "checkpoint kept; a smaller lr or rho may help"
         )
 
+    def _log_losses(self, losses: list[list[float]], epoch: int) -> None:
+        every = self.config.log_every
+        lr = self.optimizer.param_groups[0]["lr"]
+        for step, values in enumerate(losses, self.done - len(losses) + 1):
+            if every and step % every == 0:
+                named = zip(("loss", "perturbed_loss"), values, strict=False)
+                self.log_step(epoch, step, {**dict(named), "lr": lr})
+
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """What a run keeps in its folder, beside report.md and curves.png."""
+    """What a run keeps in its folder, beside its report."""
 
     folder: Path
 
@@ -469,11 +675,23 @@ class Files:
 
     @property
     def result(self) -> Path:
-        """Where it is, the run is complete."""
+        """Where it is, the run is complete but for what is measured of the best weights."""
         return self.folder / "result.json"
+
+    @property
+    def sharpness(self) -> Path:
+        """What is measured of them."""
+        return self.folder / "sharpness.json"
+
+    @property
+    def diverged(self) -> Path:
+        """Where it is, the loss was not finite."""
+        return self.folder / "diverged.json"
 
 
 RESUMABLE = ("config", "epoch", "model", "optimizer", "scheduler", "generators", "history", "done")
+# What is measured of the first sharpness_samples images; the rest is of sharpness_batches.
+OF_SAMPLES = ("lambda_max", "lambda_min", "trace", "trace_error", "density")
 
 
 def finished_result(config: Config) -> dict[str, Any] | None:
@@ -482,22 +700,80 @@ def finished_result(config: Config) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is of another configuration, or damaged.
     """
-    path = Files(config.folder).result
-    if not path.exists():
+    files = Files(config.folder)
+    if not files.result.exists():
         return None
-    result = results.read_result(path)
-    check_same_run(path, config, result["config"])
+    result = results.read_result(files.result)
+    if files.last.exists():
+        # Of the same run, if the process ended just then; of a later one, which replaces it.
+        state = load_checkpoint(files.last, RESUMABLE)
+        if state.get("id") != result.get("id"):
+            return None
+    check_same_run(files.result, config, result["config"])
     return result
 
 
-def _prepare(config: Config, writes: bool) -> dict[str, Any] | None:
+def diverged_before(config: Config) -> str | None:
+    """What the run of this configuration said when it diverged; None if it did not."""
+    try:
+        found = json.loads(Files(config.folder).diverged.read_text(encoding="utf-8"))
+        return None if config.differences(found["config"]) else str(found["error"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, ConfigError):
+        return None  # it stops nobody: the run is taken again
+
+
+def is_measured(config: Config) -> bool:
+    """Whether all that the configuration asks to measure of a finished run is there."""
+    return not any(_to_measure(config))
+
+
+def _to_measure(config: Config) -> tuple[bool, bool]:
+    """Whether the batches, and whether the samples, are still to be measured.
+
+    What was measured by train.sharpness in another way stands for what the run itself asked for.
+    """
+    files = Files(config.folder)
+    measured = _read_sharpness(files)
+    asked_before = results.read_result(files.result)["config"]
+
+    def lacks(figure: str, *keys: str) -> bool:
+        wanted = [getattr(config, key) for key in keys]
+        if not all(wanted):
+            return False
+        if measured is None or measured.get(figure) is None:
+            return True
+        settings = (measured["settings"], asked_before)
+        return all([known.get(key) for key in keys] != wanted for known in settings)
+
+    batches = lacks("eigenvalues", "sharpness_batches", "sharpness_batch_size")
+    samples = (
+        lacks("lambda_max", "sharpness_samples")
+        or lacks("trace", "sharpness_samples", "trace_vectors")
+        or lacks("density", "sharpness_samples", "density_steps")
+    )
+    return batches, samples
+
+
+def _read_sharpness(files: Files) -> dict[str, Any] | None:
+    try:
+        measured = json.loads(files.sharpness.read_text(encoding="utf-8"))
+        return measured if isinstance(measured["settings"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _prepare(config: Config) -> dict[str, Any] | None:
     """The state to go on from, if any; on the CPU.
 
     Raises:
-        CheckpointError: an unfinished run would be lost, or cannot be resumed.
+        CheckpointError: a run would be lost, or cannot be resumed.
     """
     files = Files(config.folder)
-    if files.last.exists() and not config.overwrite:
+    if config.overwrite:
+        return None
+    if files.last.exists():
         if not config.resume:
             raise CheckpointError(
                 f"'{files.last}' is the checkpoint of an unfinished run; {LEFT_ALONE}: add "
@@ -505,16 +781,17 @@ def _prepare(config: Config, writes: bool) -> dict[str, Any] | None:
             )
         state = load_checkpoint(files.last, RESUMABLE)
         check_same_run(files.last, config, state["config"])
-        if not files.best.exists():
-            raise CheckpointError(
-                f"'{files.last}' lies there without best.pt, which the test needs; {LEFT_ALONE}: "
-                "put best.pt beside it, or start over with --overwrite"
-            )
         return state
-    if writes:
-        # Of an earlier run: they would not belong to the new files.
-        for path in (files.result, files.last, files.best, files.folder / "sharpness.json"):
-            path.unlink(missing_ok=True)
+    if files.result.exists():
+        raise CheckpointError(
+            f"'{files.result}' is of a finished run; {LEFT_ALONE}: add --resume to take it as it "
+            "is, --overwrite to start over, or choose another --output_dir"
+        )
+    if files.best.exists():
+        raise CheckpointError(
+            f"'{files.best}' lies there without last.pt or result.json; {LEFT_ALONE}: put them "
+            "beside it, start over with --overwrite, or choose another --output_dir"
+        )
     return None
 
 
@@ -526,78 +803,195 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
     Raises:
         DriverError: whatever stops the run, in one sentence.
+        KeyboardInterrupt: says how the run goes on.
     """
-    if config.resume and (done := finished_result(config)) is not None:
-        Files(config.folder).last.unlink(missing_ok=True)  # of a process that ended just then
-        return done
-    begun = time.perf_counter()
-    with process_group(config.device) as processes:
-        if not processes.writes:
-            console = make_console(quiet=True)
-        training = _train(config, console, processes)
-        test_loss, test_accuracy = training.evaluate(training.dataset.test)
-        if not processes.writes:  # the rest is for one
-            return {"name": config.run_name, "figures": {"test_accuracy": test_accuracy}}
-    return _finish(training, console, test_loss, test_accuracy, begun)
+    files = Files(config.folder)
+    # Of torchrun's processes, one writes.
+    is_writer = os.environ.get("RANK", "0") == "0"
+    claimed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if is_writer:
+        claimed = locked(files.folder)
+    with (
+        claimed,
+        Termination() as termination,
+        _resumable(files),
+        contextlib.ExitStack() as closed_last,
+    ):
+        if config.resume and (done := finished_result(config)) is not None:
+            return _completed(config, done, console) if is_writer else done
+        begun = time.perf_counter()
+        with process_group(config.device) as processes:
+            if not processes.writes:
+                console = make_console(quiet=True)
+            training, tracker = _train(config, console, processes, termination, closed_last)
+            test_loss, test_accuracy = training.evaluate(training.dataset.test)
+            if not processes.writes:  # the rest is for one
+                return {"name": config.run_name, "figures": {"test_accuracy": test_accuracy}}
+        result = _result(training, test_loss, test_accuracy, begun)
+        for path in (files.sharpness, files.diverged):  # of an earlier run
+            path.unlink(missing_ok=True)
+        # Before anything is measured, which may take long and fail: the run is complete.
+        results.write_json(files.result, result)
+        if termination.asked:
+            raise TerminatedError(
+                "ended by SIGTERM after the training: the same command with --resume measures"
+            )
+        result = _completed(config, result, console, training)
+        pictures = {path.stem: path for path in sorted(files.folder.glob("*.png"))}
+        tracker.finish(config.epochs, training.done, scalars(result["figures"]), pictures)
+        return result
 
 
-def _train(config: Config, console: Console, processes: Processes) -> Training:
+@contextlib.contextmanager
+def _resumable(files: Files) -> Iterator[None]:
+    """Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if files.last.exists():
+            said = f"--resume goes on from the last checkpoint, '{files.last}'"
+        elif files.result.exists():
+            said = "the training is complete, and --resume measures what is missing"
+        else:
+            said = "nothing was saved yet"
+        raise KeyboardInterrupt(said) from None
+
+
+def _train(
+    config: Config,
+    console: Console,
+    processes: Processes,
+    termination: Termination,
+    closed_last: contextlib.ExitStack,
+) -> tuple[Training, Tracker]:
     """All epochs; the training then has the best weights."""
     files = Files(config.folder)
-    if processes.writes:
-        try:
-            files.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir={config.folder} cannot be written: {error}") from None
-        for leftover in files.folder.glob(".*.[0-9]*"):  # of a process killed as it wrote
-            leftover.unlink(missing_ok=True)
-    processes.wait()
-    state = _prepare(config, processes.writes)
+    state = _prepare(config)
     training = Training(config, processes)
+    _check_measures(config, training.dataset)
     if state is not None:
         training.load(state)
+        where = f" and {state['partial']['step']} steps" if state.get("partial") else ""
         console.print(
-            f"{config.run_name}: resumed after epoch {state['epoch']}", markup=False, soft_wrap=True
+            f"{config.run_name}: resumed after epoch {state['epoch']}{where}",
+            markup=False,
+            soft_wrap=True,
         )
+        if processes.writes:
+            _repair_best(files, training, state)
     del state
-    quiet = dataclasses.replace(config, framework_name="none")
-    tracker = make_tracker(config if processes.writes else quiet, files.folder, training.resumed)
+    tracker: Tracker = Several([])
+    if processes.writes:
+        tracker = make_tracker(config, files.folder, training.resumed, training.done)
+    closed_last.enter_context(contextlib.closing(tracker))
+    training.log_step = tracker.log_step
     with (
-        contextlib.closing(tracker),
         RunProgress(
             console, config.run_name, config.epochs, training.steps_per_epoch, training.done
         ) as progress,
+        termination.held(),
     ):
         for number in range(training.resumed + 1, config.epochs + 1):
-            entry = training.epoch(number, progress)
+            try:
+                entry = training.epoch(number, progress, lambda: termination.asked)
+            except TerminatedError:
+                _save(files, training)
+                raise
+            except DivergedError as error:
+                if processes.writes:
+                    results.write_json(files.diverged, _record(training, str(error)))
+                raise
+            _save(files, training)
             if processes.writes:
-                state = training.state()
-                # The best first: if the process dies between the two, the epoch is taken again,
-                # and comes out the same.
-                if training.best is entry:
-                    kept = {"model": state["model"], "config": state["config"]}
-                    save_checkpoint(files.best, {**kept, **entry})
-                save_checkpoint(files.last, state)
-                tracker.log(number, scalars(entry))
+                tracker.log_epoch(number, training.done, scalars(entry))
+            if termination.asked and number < config.epochs and processes.world == 1:
+                raise TerminatedError(
+                    f"ended by SIGTERM after epoch {number}: the same command with --resume goes on"
+                )
+    training.last_test = training.evaluate(training.dataset.test)
     processes.wait()
     best = load_checkpoint(files.best, ("model", "epoch"), training.device)
     if best["epoch"] != training.best["epoch"]:
-        raise CheckpointError(
-            f"'{files.best}' is of epoch {best['epoch']}, but epoch {training.best['epoch']} was "
-            f"the best; {LEFT_ALONE}: start over with --overwrite"
+        raise _not_the_best(files, best, training)
+    training.take_weights(best["model"])
+    return training, tracker
+
+
+def _check_measures(config: Config, dataset: Dataset) -> None:
+    """What could not be measured in the end is said before the training."""
+    count = len(dataset.train)
+    if config.sharpness_batches and config.sharpness_batch_size > count:
+        raise ConfigError(
+            f"sharpness_batch_size={config.sharpness_batch_size} is more than the {count} training "
+            f"images: allowed 1 to {count}; nearest {count}"
         )
-    training.model.load_state_dict(best["model"])
-    return training
 
 
-def _finish(
-    training: Training, console: Console, test_loss: float, test_accuracy: float, begun: float
+def _save(files: Files, training: Training) -> None:
+    """Checkpoints, in an order in which none is lost: killed in between, _repair_best helps."""
+    if not training.processes.writes:
+        return
+    state = training.state()
+    save_checkpoint(files.last, state)
+    epochs = len(training.history)
+    if epochs == 0 or (epochs == 1 and training.partial is None):
+        # Of an earlier run, which stays until this one has something.
+        for path in (files.result, files.sharpness, files.diverged, files.best):
+            path.unlink(missing_ok=True)
+    if training.history and training.partial is None and training.best is training.history[-1]:
+        _save_best(files, state)
+
+
+def _save_best(files: Files, state: dict[str, Any]) -> None:
+    kept = {name: state.get(name) for name in ("id", "model", "config")}
+    save_checkpoint(files.best, {**kept, **state["history"][-1]})
+
+
+def _repair_best(files: Files, training: Training, state: dict[str, Any]) -> None:
+    """After a death between the two checkpoints: best.pt is missing, or an earlier one.
+
+    Raises:
+        CheckpointError: it is missing, and last.pt does not have the weights.
+    """
+    if not training.history:
+        return
+    best = load_checkpoint(files.best, ("model", "epoch")) if files.best.exists() else None
+    if best is not None:
+        known = (best.get("id", training.id), best["epoch"])
+        if known == (training.id, training.best["epoch"]):
+            return
+    if training.best is training.history[-1] and training.partial is None:
+        _save_best(files, state)
+    elif best is None:
+        raise CheckpointError(
+            f"'{files.last}' lies there without best.pt, which the test needs; {LEFT_ALONE}: put "
+            "best.pt beside it, or start over with --overwrite"
+        )
+    else:
+        raise _not_the_best(files, best, training)
+
+
+def _not_the_best(files: Files, best: dict[str, Any], training: Training) -> CheckpointError:
+    return CheckpointError(
+        f"'{files.best}' is of epoch {best['epoch']}, but epoch {training.best['epoch']} was the "
+        f"best; {LEFT_ALONE}: start over with --overwrite"
+    )
+
+
+def _record(training: Training, error: str) -> dict[str, Any]:
+    """Of a run that diverged."""
+    config = training.config
+    about = {"name": config.run_name, "config": dataclasses.asdict(config), "error": error}
+    return {**about, "versions": results.versions(), "history": training.history}
+
+
+def _result(
+    training: Training, test_loss: float, test_accuracy: float, begun: float
 ) -> dict[str, Any]:
-    """Measure the sharpness, and write the result."""
-    config, files = training.config, Files(training.config.folder)
-    sharpness = measure(training.model, training.dataset, config, console)
-    results.write_json(files.folder / "sharpness.json", sharpness)
-    result = {
+    """What result.json holds before anything is measured."""
+    config, dataset = training.config, training.dataset
+    return {
+        "id": training.id,
         "name": config.run_name,
         "config": dataclasses.asdict(config),
         "versions": results.versions(),
@@ -605,12 +999,16 @@ def _finish(
         "processes": training.processes.world,
         "backends": backend_names(training.optimizer),
         "parameters": sum(p.numel() for p in training.model.parameters()),
+        "classes": dataset.num_classes,
+        "images": {name: len(getattr(dataset, name)) for name in ("train", "val", "test")},
         "figures": {
             "test_accuracy": test_accuracy,
             "test_loss": test_loss,
+            "last_test_accuracy": training.last_test[1],
+            "last_test_loss": training.last_test[0],
             "best_epoch": training.best["epoch"],
             "best_val_accuracy": training.best["val_accuracy"],
-            **{name: sharpness[name] for name in ("lambda_max", "trace", "sharpness")},
+            **dict.fromkeys(MEASURED),
             **training.timer.summary(),
             "seconds_per_epoch": sum(e["seconds"] for e in training.history) / config.epochs,
             # Of an interrupted run: what the last process took, and the epochs before it.
@@ -621,8 +1019,59 @@ def _finish(
         "verification": training.verification,
         "history": training.history,
     }
-    results.write_all(files.folder, f"{config.run_name} on {config.dataset}", [result])
-    # Last: where it is, the run is complete.
-    results.write_json(files.result, result)
+
+
+def _completed(
+    config: Config, result: dict[str, Any], console: Console, training: Training | None = None
+) -> dict[str, Any]:
+    """A finished run with what its configuration asks to measure, and its report.
+
+    Args:
+        training: with the best weights; None: they are read if need be.
+    """
+    files = Files(config.folder)
     files.last.unlink(missing_ok=True)
+    batches, samples = _to_measure(config)
+    if batches or samples:
+        begun = time.perf_counter()
+        if training is None:
+            training = Training(dataclasses.replace(config, verify_steps=0, cuda_graph=False))
+            best = load_checkpoint(files.best, ("model", "epoch"), training.device)
+            training.model.load_state_dict(best["model"])
+        asked = dataclasses.replace(
+            config,
+            sharpness_batches=config.sharpness_batches if batches else 0,
+            sharpness_samples=config.sharpness_samples if samples else 0,
+        )
+        set_numerics()  # curvatures are fp32's
+        found = measure(training.model, training.dataset, asked, console)
+        found = _with_earlier(found, _read_sharpness(files), batches, samples)
+        results.write_json(files.sharpness, found)
+        result["config"] |= {
+            name: value
+            for name, value in config.measures.items()
+            if FIELDS[name].metadata["section"] == "sharpness"
+        }
+        result["figures"] |= {name: found.get(name) for name in MEASURED}
+        spent = result["figures"].get("measuring_seconds") or 0.0
+        result["figures"]["measuring_seconds"] = spent + time.perf_counter() - begun
+        results.write_json(files.result, result)
+    if batches or samples or not (files.folder / "report.md").exists():
+        report.write_report([files.folder], files.folder, f"{config.run_name} on {config.dataset}")
     return result
+
+
+def _with_earlier(
+    found: dict[str, Any], earlier: dict[str, Any] | None, batches: bool, samples: bool
+) -> dict[str, Any]:
+    """What was measured now, and of what was not, what is known."""
+    if earlier is None or (batches and samples):
+        return found
+    for name, value in earlier.items():
+        if name != "settings" and (samples if name not in OF_SAMPLES else batches):
+            found[name] = value
+    for name, value in earlier["settings"].items():
+        of_batches = name in ("sharpness_batches", "sharpness_batch_size")
+        if of_batches != batches:
+            found["settings"][name] = value
+    return found

@@ -4,33 +4,30 @@ Everything is about the Hessian H of the mean cross-entropy, without weight deca
 fp32, over all parameters.
 """
 
+import copy
 import math
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
 from train import results
 from train.checkpoint import load_checkpoint
 from train.config import FIELDS, Config, check_keys, make_config, parse_flags
 from train.data import Dataset, Split, load_dataset, plain_batches, train_batches
-from train.errors import CheckpointError, ConfigError, NumericsError
+from train.errors import CheckpointError, ConfigError
+from train.hessian import Batch, Hessian
+from train.lanczos import extreme_eigenvalues
 from train.progress import WorkProgress
 
-if TYPE_CHECKING:
-    from curvlinops import HessianLinearOperator
-
-Batch = tuple[Tensor, Tensor]
 BATCH = 256  # of the fixed set, which is summed over its batches
 EIGENVALUES = 5  # per batch, in the report
 TOLERANCE = 1e-3  # relative, of eigenvalues; the report's
@@ -73,60 +70,23 @@ def curvlinops() -> Any:
     return library
 
 
-def hessian(model: nn.Module, batches: Sequence[Batch]) -> "HessianLinearOperator":
-    """H over all images of the batches, as an operator on tensors; its to_scipy() on arrays.
-
-    All parameters that require gradients, in the order of model.parameters(). The model's mode
-    (train or eval) is the caller's business.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    operator: HessianLinearOperator = curvlinops().HessianLinearOperator(
-        model, nn.CrossEntropyLoss(), params, list(batches), check_deterministic=False
-    )
-    return operator
-
-
-def extreme_eigenvalues(
-    operator: LinearOperator,
+def eigenvalues(
+    operator: Hessian,
     number: int,
     which: str,
     *,
     tolerance: float = TOLERANCE,
     seed: int = 0,
     each: Callable[[], object] = lambda: None,
-) -> np.ndarray:
-    """Some eigenvalues of a symmetric operator, in ascending order.
-
-    Args:
-        which: of scipy.sparse.linalg.eigsh: LA, SA: largest, smallest; LM: largest in magnitude.
-        seed: of the start vector.
-        each: called after each product.
-
-    Raises:
-        NumericsError: no convergence, or the products are not finite.
-    """
-
-    def matvec(vector: np.ndarray) -> np.ndarray:
-        product = operator.matvec(vector)
-        if not np.isfinite(product).all():
-            raise NumericsError("the Hessian is not finite at these weights: no eigenvalues")
-        each()
-        return product
-
-    watched = LinearOperator(operator.shape, matvec=matvec, dtype=operator.dtype)
-    start = np.random.default_rng(seed).standard_normal(operator.shape[0])
-    try:
-        values = eigsh(
-            watched,
-            k=number,
-            which=which,
-            tol=tolerance,
-            v0=start.astype(operator.dtype),
-            return_eigenvectors=False,
-        )
-    except ArpackNoConvergence as error:
-        raise NumericsError(f"the eigenvalues did not converge: {error}") from None
-    return np.sort(values)
+) -> list[float]:
+    """extreme_eigenvalues of the Hessian, from a random vector of this seed."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(operator.shape[0], generator=generator).to(operator.device, operator.dtype)
+    found = extreme_eigenvalues(
+        operator.__matmul__, start, number, which, tolerance=tolerance, each=each
+    )
+    values: list[float] = found.tolist()
+    return values
 
 
 def lambda_max(model: nn.Module, batches: Sequence[Batch], **options: Any) -> float:
@@ -135,10 +95,10 @@ def lambda_max(model: nn.Module, batches: Sequence[Batch], **options: Any) -> fl
     Args:
         model: its mode is put back afterwards; weights and gradients are not touched.
         batches: normalised images and labels; the loss is their mean cross-entropy.
-        options: see extreme_eigenvalues.
+        options: see eigenvalues.
     """
     with _EvalMode(model):
-        return float(extreme_eigenvalues(hessian(model, batches).to_scipy(), 1, "LA", **options)[0])
+        return eigenvalues(Hessian(model, batches), 1, "LA", **options)[0]
 
 
 def report_sharpness(eigenvalues: Sequence[Sequence[float]]) -> float | None:
@@ -183,18 +143,26 @@ def measure(model: nn.Module, dataset: Dataset, config: Config, console: Console
     """What the configuration asks for; None where it does not.
 
     Returns:
-        sharpness: the report's figure, and eigenvalues: the list of each batch it is made of;
-        lambda_max, lambda_min, trace with trace_error (its standard error) and density (values and
-        density, which integrates to 1) over the first sharpness_samples training images, not
-        augmented, with the labels trained on.
+        sharpness: the report's figure, and eigenvalues: the list of each batch it is made of, with
+        largest_eigenvalue and negative_share of them all; lambda_max, lambda_min, trace with
+        trace_error (its standard error) and density (values and density, which integrates to 1)
+        over the first sharpness_samples training images, not augmented, with the labels trained on.
     """
     found: dict[str, Any] = dict.fromkeys(
-        ("sharpness", "eigenvalues", "lambda_max", "lambda_min", "trace", "trace_error", "density")
-    )
+        (
+            "sharpness", "eigenvalues", "largest_eigenvalue", "negative_share", "lambda_max",
+            "lambda_min", "trace", "trace_error", "density",
+        )
+    )  # fmt: skip
+    if config.channels_last:  # second derivatives take longer in it, on a CPU
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     with _EvalMode(model):
         if config.sharpness_batches:
             found["eigenvalues"] = _batch_eigenvalues(model, dataset, config, console)
             found["sharpness"] = report_sharpness(found["eigenvalues"])
+            pooled = [value for values in found["eigenvalues"] for value in values]
+            found["largest_eigenvalue"] = max(pooled)
+            found["negative_share"] = sum(value < 0 for value in pooled) / len(pooled)
         if config.sharpness_samples:
             found |= _fixed_set(model, dataset, config, console)
     return {**found, "settings": {name: getattr(config, name) for name in HERE}}
@@ -217,12 +185,8 @@ def _batch_eigenvalues(
             progress.show(len(rows), f"{state} products {products}")
 
         for batch in batches:
-            operator = hessian(model, [batch]).to_scipy()
-            rows.append(
-                extreme_eigenvalues(
-                    operator, EIGENVALUES, "LM", seed=config.seed, each=each
-                ).tolist()
-            )
+            operator = Hessian(model, [batch])
+            rows.append(eigenvalues(operator, EIGENVALUES, "LM", seed=config.seed, each=each))
     return rows
 
 
@@ -231,14 +195,12 @@ def _fixed_set(
 ) -> dict[str, Any]:
     images = dataset.train.images[: config.sharpness_samples]
     part = Split(images, dataset.train.labels[: config.sharpness_samples])
-    operator = hessian(model, list(plain_batches(dataset, part, BATCH)))
-    array_operator = operator.to_scipy()
+    operator = Hessian(model, list(plain_batches(dataset, part, BATCH)))
     found: dict[str, Any] = {}
 
     def extreme(name: str, which: str) -> float:
         with _Products(console, f"{config.run_name}: {name}", None) as bar:
-            values = extreme_eigenvalues(array_operator, 1, which, seed=config.seed, each=bar.each)
-        return float(values[0])
+            return eigenvalues(operator, 1, which, seed=config.seed, each=bar.each)[0]
 
     found["lambda_max"] = extreme("lambda_max", "LA")
     # The random vectors are the library's, of torch's global generator: put it back.
@@ -287,12 +249,12 @@ class _Products(WorkProgress):
 class _Watched:
     """What fast_lanczos uses of an operator; `each` is called after each product."""
 
-    def __init__(self, operator: "HessianLinearOperator", each: Callable[[], object]) -> None:
+    def __init__(self, operator: Hessian, each: Callable[[], object]) -> None:
         self._operator, self._each = operator, each
         self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
 
     def __matmul__(self, vector: Tensor) -> Tensor:
-        product: Tensor = self._operator @ vector
+        product = self._operator @ vector
         self._each()
         return product
 
@@ -312,10 +274,38 @@ def write_density(path: Path, curves: Sequence[tuple[str, dict[str, list[float]]
     results.save_figure(path, figure)
 
 
+def restored(
+    path: Path, here: Mapping[str, Any], flags: Mapping[str, Any]
+) -> tuple[Config, Dataset, nn.Module, int]:
+    """A checkpoint's configuration, overridden by some keys, its data set, network and epoch.
+
+    Raises:
+        CheckpointError: it is none, or not of its network.
+    """
+    from train.run import build_model, pick_device, set_numerics
+
+    checkpoint = load_checkpoint(path, ("model", "config", "epoch"))
+    known = {k: v for k, v in checkpoint["config"].items() if k in FIELDS}
+    own = {"output_dir": str(path.parent), "resume": False, "overwrite": False}
+    config = make_config((str(path), {**known, **own}), ("", here), ("", flags))
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    set_numerics()
+    # The labels that it was trained on are those of its configuration, whatever the seed here.
+    dataset = load_dataset(config, device)
+    model = build_model(config.model, dataset.train.images.shape[1:], dataset.num_classes)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"'{path}' does not hold a {config.model}: {reason}") from None
+    return config, dataset, model.to(device), checkpoint["epoch"]
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure a checkpoint; the exit code of the process."""
     from train.progress import make_console
-    from train.run import build_model, pick_device, plain_fp32
 
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
@@ -326,33 +316,22 @@ def main(arguments: Sequence[str]) -> int:
     for name in flags:
         if name not in ALLOWED:
             raise ConfigError(f"{name} is settled by the checkpoint: allowed {', '.join(ALLOWED)}")
-    checkpoint = load_checkpoint(path, ("model", "config", "epoch"))
-    known = {k: v for k, v in checkpoint["config"].items() if k in FIELDS}
-    config = make_config(
-        (str(path), {**known, "output_dir": str(path.parent)}), ("", HERE), ("", flags)
-    )
+    config, dataset, model, epoch = restored(path, HERE, flags)
     console = make_console()
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    plain_fp32()
-    # The labels that it was trained on are those of its configuration, whatever the seed here.
-    dataset = load_dataset(config, device)
-    channels, classes = dataset.train.images.shape[1], dataset.num_classes
-    model = build_model(config.model, channels, classes)
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"'{path}' does not hold a {config.model}: {reason}") from None
-    found = measure(model.to(device), dataset, config, console)
-    found |= {"checkpoint": str(path), "epoch": checkpoint["epoch"], "name": config.run_name}
-    found |= {"versions": results.versions(), "device": results.describe_device(device)}
+    found = measure(model, dataset, config, console)
+    found |= {"checkpoint": str(path), "epoch": epoch, "name": config.run_name}
+    found |= {
+        "versions": results.versions(),
+        "device": results.describe_device(dataset.mean.device),
+    }
     folder = Path(config.output_dir)
     results.write_json(folder / "sharpness.json", found)
     if found["density"]:
         write_density(folder / "density.png", [(config.run_name, found["density"])])
-    for name in ("sharpness", "lambda_max", "lambda_min", "trace", "trace_error"):
+    for name in (
+        "sharpness", "largest_eigenvalue", "negative_share", "lambda_max", "lambda_min", "trace",
+        "trace_error",
+    ):  # fmt: skip
         if found[name] is not None:
             console.print(f"{name}: {found[name]:.4g}", highlight=False)
     console.print(f"written to {folder}", soft_wrap=True, markup=False)

@@ -1,10 +1,11 @@
-"""`python -m train.study NAME`: the runs of train/studies/NAME.yaml, with tables and plots."""
+"""`python -m train.study NAME`: the runs of a grid in a YAML file, with tables and plots."""
 
 import itertools
 import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,26 @@ from train.config import (
     flatten,
     make_config,
     named_yaml,
+    nearest,
     parse_flags,
     read_yaml,
 )
-from train.errors import ConfigError, DataError, DriverError
+from train.errors import ConfigError, DataError, DriverError, StorageError, TerminatedError
+from train.termination import Termination
 
 STUDIES = Path(__file__).parent / "studies"
 
 USAGE = """\
 python -m train.study NAME [--KEY=VALUE[,VALUE ...] ...] [--shard=I/N]
 
-NAME is a file of train/studies: `title` and `text` for the report, `common` for the keys of all
-runs, `runs` for a list of runs with their own keys; `group` names a folder of runs that several
-studies share. A list of values stands for as many runs. Flags override all of them, such as
---seed=0,1,2. What is done already is skipped, and what was interrupted goes on where it was.
---shard=0/4 takes every fourth run, from the first on: one process or machine for each I, with the
-same --output_dir. The report is that of `python -m train.report`.
+NAME is a file of train/studies, or the path of a YAML file: `title` and `text` for the report,
+`common` for the keys of all runs, `runs` for a list of runs with their own keys (`python -m train
+--help` lists them); `group` names a folder of runs that several studies share. A list of values of
+any key stands for as many runs. Flags override all of them, such as --seed=0,1,2 or
+--wd=0.0005,0.001. What is done already is skipped, what was interrupted goes on where it was, and
+what diverged is not tried again without --overwrite. --shard=0/4 takes every fourth run, from the
+first on: one process or machine for each I, with the same --output_dir. The report is that of
+`python -m train.report`.
 """
 
 
@@ -48,10 +53,21 @@ def study_configs(
 ) -> tuple[Path, list[Config]]:
     """The study's folder and the configuration of each run, whose results go into folders there.
 
+    Args:
+        name: of a file of STUDIES, or a path; its last part names the study.
+
     Raises:
-        ConfigError: a key or value is wrong.
+        ConfigError: a key or value is wrong, or two runs differ only in what is measured or logged.
     """
+    name = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     check_keys(flags, "the command line")
+    known = ("title", "text", "group", "common", "runs")
+    for key in study:
+        if key not in known:
+            raise ConfigError(
+                f"unknown key '{key}' in {name}.yaml: allowed {', '.join(known)}; keys of all runs "
+                f"stand under common; nearest {nearest(str(key), known)}"
+            )
     folder = Path(flags.get("output_dir", f"runs/{study.get('group', name)}"))
     runs, common = study.get("runs"), study.get("common", {})
     if not isinstance(runs, list) or not runs or not all(isinstance(r, dict) for r in runs):
@@ -65,26 +81,22 @@ def study_configs(
     for key, value in flags.items():
         free = FIELDS[key].type is str and not FIELDS[key].metadata["choices"]
         own_flags[key] = value.split(",") if "," in value and not free else value
-    configs = []
+    configs: dict[str, Config] = {}
     for number, own in enumerate(runs, 1):
         merged = flatten(common, f"common of {name}.yaml")
         merged |= flatten(own, f"run {number} of {name}.yaml")
         for choice in expand(merged | own_flags):
-            config = make_config(("", choice))
-            place = folder / f"{config.model}-{config.run_name}-seed{config.seed}"
-            layer = {**choice, "output_dir": str(place), "resume": not config.overwrite}
-            config = make_config(("", layer))
+            config = make_config(("", {**choice, "output_dir": ""}))
+            place = str(folder / config.full_name)
+            config = replace(config, output_dir=place, resume=not config.overwrite)
             # A flag may make several runs one: --rho=0.1 of all rho.
-            if config not in configs:
-                configs.append(config)
-    places = [config.output_dir for config in configs]
-    if len(set(places)) < len(places):
-        twice = next(place for place in places if places.count(place) > 1)
-        raise ConfigError(
-            f"{name}.yaml has two runs of the same name, {Path(twice).name}: model, optimizer, rho "
-            "and seed tell runs apart; write two studies"
-        )
-    return folder, configs
+            same = configs.setdefault(place, config)
+            if same.measures != config.measures:
+                raise ConfigError(
+                    f"{name}.yaml has two runs of the same name, {config.full_name}, that differ "
+                    "only in what is measured or logged: leave one out"
+                )
+    return folder, list(configs.values())
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -107,10 +119,8 @@ def time_left(spent: Sequence[tuple[Config, float]], waiting: Sequence[Config]) 
     if not spent:
         return None
 
-    def kind(config: Config) -> tuple[str, str, str]:
-        one_pass = ("sgd", "sgdhess")
-        cost = config.opt_name if config.opt_name in one_pass else "two passes"
-        return config.dataset, config.model, cost
+    def kind(config: Config) -> tuple[str, str, float]:
+        return config.dataset, config.model, config.passes
 
     total = 0.0
     for config in waiting:
@@ -137,39 +147,46 @@ def main(arguments: Sequence[str]) -> int:
     index, shards = parse_shard(flags.pop("shard", "0/1"))
     folder, configs = study_configs(study, name, flags)
     # Here, so that a typing error is answered before torch is imported.
-    from train import report, results
+    from train import cost, report
     from train.progress import duration, make_console
-    from train.run import finished_result, run
+    from train.run import diverged_before, finished_result, is_measured, run
 
     console = make_console()
     finished: list[dict[str, Any]] = []
     failed: list[str] = []
     spent: list[tuple[Config, float]] = []
     mine = configs[index::shards]
+    if waiting := [c for c in mine if c.overwrite or not (c.folder / "result.json").exists()]:
+        console.print(cost.describe(waiting), markup=False, soft_wrap=True)
     for number, config in enumerate(mine):
         label = f"[{number + 1}/{len(mine)}] {config.folder.name}"
         try:
             done = None if config.overwrite else finished_result(config)
-            if done is not None:
+            if done is not None and is_measured(config):
                 console.print(f"{label}: done already", markup=False, soft_wrap=True)
                 finished.append(done)
                 spent.append((config, done["figures"]["seconds"]))
                 continue
+            if not config.overwrite and done is None and (said := diverged_before(config)):
+                raise DriverError(f"diverged already ({said}): --overwrite tries again")
             left = time_left(spent, mine[number:])
             about = "" if left is None else f"  (about {duration(left)} left)"
             console.print(f"{label}{about}", markup=False, soft_wrap=True)
             begun = time.perf_counter()
             finished.append(run(config, console))
             spent.append((config, time.perf_counter() - begun))
-        except DataError:
-            raise  # no run of the data set will do better
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"in {label}; the same command goes on there") from None
+        except (DataError, StorageError, TerminatedError):
+            raise  # no other run will do better
         except DriverError as error:
             # One run that diverges says nothing of the others.
             failed.append(f"{config.folder.name}: {error}")
             console.print(f"failed: {failed[-1]}", markup=False, soft_wrap=True)
     if finished:
-        results.print_table(console, finished)
-        title, text = study.get("title", name), study.get("text", "")
+        report.print_summary(console, finished)
+    if finished or any(folder.rglob("diverged.json")):
+        title, text = study.get("title", Path(name).stem), study.get("text", "")
         report.write_report([folder], folder, title, text)
         console.print(f"report.md, tables and plots are in {folder}", soft_wrap=True, markup=False)
     for line in failed:
@@ -178,4 +195,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    with Termination():
+        sys.exit(guarded(main))

@@ -1,5 +1,6 @@
 """The lockstep check: the first steps of a run, compared with the reference backend as it runs."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class Lockstep:
     Args:
         model: its parameters are those of the optimizer.
         optimizer: the one to check.
-        make_reference: makes the twin from a list of parameters.
+        make_reference: makes the twin from a list of names and parameters.
         tolerance: of the relative deviation of each parameter.
     """
 
@@ -47,7 +48,7 @@ class Lockstep:
         self,
         model: nn.Module,
         optimizer: Any,
-        make_reference: Callable[[list[nn.Parameter]], Any],
+        make_reference: Callable[[list[tuple[str, nn.Parameter]]], Any],
         tolerance: float = TOLERANCE,
     ) -> None:
         self.optimizer = optimizer
@@ -58,19 +59,31 @@ class Lockstep:
         self._names = [name for name, _ in named]
         self._params = [p for _, p in named]
         self._twins = [nn.Parameter(p.detach().clone()) for p in self._params]
-        self._reference = make_reference(self._twins)
+        self._reference = make_reference(list(zip(self._names, self._twins, strict=True)))
 
-    def first_step(self) -> None:
-        """Perturb both, then compare.
+    @contextlib.contextmanager
+    def first_pass(self, model: nn.Module) -> Iterator[None]:
+        """Of both optimizers, around the same first pass."""
+        with self.optimizer.first_pass(model), self._reference.first_pass(model):
+            yield
+
+    def first_step(self) -> bool:
+        """Perturb both, then compare. Returns whether there is a second pass.
 
         Raises:
             DivergedError: a gradient is not finite.
             VerificationError: a parameter deviates by more than the tolerance, or is not finite.
         """
         self._copy_gradients()
-        self.optimizer.first_step()
-        self._reference.first_step()
+        has_second_pass = bool(self.optimizer.first_step())
+        if bool(self._reference.first_step()) != has_second_pass:
+            raise VerificationError(
+                f"step {self.steps + 1}: one has a second pass, and the reference backend has not"
+                if has_second_pass
+                else f"step {self.steps + 1}: the reference backend has a second pass, one has not"
+            )
         self._compare("perturbation")
+        return has_second_pass
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Update both, then compare.
@@ -88,14 +101,15 @@ class Lockstep:
         self.optimizer.backward(loss)
 
     def step(self) -> None:
-        """Of SGDHess: update both with the same Hessian-vector products, then compare.
+        """Of one pass: update both, then compare; SGDHess with the same Hessian-vector products.
 
         Raises:
             DivergedError, VerificationError: as first_step.
         """
         self._prepare_update()
+        products = getattr(self.optimizer, "hessian_products", {})
         for name, param, twin in self._each():
-            product = self.optimizer.hessian_products.get(param)
+            product = products.get(param)
             if product is not None:
                 self._check_finite(f"Hv of '{name}'", product)
                 self._reference.hessian_products[twin] = product.clone()

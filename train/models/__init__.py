@@ -1,23 +1,49 @@
-"""Networks by name. A new one is a function here and, where needed, a file beside resnet.py."""
+"""Networks by name: train/registry.py has the names."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from torch import nn
 
-from train.models.resnet import resnet18, resnet34, resnet50, resnet101, resnet152, resnet_small
-from train.models.wide_resnet import wrn28_10
-
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
-    "resnet101": resnet101,
-    "resnet152": resnet152,
-    "wrn28_10": wrn28_10,
-    "resnet_small": resnet_small,
-}
+from train.errors import ConfigError
+from train.registry import MODELS, TIMM
 
 
-def build_model(name: str, in_channels: int, num_classes: int) -> nn.Module:
-    """The network `name` for images with `in_channels` channels; weights from torch's RNG."""
-    return MODELS[name](in_channels, num_classes)
+def build_model(name: str, shape: Sequence[int], num_classes: int) -> nn.Module:
+    """The network `name` for images of the shape (C, H, W); weights from torch's RNG.
+
+    Raises:
+        ConfigError: a model of timm, and timm is not there, or does not have it, or it is not made
+            for images of this size.
+    """
+    if name.startswith(TIMM):
+        return _from_timm(name.removeprefix(TIMM), shape, num_classes)
+    model: nn.Module = MODELS[name].make(shape, num_classes)
+    return model
+
+
+def _from_timm(name: str, shape: Sequence[int], num_classes: int) -> nn.Module:
+    try:
+        import timm  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ConfigError(
+            f"model=timm:{name} needs the package timm ({error}): pip install timm"
+        ) from None
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.partition('.')[0][:8]}*")[:5]
+        raise ConfigError(
+            f"model=timm:{name} is not known to timm {timm.__version__}: allowed is what "
+            f"timm.list_models() has{f', such as {near}' if near else ''}"
+        )
+    options = {"num_classes": num_classes, "in_chans": shape[0]}
+    model: nn.Module
+    try:
+        try:  # transformers are made for one size of images
+            model = timm.create_model(name, pretrained=False, img_size=shape[1], **options)
+        except TypeError:  # convolutional networks take any
+            model = timm.create_model(name, pretrained=False, **options)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model=timm:{name} cannot be made for images of {shape[1]}x{shape[2]} pixels: {reason}"
+        ) from None
+    return model

@@ -89,31 +89,31 @@ class ResNet(nn.Module):
 WIDTHS = (64, 128, 256, 512)
 
 
-def resnet18(in_channels: int, num_classes: int) -> ResNet:
+def resnet18(shape: Sequence[int], num_classes: int) -> ResNet:
     """The CIFAR ResNet-18: 11,220,132 parameters with 3 channels and 100 classes."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), WIDTHS, in_channels, num_classes)
+    return ResNet(BasicBlock, (2, 2, 2, 2), WIDTHS, shape[0], num_classes)
 
 
-def resnet34(in_channels: int, num_classes: int) -> ResNet:
+def resnet34(shape: Sequence[int], num_classes: int) -> ResNet:
     """The CIFAR ResNet-34: 21,328,292 parameters with 3 channels and 100 classes."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), WIDTHS, in_channels, num_classes)
+    return ResNet(BasicBlock, (3, 4, 6, 3), WIDTHS, shape[0], num_classes)
 
 
-def resnet50(in_channels: int, num_classes: int) -> ResNet:
+def resnet50(shape: Sequence[int], num_classes: int) -> ResNet:
     """The CIFAR ResNet-50: 23,705,252 parameters with 3 channels and 100 classes."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), WIDTHS, in_channels, num_classes)
+    return ResNet(Bottleneck, (3, 4, 6, 3), WIDTHS, shape[0], num_classes)
 
 
-def resnet101(in_channels: int, num_classes: int) -> ResNet:
+def resnet101(shape: Sequence[int], num_classes: int) -> ResNet:
     """The CIFAR ResNet-101: 42,697,380 parameters with 3 channels and 100 classes."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), WIDTHS, in_channels, num_classes)
+    return ResNet(Bottleneck, (3, 4, 23, 3), WIDTHS, shape[0], num_classes)
 
 
-def resnet152(in_channels: int, num_classes: int) -> ResNet:
+def resnet152(shape: Sequence[int], num_classes: int) -> ResNet:
     """The CIFAR ResNet-152: 58,341,028 parameters with 3 channels and 100 classes."""
-    return ResNet(Bottleneck, (3, 8, 36, 3), WIDTHS, in_channels, num_classes)
+    return ResNet(Bottleneck, (3, 8, 36, 3), WIDTHS, shape[0], num_classes)
 
 
-def resnet_small(in_channels: int, num_classes: int) -> ResNet:
+def resnet_small(shape: Sequence[int], num_classes: int) -> ResNet:
     """Four blocks in two stages: about 43,000 parameters, for 8x8 digits on a CPU."""
-    return ResNet(BasicBlock, (2, 2), (16, 32), in_channels, num_classes)
+    return ResNet(BasicBlock, (2, 2), (16, 32), shape[0], num_classes)

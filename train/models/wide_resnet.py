@@ -4,6 +4,8 @@ Source: Zagoruyko and Komodakis, arXiv:1605.07146, without dropout. Weights are 
 normal with deviation sqrt(2 / fan_in), those of batch normalisation uniform in [0, 1).
 """
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,6 +61,6 @@ class WideResNet(nn.Module):
         return self.head(self.features(x).mean(dim=(2, 3)))
 
 
-def wrn28_10(in_channels: int, num_classes: int) -> WideResNet:
+def wrn28_10(shape: Sequence[int], num_classes: int) -> WideResNet:
     """WideResNet-28-10: 36,536,884 parameters with 3 channels and 100 classes."""
-    return WideResNet(28, 10, in_channels, num_classes)
+    return WideResNet(28, 10, shape[0], num_classes)
