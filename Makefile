@@ -1,7 +1,8 @@
 # make quickstart   train with every optimizer on a small real data set, checked against the reference
 # make test         the tests for every day;  make test-all: the full matrix, as CI runs it
 # make check        lint, format and types;  make bench: the benchmarks
-# make versions     the oldest Python and torch that are served: $(PYTHON310) and torch $(OLDEST_TORCH)
+# make dist         the sdist, and from it a wheel for $(PYTHON310) and one without the compiled core
+# make versions     that wheel with the oldest torch that is served, and with the newest that $(PYTHON310) has
 # make docs         the documentation site, in build/site; warnings are errors
 # Everything runs in the virtual environment $(VENV), which is made when it is missing.
 
@@ -12,12 +13,14 @@ BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
 CXX_FILES := $(wildcard bench/*.cpp csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
-OLDEST_TORCH := 2.6
-OLDEST := build/oldest
+DIST := build/dist
+VERSIONS := build/versions
+TORCH_oldest := ==2.6.*
+TORCH_newest :=
 # One thread for each of as many workers as there are cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
-.PHONY: quickstart test test-rest test-all frameworks emulation versions bench check docs format clean
+.PHONY: quickstart test test-rest test-all frameworks emulation dist versions bench check docs format clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/python -m train.study quickstart
@@ -39,21 +42,39 @@ frameworks: emulation
 emulation: $(VENV)/.test
 	$(BIN)/python -m tests.emulated
 
-# Built, and a part of the tests. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes torch
-# without CUDA, which is much smaller.
-versions: $(OLDEST)/.built
-	$(OLDEST)/bin/python -m samkernels
-	OMP_NUM_THREADS=1 SAMKERNELS_NO_EMULATION=1 $(OLDEST)/bin/python -m pytest -n auto -m "not full" \
-	    $(PYTEST_ARGS) $(addprefix tests/test_,backends.py reference.py ops.py ops_adam.py ops_sgd_hess.py \
-	    optim_protocol.py optim_safety.py optim_checkpoints.py optim_adam.py optim_sgdhess.py batchnorm.py)
+dist: $(DIST)/.built
 
-$(OLDEST)/.built: $(CORE)
+$(DIST)/.built: $(VENV)/.test $(CORE) MANIFEST.in README.md $(wildcard samkernels/*.py samkernels/*/*.py)
 	@command -v $(PYTHON310) > /dev/null || { echo "PYTHON310=$(PYTHON310): not found"; exit 1; }
-	$(PYTHON310) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "torch==$(OLDEST_TORCH).*" \
-	    numpy pytest pytest-xdist hypothesis "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.13"
-	PATH="$(CURDIR)/$(OLDEST)/bin:$$PATH" SAMKERNELS_CUDA=OFF \
-	    $(OLDEST)/bin/python setup.py --quiet build_ext --inplace
+	rm -rf $(DIST)
+	$(BIN)/python -m build --sdist --outdir $(DIST) .
+	SAMKERNELS_CUDA=OFF $(PYTHON310) -m pip wheel --quiet --disable-pip-version-check --no-deps \
+	    --wheel-dir $(DIST)/core $(DIST)/*.tar.gz
+	SAMKERNELS_CORE=OFF $(PYTHON310) -m pip wheel --quiet --disable-pip-version-check --no-deps \
+	    --wheel-dir $(DIST)/pure $(DIST)/*.tar.gz
+	touch $@
+
+# One wheel with both, and a part of the tests; of the newest, which the others run with, what meets torch first.
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes torch without CUDA, which is much smaller.
+versions: $(VERSIONS)/oldest/.installed $(VERSIONS)/newest/.installed
+	rm -rf $(VERSIONS)/work  # tests without the sources beside them: they import what is installed
+	mkdir $(VERSIONS)/work
+	cp -r tests pyproject.toml $(VERSIONS)/work
+	$(IN_WORK) ../oldest/bin/python -m samkernels
+	$(IN_WORK) ../oldest/bin/python $(TEST_PARTLY) $(addprefix tests/test_,backends.py reference.py ops.py \
+	    ops_adam.py ops_sgd_hess.py optim_protocol.py optim_safety.py optim_checkpoints.py optim_adam.py \
+	    optim_sgdhess.py batchnorm.py)
+	$(IN_WORK) ../newest/bin/python -m samkernels
+	$(IN_WORK) ../newest/bin/python $(TEST_PARTLY) tests/test_backends.py tests/test_optim_protocol.py
+
+IN_WORK := cd $(VERSIONS)/work && OMP_NUM_THREADS=1 SAMKERNELS_NO_EMULATION=1
+TEST_PARTLY := -m pytest -n auto -m "not full" $(PYTEST_ARGS)
+
+$(VERSIONS)/%/.installed: $(DIST)/.built
+	$(PYTHON310) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "torch$(TORCH_$*)" \
+	    numpy pytest pytest-xdist hypothesis
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(DIST)/core/*.whl
 	touch $@
 
 bench: $(VENV)/.test
