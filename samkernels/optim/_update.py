@@ -99,8 +99,8 @@ def finish(
     divisor = scale
     if optimizer.max_grad_norm is not None and lists:
         # That of a gradient is finite where the coefficients of u may be 0 times infinity.
-        of = optimizer.has_norm_of if perturbation.has_second_pass else None
-        square = dots.square_of(combinations) if of is None else dots[f"{of}.{of}"]
+        named = optimizer.has_norm_of if perturbation.has_second_pass else None
+        square = dots.square_of(combinations) if named is None else dots[f"{named}.{named}"]
         divisor = ops.clipping_divisor(square.sqrt(), optimizer.max_grad_norm, scale)
     mixes = {
         id(x.bucket): x.mix(u, **_guards(x.bucket, perturbation, divisor, found_inf))

@@ -84,7 +84,8 @@ class Variant(Optimizer):
         parent: Any = cls.__mro__[1]
         if "__init__" in vars(cls) or "__init__" not in vars(parent):
             return
-        if parent.__name__ == "SAM" or hasattr(parent.__init__, "__signature__"):
+        # A constructor that somebody else has made stays.
+        if parent.__name__ == "SAM" or hasattr(parent.__init__, "is_made_of_options"):
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
 
     def _init(
@@ -480,6 +481,7 @@ def _constructor(cls: type[Variant]) -> Callable[..., None]:
         _sam().__init__(self, **values)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
+    __init__.is_made_of_options = True  # type: ignore[attr-defined]
     return __init__
 
 
