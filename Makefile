@@ -10,7 +10,7 @@ PYTHON ?= python3
 PYTHON310 ?= python3.10
 VENV ?= .venv
 BIN := $(VENV)/bin
-CORE := setup.py pyproject.toml CMakeLists.txt $(wildcard cmake/* csrc/* csrc/*/*)
+CORE := setup.py pyproject.toml CMakeLists.txt samkernels/_C.pyi $(wildcard cmake/* csrc/* csrc/*/*)
 CXX_FILES := $(wildcard bench/*.cpp csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 
 DIST := build/dist
@@ -44,7 +44,7 @@ emulation: $(VENV)/.test
 
 dist: $(DIST)/.built
 
-$(DIST)/.built: $(VENV)/.test $(CORE) MANIFEST.in README.md $(wildcard samkernels/*.py samkernels/*/*.py)
+$(DIST)/.built: $(VENV)/.test $(CORE) MANIFEST.in README.md $(shell find samkernels -name "*.py")
 	@command -v $(PYTHON310) > /dev/null || { echo "PYTHON310=$(PYTHON310): not found"; exit 1; }
 	rm -rf $(DIST)
 	$(BIN)/python -m build --sdist --outdir $(DIST) .

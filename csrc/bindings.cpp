@@ -188,6 +188,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   m.def("cpu", CpuTarget, py::arg("num_threads"));
   m.def("cuda", CudaTarget, py::arg("stream"));
 
+  m.attr("INTERFACE") = SAMKERNELS_INTERFACE;
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = SAMKERNELS_COMPILER;

@@ -710,3 +710,31 @@ print(w[0].tolist())
     assert perturbed == "5.0 [3.0, 4.0] [0.0, 0.0]"
     assert error == f'backend="native" cannot serve torch.float32 on cpu: {reason}'
     assert unchanged == "[3.0, 4.0]"
+
+
+@pytest.mark.parametrize("interface", [{}, {"INTERFACE": "of another commit"}])
+def test_a_core_of_other_sources_is_not_called(interface: dict[str, str]) -> None:
+    """As after a pull into an editable install, before it is installed again."""
+    printed = run_python(
+        f"""
+import sys, types, warnings
+core = types.ModuleType("samkernels._C")
+core.__file__ = "_C.so"
+vars(core).update({interface})
+sys.modules["samkernels._C"] = core
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import samkernels
+print(*[w.message for w in caught if "samkernels" in str(w.message)])
+import torch
+from samkernels import backends
+cpu = torch.device("cpu")
+print(backends.why_unavailable("native", cpu))
+print(backends.choose("auto", cpu, torch.float32)[0])
+"""
+    )
+    warning, reason, auto = printed.splitlines()
+    assert reason.startswith("the compiled core _C.so was built from other sources")
+    assert "install again" in reason
+    assert warning == f"samkernels goes on without its core: {reason}"
+    assert auto == "foreach"

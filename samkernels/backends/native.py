@@ -7,6 +7,8 @@ autograd notices that a tensor it saved was overwritten.
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -26,10 +28,26 @@ from samkernels.backends.contract import (
     positions_of,
 )
 
+
+def _why_not_of_these_sources(core: Any) -> str | None:
+    """Why this core is not to be called, or None: its functions may have had other arguments."""
+    interface = Path(__file__).parents[1] / "_C.pyi"
+    if not interface.exists():  # a frozen application may leave it out
+        return None
+    if getattr(core, "INTERFACE", None) == hashlib.sha256(interface.read_bytes()).hexdigest():
+        return None
+    return (
+        f"the compiled core {core.__file__} was built from other sources than the Python files "
+        "beside it: install again (pip install -e . in a checkout, after each change of the core)"
+    )
+
+
 try:
     from samkernels import _C
 
-    IMPORT_ERROR: str | None = None
+    IMPORT_ERROR = _why_not_of_these_sources(_C)
+    if IMPORT_ERROR is not None:
+        warnings.warn(f"samkernels goes on without its core: {IMPORT_ERROR}", stacklevel=2)
 except ImportError as error:
     IMPORT_ERROR = f"the compiled core could not be imported: {error}"
     if (Path(__file__).parents[2] / "CMakeLists.txt").exists():
