@@ -106,6 +106,18 @@ def check_number(name: str, value: float) -> None:
         raise ValueError(f"{name}={value}: give a finite number")
 
 
+def check_whole(
+    name: str, value: int, low: float, bits: int | None = None, where: str = ""
+) -> None:
+    """Raise TypeError or ValueError unless this is an int from `low` that so many bits hold;
+    `where` says where it was found."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}{where} is {type(value).__name__}: give a whole number")
+    if value < low or (bits is not None and value >= 2**bits):
+        limit = "" if bits is None else f" to 2^{bits} - 1"
+        raise ValueError(f"{name}={value}{where}: give a whole number from {low}{limit}")
+
+
 def check_non_negative(name: str, value: float) -> None:
     """Raise TypeError or ValueError unless this is a finite number >= 0."""
     check_number(name, value)

@@ -65,6 +65,11 @@ def name_of(group: dict[str, Any], index: int) -> str | None:
     return names[index] if names is not None and index < len(names) else None
 
 
+def named(groups: list[dict[str, Any]]) -> list[tuple[Tensor, str | None]]:
+    """The parameters of all groups, and their names where they have some."""
+    return [(p, name_of(group, i)) for group in groups for i, p in enumerate(group["params"])]
+
+
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of all normalisation layers: `subset` of SAM-ON.
 
@@ -112,15 +117,11 @@ def check_norm(norm: str | None) -> None:
 
 def pairs_by_name(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     """From each parameter whose name has lora_A to that with lora_B in its place."""
-    named = {
-        require_name("pairs=None", name_of(group, i)): p
-        for group in groups
-        for i, p in enumerate(group["params"])
-    }
+    by_name = {require_name("pairs=None", name): p for p, name in named(groups)}
     pairs = {
-        p: named[name.replace("lora_A", "lora_B")]
-        for name, p in named.items()
-        if "lora_A" in name and name.replace("lora_A", "lora_B") in named
+        p: by_name[name.replace("lora_A", "lora_B")]
+        for name, p in by_name.items()
+        if "lora_A" in name and name.replace("lora_A", "lora_B") in by_name
     }
     if not pairs:
         raise ValueError("pairs=None: no two names differ in lora_A and lora_B; give the pairs")

@@ -249,10 +249,11 @@ class Checkpointed(Variant):
         if not self.own_state:
             return state_dict, {}
         overrides = _wrapping.overrides(self.base_optimizer, "load_state_dict")
-        if overrides and isinstance(state_dict, dict) and "param_groups" not in state_dict:
+        is_foreign = overrides and isinstance(state_dict, dict) and "param_groups" not in state_dict
+        if is_foreign:
             # A format of the base optimizer's own, to which state_dict() added "state".
             state = dict(state_dict.get("state", {}))
-            saved = list(range(len(list(self._all_params()))))
+            saved = list(range(len(self._all_params())))
         else:
             groups, state = read(state_dict)
             saved = [index for group in groups for index in group["params"]]
@@ -279,7 +280,10 @@ class Checkpointed(Variant):
                 state[index] = of_base
             else:  # as bases test for their own first step
                 del state[index]
-        return {**state_dict, "state": state}, own
+        of_base_optimizer = {**state_dict, "state": state}
+        if is_foreign and not state and (own or "state" not in state_dict):
+            del of_base_optimizer["state"]  # it may read nothing that it did not write
+        return of_base_optimizer, own
 
     def _checked(self, state_dict: Any) -> dict[str, Any]:
         """A state_dict, with options that it does not know as they are now."""

@@ -91,10 +91,6 @@ class Bucket:
         """What somebody writes to who writes parameters."""
         return [slot.param for slot in self.slots] if self.place.process_groups else self.params
 
-    def option(self, name: str) -> Any:
-        """What the group says of an option of SAM."""
-        return self.group[self.keys[name]]
-
     @property
     def numel(self) -> int:
         """Elements of the parameters, those in other processes too."""

@@ -168,9 +168,7 @@ class OnePass(SAM):
             raise
 
     def _update_and_ascend(self) -> None:
-        if self._schedule is not None:
-            for group in self.param_groups:
-                group[self._keys["rho"]] = self._schedule.value(group["lr"])
+        self._follow_schedule()
         if self._perturbation is None:
             self._perturbation = Perturbation()
         updated, lies_in_old = finish(self, self._perturbation, into_old=True)

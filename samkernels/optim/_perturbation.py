@@ -37,7 +37,9 @@ class Perturbation:
     ascent_square: Tensor | None = None  # its root is not finite where the step is to be skipped
     # g1.g1 of the lists that it was measured of.
     first_dots: list[tuple[list[Slot], Dots]] = field(default_factory=list)
-    hooks: list[RemovableHandle] = field(default_factory=list)  # see SAM._spread_overflow
+    hooks: list[RemovableHandle] = field(
+        default_factory=list
+    )  # of spread_overflow, or for want of a second pass
     # The parameters of `moved`, and their versions when they had moved.
     watched: list[tuple[TensorList, list[int]]] = field(default_factory=list)
     exchange: Exchange | None = None  # where g1 and its norm of all ranks replace those of this one

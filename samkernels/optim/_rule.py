@@ -49,10 +49,10 @@ class Option:
             if not isinstance(value, bool):
                 raise TypeError(f"{name} is {type(value).__name__}: give True or False")
             return
-        kind = int if self.is_whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            what = "a whole number" if self.is_whole else "a number"
-            raise TypeError(f"{name} is {type(value).__name__}: give {what}")
+        if self.is_whole:
+            return checks.check_whole(name, value, self.low)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is {type(value).__name__}: give a number")
         is_high = value >= self.high if self.below else value > self.high
         if not math.isfinite(value) or value < self.low or is_high:
             raise ValueError(f"{name}={value}: give {self.range()}")

@@ -178,7 +178,7 @@ class Variant(Optimizer):
         self.base_optimizer = base
         self.defaults = {**base.defaults, **self.defaults}
         self._is_constructed = True
-        self._kinds()  # whether names are there that are asked for
+        self._check_selections()
 
     @property
     def _direction_has_state(self) -> bool:
@@ -206,17 +206,12 @@ class Variant(Optimizer):
         is_new = bool(self.own_state) and not own
         return Kind(self._subset.has(p, name), self._scaled.has(p, name), is_new)
 
-    def _kinds(self) -> None:
-        """Raise ValueError unless what was selected is there: some parameters, and no others."""
+    def _check_selections(self) -> None:
+        """Raise ValueError unless what was selected is there, some parameters and no others, with
+        the names that are asked for."""
         for selection in (self._scaled, self._subset):
             if selection:
-                groups = self.param_groups
-                named = [
-                    (p, _axes.name_of(group, i))
-                    for group in groups
-                    for i, p in enumerate(group["params"])
-                ]
-                selection.check(named)
+                selection.check(_axes.named(self.param_groups))
 
     def _check_options(self, options: dict[str, Any], where: str) -> None:
         """Raise TypeError or ValueError if one that is there is wrong."""
@@ -258,20 +253,27 @@ class Variant(Optimizer):
             return False
         return self._when is None or self._when.needs_norm or self._when.wants(step, math.nan, {})
 
-    def _wants_second_pass(self, buckets: list[Bucket]) -> bool:
-        wants = self.needs_second_pass
-        if wants and self._when is not None and self._when.needs_norm:
-            lists = [Lists(bucket, lambda _, of: of.grads, {}) for bucket in buckets]
-            square = Products(lists)["g1.g1"].item()  # the host has to know
-            memory = {
-                name: self.param_groups[0][f"sam_{name}"]
-                for name in ("mean", "variance")
-                if f"sam_{name}" in self.param_groups[0]
-            }
-            wants = self._when.wants(self.option("sam_step"), square, memory)
-            for group in self.param_groups:
-                group.update({f"sam_{name}": value for name, value in memory.items()})
+    def _wants_by_norm(self, buckets: list[Bucket]) -> bool:
+        """Whether a policy that looks at g1 wants a second pass; True without one."""
+        if self._when is None or not self._when.needs_norm:
+            return True
+        lists = [Lists(bucket, lambda _, of: of.grads, {}) for bucket in buckets]
+        square = Products(lists)["g1.g1"].item()  # the host has to know
+        memory = {
+            name: self.param_groups[0][f"sam_{name}"]
+            for name in ("mean", "variance")
+            if f"sam_{name}" in self.param_groups[0]
+        }
+        wants = self._when.wants(self.option("sam_step"), square, memory)
+        for group in self.param_groups:
+            group.update({f"sam_{name}": value for name, value in memory.items()})
         return wants
+
+    def _follow_schedule(self) -> None:
+        """Write the rho that goes with the lr of each group, before a perturbation."""
+        if self._schedule is not None:
+            for group in self.param_groups:
+                group[self._keys["rho"]] = self._schedule.value(group["lr"])
 
     def _count_step(self) -> None:
         """Of a variant or a policy that looks at the number: a GradScaler's skip does not count."""
@@ -399,7 +401,7 @@ class Variant(Optimizer):
                 param_group.setdefault(key, self.defaults[key])
         try:
             self.base_optimizer.add_param_group(param_group)
-            self._kinds()
+            self._check_selections()
         except BaseException:
             del self.param_groups[index:]
             raise

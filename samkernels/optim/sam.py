@@ -231,13 +231,12 @@ class SAM(Checkpointed):
                 "does not depend on the scale; max_grad_norm clips without unscale_()."
             )
         all_ranks = None
-        if self.needs_second_pass:
+        needs_second_pass = self.needs_second_pass
+        if needs_second_pass:
             all_ranks = self._ranks.begin_first_step(self.param_groups)
         else:
             self._ranks.begin_only_step()
-        if self._schedule is not None:
-            for group in self.param_groups:
-                group[self._keys["rho"]] = self._schedule.value(group["lr"])
+        self._follow_schedule()
         buckets = self._slots.buckets(self.param_groups)
         self._slots.check_alone(buckets)
         if not buckets:
@@ -253,7 +252,7 @@ class SAM(Checkpointed):
         perturbation = Perturbation(is_unscaled=grad_scale is not None)
         if grad_scale is not None:
             unscale(buckets, grad_scale)
-        perturbation.has_second_pass = self._wants_second_pass(buckets)
+        perturbation.has_second_pass = needs_second_pass and self._wants_by_norm(buckets)
         try:
             self._perturbation = perturbation
             begin(self, perturbation, buckets, all_ranks)

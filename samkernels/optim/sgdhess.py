@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from samkernels.optim import _checkpoints, _shards, _wrapping
 from samkernels.optim._bases import sgd_options
 from samkernels.optim._compile import keep_out_of_graphs
 from samkernels.optim._lists import Place, Slots, fits, laid_out_like, refuse_capture
+from samkernels.optim._random import random_bits
 
 SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 # The same in all parameter groups: there is one v for all of them.
@@ -490,9 +490,8 @@ class SGDHess(Optimizer):
 
 def rademacher(like: Tensor, *key: int) -> Tensor:
     """-1 or 1 for each element, from the key alone: the same in every memory format."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     device = "cpu" if like.is_meta else like.device  # whose bits nobody will see
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+    generator = torch.Generator(device).manual_seed(random_bits(*key))
     bits = torch.randint(2, like.shape, generator=generator, dtype=like.dtype, device=like.device)
     return bits.mul_(2).sub_(1)
 
@@ -506,8 +505,4 @@ def _check_options(options: dict[str, Any], where: str) -> None:
     checks.check_sgd_options(**{name: options[name] for name in SGD_OPTIONS}, in_step=True)
     checks.check_hyperparameter(f"rho{where}", options["rho"])
     for name, low in (("k", 1), ("seed", 0), ("step", 0)):
-        value = options[name]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}{where} is {type(value).__name__}: give a whole number")
-        if not low <= value < 2**63:
-            raise ValueError(f"{name}={value}{where}: give a whole number from {low} to 2^63 - 1")
+        checks.check_whole(name, options[name], low, bits=63, where=where)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from samkernels import checks
+from samkernels.optim._random import random_bits
 
 
 class When(Protocol):
@@ -37,7 +37,8 @@ class Periodic:
     needs_norm = False
 
     def __init__(self, k: int) -> None:
-        self.k = _whole("k", k, 1)
+        checks.check_whole("k", k, 1)
+        self.k = k
 
     def wants(self, step: int, square: float, memory: dict[str, float]) -> bool:
         """Whether step number `step` has a second pass; see `When`."""
@@ -57,7 +58,8 @@ class FromStep:
     needs_norm = False
 
     def __init__(self, first: int) -> None:
-        self.first = _whole("first", first, 0)
+        checks.check_whole("first", first, 0)
+        self.first = first
 
     def wants(self, step: int, square: float, memory: dict[str, float]) -> bool:
         """Whether step number `step` has a second pass; see `When`."""
@@ -79,13 +81,13 @@ class Bernoulli:
     def __init__(self, p: float | Callable[[int], float], seed: int = 0) -> None:
         if not callable(p):
             _share("p", p)
-        self.p, self.seed = p, _whole("seed", seed, -(2**63))
+        checks.check_whole("seed", seed, -(2**63))
+        self.p, self.seed = p, seed
 
     def wants(self, step: int, square: float, memory: dict[str, float]) -> bool:
         """Whether step number `step` has a second pass; see `When`."""
         p = _share("p", self.p(step)) if callable(self.p) else self.p
-        digest = hashlib.blake2b(repr((self.seed, step)).encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") / 2**64 < p
+        return random_bits(self.seed, step) / 2**64 < p
 
 
 class GradientNormPolicy:
@@ -111,7 +113,8 @@ class GradientNormPolicy:
     def __init__(self, l1: float, l2: float, steps: int, decay: float = 0.9) -> None:
         for name, value in (("l1", l1), ("l2", l2)):
             checks.check_number(name, value)
-        self.l1, self.l2, self.steps = l1, l2, _whole("steps", steps, 1)
+        checks.check_whole("steps", steps, 1)
+        self.l1, self.l2, self.steps = l1, l2, steps
         self.decay = _share("decay", decay)
 
     def wants(self, step: int, square: float, memory: dict[str, float]) -> bool:
@@ -134,14 +137,6 @@ def check_when(when: Any) -> None:
             f"when is {type(when).__name__}: give Periodic(k), FromStep(first), Bernoulli(p), "
             "GradientNormPolicy(l1, l2, steps), or None for every step"
         )
-
-
-def _whole(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {type(value).__name__}: give a whole number")
-    if value < low:
-        raise ValueError(f"{name}={value}: give a whole number from {low}")
-    return value
 
 
 def _share(name: str, value: Any) -> float:
