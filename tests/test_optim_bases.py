@@ -23,6 +23,7 @@ from tests.optim_helpers import (
     linear,
     parameter,
     parameters_of,
+    same_bits,
     set_gradients,
     snapshot,
     take_step,
@@ -178,8 +179,23 @@ class Adaptive(torch.optim.Optimizer):
                 p.add_(p.grad, alpha=group["rho"] * group["lr"] * group["granularity"])
 
 
+class Lion(torch.optim.Optimizer):
+    """Its momentum has the name of state that variants have."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in filter(lambda p: p.grad is not None, group["params"]):
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                p.add_(torch.sign(0.9 * m + 0.1 * p.grad), alpha=-group["lr"])
+                m.mul_(0.99).add_(p.grad, alpha=0.01)
+
+
 Make = Callable[[Any], torch.optim.Optimizer]
-STAND_INS = [EightBit, Counting, PairMomentum, Lamb, Adaptive]
+STAND_INS = [EightBit, Counting, PairMomentum, Lamb, Adaptive, Lion]
 USUAL: dict[str, Make] = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.05),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1),
@@ -247,6 +263,17 @@ def test_resuming_is_bit_exact(cls: type[SAM], make: Make) -> None:
         take_step(resumed, step)
     assert unchanged(twin.parameters(), snapshot(model.parameters()))
     assert_equal(resumed.state_dict(), optimizer.state_dict())
+
+
+def test_a_checkpoint_of_another_variant_leaves_nothing_behind() -> None:
+    model = linear()
+    optimizer = VaSSO(model.parameters(), Lion)
+    take_step(optimizer, 0)
+    other = SAM(model.parameters(), Lion)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    for p in model.parameters():
+        assert other.state[p].keys() == {"m"}
+        assert same_bits(other.state[p]["m"], optimizer.state[p]["m"])
 
 
 @each_instance

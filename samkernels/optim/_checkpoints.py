@@ -160,12 +160,19 @@ def undone_on_failure(optimizer: Optimizer) -> Iterator[None]:
         raise
 
 
+_OWN = "sam_"  # begins the names that a variant's own state has beside the base optimizer's
+
+
+def _is_own(name: object) -> bool:
+    return isinstance(name, str) and name.startswith(_OWN)
+
+
 class Checkpointed(Variant):
     """State that is the base optimizer's, and beside it that of the variant."""
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state_dict, with rho and the like in its groups, and a variant's own
-        state beside that of its parameters.
+        state beside that of its parameters, as sam_NAME.
 
         Raises:
             RuntimeError: between first_step and second_step, when the weights of the model are
@@ -181,6 +188,7 @@ class Checkpointed(Variant):
             state = dict(state_dict.get("state", {}))
             for i, of_param in enumerate(own):
                 if of_param:
+                    of_param = {_OWN + name: tensor for name, tensor in of_param.items()}
                     state[i] = {**state.get(i, {}), **of_param}
             state_dict = {**state_dict, "state": state}
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -241,31 +249,42 @@ class Checkpointed(Variant):
         return {name: _shards.as_part_of(p, tensor) for name, tensor in own.items()}
 
     def _without_own(self, state_dict: Any) -> tuple[Any, dict[Tensor, dict[str, Tensor]]]:
-        """The part of the base optimizer, and the variant's own for each parameter.
+        """The part of the base optimizer, and the variant's own for each parameter; that of another
+        variant is left out.
 
         Raises:
             ValueError: that does not fit the parameter.
         """
-        if not self.own_state:
-            return state_dict, {}
-        overrides = _wrapping.overrides(self.base_optimizer, "load_state_dict")
-        is_foreign = overrides and isinstance(state_dict, dict) and "param_groups" not in state_dict
+        if _wrapping.overrides(self.base_optimizer, "load_state_dict"):
+            # It may have a format of its own, to which state_dict() added "state".
+            if not (isinstance(state_dict, dict) and isinstance(state_dict.get("state"), dict)):
+                return state_dict, {}
+            is_foreign = "param_groups" not in state_dict
+        else:
+            is_foreign = False
         if is_foreign:
-            # A format of the base optimizer's own, to which state_dict() added "state".
-            state = dict(state_dict.get("state", {}))
+            state = dict(state_dict["state"])
             saved = list(range(len(self._all_params())))
         else:
             groups, state = read(state_dict)
             saved = [index for group in groups for index in group["params"]]
         own: dict[Tensor, dict[str, Tensor]] = {}
+        has_some = False
         for i, (index, p) in enumerate(zip(saved, self._all_params(), strict=False)):
             of_param = state.get(index)
-            if not isinstance(of_param, dict) or not of_param.keys() & set(self.own_state):
+            if not isinstance(of_param, dict) or not any(map(_is_own, of_param)):
                 continue
-            of_base = dict(of_param)
+            has_some = True
+            of_base = {n: value for n, value in of_param.items() if not _is_own(n)}
+            if of_base:
+                state[index] = of_base
+            else:  # as bases test for their own first step
+                del state[index]
+            if not any(_OWN + name in of_param for name in self.own_state):
+                continue  # of another variant
             own[p] = {}
             for name in self.own_state:
-                tensor = of_base.pop(name, None)
+                tensor = of_param.get(_OWN + name)
                 if not isinstance(tensor, Tensor) or tensor.shape != p.shape:
                     raise ValueError(
                         f"state_dict: the {name} of parameter {i} does not have its shape, "
@@ -276,12 +295,10 @@ class Checkpointed(Variant):
                         f"state_dict: the {name} of parameter {i} is not sharded as the parameter"
                     )
                 own[p][name] = laid_out_like(_shards.local(p), _shards.local(tensor))
-            if of_base:
-                state[index] = of_base
-            else:  # as bases test for their own first step
-                del state[index]
+        if not has_some:
+            return state_dict, {}
         of_base_optimizer = {**state_dict, "state": state}
-        if is_foreign and not state and (own or "state" not in state_dict):
+        if is_foreign and not state:
             del of_base_optimizer["state"]  # it may read nothing that it did not write
         return of_base_optimizer, own
 

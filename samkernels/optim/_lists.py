@@ -260,10 +260,15 @@ class Slots:
         return self._slots.get(id(p))
 
     def find_or_add(self, p: Tensor) -> Slot:
-        return self._slots.get(id(p)) or self._add(p)
+        slot = self._slots.get(id(p))
+        return slot if slot is not None and self.serves(slot) else self._add(p)
 
     def _add(self, p: Tensor) -> Slot:
+        """A slot for a parameter that has none, or was cast, moved or laid out anew: the state of
+        the variant goes with it then."""
         slot = Slot(p, self.place_of(p), torch.empty_like(_shards.local(p), requires_grad=False))
+        own = self.own_of(p).items()
+        slot.own = {n: laid_out_like(slot.old, t) for n, t in own if t.shape == slot.old.shape}
         self._slots[id(p)] = slot
         self._has_new = True
         return slot

@@ -13,7 +13,7 @@ from torch import Tensor
 from samkernels.backends import TensorList
 from samkernels.optim import _shards
 from samkernels.optim._grad import without_grad
-from samkernels.optim._lists import Bucket, Kind, Place, Slot, bucket_of
+from samkernels.optim._lists import Bucket, Kind, Place, Slot, bucket_of, fits, laid_out_like
 from samkernels.optim._perturbation import Perturbation, aim, perturb, restore
 from samkernels.optim._rule import Lists
 from samkernels.optim._update import finish
@@ -199,7 +199,9 @@ class OnePass(SAM):
                 return lists
             states = [self.state.get(slot.param, {}).get(name) for slot in bucket.slots]
             if all(isinstance(tensor, Tensor) for tensor in states):
-                return _shards.locals_of(states)
+                pairs = zip(_shards.locals_of(states), bucket.slots, strict=True)
+                # The parameters may have been cast, moved or laid out anew since.
+                return [t if fits(t, s.old) else laid_out_like(s.old, t) for t, s in pairs]
         return None
 
     def _with_momentum(self) -> list[Bucket]:

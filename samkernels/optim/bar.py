@@ -28,6 +28,8 @@ class BAR(SAM):
         self, params: Any, base_optimizer: Base = torch.optim.AdamW, alpha: float = 0.05,
         pairs: Any = None, kind: str = "n", **others: Any,
     ) -> None:  # fmt: skip
+        if "rho" in others:
+            raise TypeError("rho: BAR perturbs nothing, and its strength is alpha; leave rho out")
         super().__init__(params, base_optimizer, 0.0, alpha=alpha, kind=kind, **others)
         self.partners = pairs_by_name(self.param_groups) if pairs is None else dict(pairs)
         self.partners.update({y: x for x, y in self.partners.items()})
