@@ -261,7 +261,8 @@ def variant_table(machine: Machine, variants: Sequence[str]) -> Rows:
 def _ops(machine: Machine, images: Path) -> list[str]:
     if not machine.of("op"):
         return []
-    parts = ["### Ops", "`pytest bench/test_ops.py`; cold."]
+    names = "norms and compare are `ops.dots` of one and of three lists, recombine is `ops.mix_`"
+    parts = ["### Ops", f"`pytest bench/test_ops.py`; cold; {names}."]
     for of in machine.values("op", "list"):
         for dtype in machine.values("op", "dtype"):
             cases = machine.of("op", list=of, dtype=dtype)
@@ -354,7 +355,8 @@ def readme_part(machine: Machine, file: Path, chart: Path) -> str:
             MARKERS[0],
             f"One SAM step (SGD with momentum) on ResNet-18's parameters, {size_of(result)}, fp32, "
             f"gradients given; {environment['threads']} threads, {environment['processor']}, torch "
-            f"{environment['torch']}; medians of {result['rounds']} rounds, all in turn. "
+            f"{environment['torch']}, commit {environment['commit'][:12]}; medians of "
+            f"{result['rounds']} rounds, all in turn. "
             "A pass is the time to read or write the parameters once at the speed of a copy. "
             f"Again: `{result['command']}`; the result behind this: {file.as_posix()}.",
             markdown(in_turn_table(result)),
