@@ -39,12 +39,6 @@ from samkernels.checks import (
     signed_rho,
 )
 
-# What optimizers check with.
-from samkernels.checks import check_disjoint as check_disjoint
-from samkernels.checks import check_step as check_step
-from samkernels.checks import overlaps_itself as overlaps_itself
-from samkernels.checks import same_layout as same_layout
-
 __all__ = [
     "FUNCTIONS",
     "ROUNDINGS",

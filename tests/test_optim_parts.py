@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from samkernels import SAM, SAMDirection, SAMMagnitude, ops
+from samkernels import SAM, SAMDirection, SAMMagnitude, checks, ops
 from tests.by_hand import RHO, SGD, STEPS, by_hand, close, loss_of_share
 from tests.optim_helpers import (
     bits,
@@ -483,7 +483,7 @@ def test_pack() -> None:
     for view, tensor, like in zip(views, tensors, likes, strict=True):
         assert torch.equal(view, tensor / 4) and view.dtype is like.dtype
         if ops.is_dense(like):
-            assert ops.same_layout(view, like)
+            assert checks.same_layout(view, like)
     for block in blocks:
         block.zero_()
     assert not any(view.any() for view in views)
@@ -509,7 +509,7 @@ def test_sums_and_means(dtype: torch.dtype) -> None:
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     for total, like in zip(sums, likes, strict=True):
         assert total.dtype is wide and torch.equal(total, like.to(wide) + like.to(wide) + like)
-        assert ops.same_layout(total, like)
+        assert checks.same_layout(total, like)
     means = ops.means_of(sums, 3, likes)
     for mean, like, copy in zip(means, likes, copies, strict=True):
         assert mean.dtype is dtype

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from train.groups import Comparison, Group, holm, paired
 
 LEVEL = 0.05
+Scale = Callable[[Mapping[int, float]], dict[int, float]]
 CLAIMS = {
     "1": "SAM is more accurate than SGD (difference: of the accuracies, in points)",
     "2": "SAM is flatter than SGD (of the logarithms of the sharpness)",
@@ -74,14 +75,15 @@ def tests_of(groups: Sequence[Group]) -> list[Test]:
             found.append(Test(claim, compared, comparison, sign))
 
     def of(opt_name: str) -> list[Group]:
-        # The report's optimizers are neither adaptive nor take norms.
-        return [
-            g
-            for g in groups
-            if g.config.opt_name == opt_name
-            and not (g.config.uses("adaptive") and g.config.adaptive)
-            and not (g.config.uses("granularity") and g.config.granularity != "element")
-        ]
+        return [g for g in groups if g.config.opt_name == opt_name and g.is_of_the_report]
+
+    def against_sgd(
+        claim: str, members: Sequence[Group], figure: str, scale: Scale, sign: int
+    ) -> None:
+        for group in members:
+            if (sgd := baseline(group, groups)) is not None:
+                ours, theirs = (scale(g.by_seed(figure)) for g in (group, sgd))
+                add(claim, f"{group.label} - {sgd.label}", ours, theirs, sign)
 
     def falls(claim: str, members: Sequence[Group]) -> None:
         for smaller, larger in _neighbours(members):
@@ -89,16 +91,10 @@ def tests_of(groups: Sequence[Group]) -> list[Test]:
             add(claim, compared, _log(larger.by_seed("sharpness")),
                 _log(smaller.by_seed("sharpness")), -1)  # fmt: skip
 
-    for group in of("sam"):
-        if (sgd := baseline(group, groups)) is not None:
-            ours, theirs = group.by_seed("test_accuracy"), sgd.by_seed("test_accuracy")
-            add("1", f"{group.label} - {sgd.label}", ours, theirs, 1)
-    for group in of("sam"):
-        if (sgd := baseline(group, groups)) is not None:
-            ours, theirs = _log(group.by_seed("sharpness")), _log(sgd.by_seed("sharpness"))
-            add("2", f"{group.label} - {sgd.label}", ours, theirs, -1)
+    against_sgd("1", of("sam"), "test_accuracy", dict, 1)
+    against_sgd("2", of("sam"), "sharpness", _log, -1)
     falls("3", of("sam"))
-    spaces: tuple[tuple[str, str, Callable[[Mapping[int, float]], dict[int, float]]], ...] = (
+    spaces: tuple[tuple[str, str, Scale], ...] = (
         ("4", "sharpness", _log),
         ("5", "test_accuracy", dict),
     )
@@ -126,10 +122,7 @@ def tests_of(groups: Sequence[Group]) -> list[Test]:
         if any(len(run["history"]) > 1 for run in group.runs):
             add("7", group.label, last, first, 1)
     falls("8", of("sgdhess"))
-    for group in of("sgdhess"):
-        if (sgd := baseline(group, groups)) is not None:
-            ours, theirs = group.by_seed("test_accuracy"), sgd.by_seed("test_accuracy")
-            add("9", f"{group.label} - {sgd.label}", ours, theirs, -1)
+    against_sgd("9", of("sgdhess"), "test_accuracy", dict, -1)
     return found
 
 
@@ -168,7 +161,7 @@ def _p(value: float) -> str:
 
 def claims_table(groups: Sequence[Group]) -> list[list[str]]:
     """A row for each test, head first; [] where there is none."""
-    tests = sorted(tests_of(groups), key=lambda test: test.claim)
+    tests = tests_of(groups)
     rows = []
     for claim in CLAIMS:
         alike = [test for test in tests if test.claim == claim]

@@ -532,7 +532,7 @@ class Config:
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Where `other` (a saved configuration) asks for other weights: "key=theirs, here ours"."""
-        theirs = Config(**{name: other[name] for name in FIELDS if name in other}).recipe
+        theirs = Config(**known_keys(other)).recipe
         ours = self.recipe
         return [
             f"{name}={theirs[name]} there, {ours[name]} here"
@@ -542,6 +542,11 @@ class Config:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def known_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a saved configuration that there still are."""
+    return {name: value for name, value in saved.items() if name in FIELDS}
 
 
 def named_value(name: str, value: Any) -> str:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from train.config import Config
 from train.data import Dataset, load_dataset
 from train.models import build_model
+from train.progress import duration
 from train.run import pick_device, set_numerics
 
 # Products until five eigenvalues of a batch, or one of the fixed set, have converged, and what such
@@ -118,8 +119,6 @@ def estimate(configs: Sequence[Config]) -> Cost:
 
 def describe(configs: Sequence[Config]) -> str:
     """One line for people."""
-    from train.progress import duration
-
     cost = estimate(configs)
     text = f"{len(configs)} runs: {cost.images:.3g} gradients of an image in training"
     if cost.sharpness:

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from train import results
-from train.config import FIELDS, Config, named_value
+from train.config import FIELDS, Config, known_keys, named_value
 from train.errors import CheckpointError, ConfigError
 from train.registry import DATASETS, MODELS, OPTIMIZERS
 
@@ -51,6 +49,14 @@ class Group:
     def recipe(self) -> dict[str, Any]:
         """The keys that the weights depend on, without the seed."""
         return {name: value for name, value in self.config.recipe.items() if name != "seed"}
+
+    @property
+    def is_of_the_report(self) -> bool:
+        """Whether its optimizer is one of the report's, neither adaptive nor by norms."""
+        config = self.config
+        is_adaptive = config.uses("adaptive") and config.adaptive
+        by_norms = config.uses("granularity") and config.granularity != "element"
+        return not (is_adaptive or by_norms)
 
     @property
     def optimizer(self) -> str:
@@ -228,9 +234,7 @@ def grouped(runs: Iterable[dict[str, Any]]) -> tuple[list[Group], list[str]]:
     groups: dict[str, Group] = {}
     left_out = []
     for run in runs:
-        config = Config(
-            **{k: v for k, v in run["config"].items() if k in FIELDS and k != "overwrite"}
-        )
+        config = Config(**{**known_keys(run["config"]), "overwrite": False})
         new = Group(config)
         group = groups.setdefault(json.dumps(new.recipe, sort_keys=True), new)
         seed = config.seed
@@ -334,6 +338,8 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison
     error = statistics.stdev(differences) / math.sqrt(number) if number > 1 else 0.0
     if error == 0:
         return Comparison(number, mean)
+    from scipy.stats import t as student  # takes a second, which a run alone need not
+
     reach = float(student.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
     p = 2 * float(student.sf(abs(mean) / error, number - 1))
     return Comparison(number, mean, mean - reach, mean + reach, p)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from train import claims, results
 from train.__main__ import guarded
-from train.config import FIELDS, Config, parse_flags
+from train.config import FIELDS, Config, known_keys, parse_flags
 from train.errors import ConfigError
 from train.groups import (
     ALL_RUNS,
@@ -70,10 +70,7 @@ def _known_figures(figure: str, model: str, opt_name: str) -> Mapping[float, flo
 
 def _comparable(group: Group) -> bool:
     """Whether a group belongs into the report's tables, whose SAM runs are of one kind."""
-    config = group.config
-    adaptive = config.uses("adaptive") and config.adaptive
-    plain = not config.uses("granularity") or config.granularity == "element"
-    return config.dataset == "cifar100" and plain and not adaptive
+    return group.config.dataset == "cifar100" and group.is_of_the_report
 
 
 def measured_on(run: Mapping[str, Any]) -> str | None:
@@ -329,7 +326,9 @@ def write_report(
         stated = (f"- claim {number}: {claim}." for number, claim in claims.CLAIMS.items())
         parts.append("\n".join([*stated, claims.NOTES]))
     if lost:
-        said = (f"- {Config(**_known(run)).full_name}: {run['error']}" for run in lost)
+        said = (
+            f"- {Config(**known_keys(run['config'])).full_name}: {run['error']}" for run in lost
+        )
         parts += ["## Diverged", "\n".join(said)]
     if plots := _write_plots(folder, groups):
         parts += ["## Plots", "\n\n".join(f"![{name[:-4]}]({name})" for name in plots)]
@@ -342,10 +341,6 @@ def write_report(
         blocks = [_csv([[name], *rows]) for name, rows in tables.items()]
         results.write_text(folder / "tables.csv", "\n".join(blocks))
     return folder / "report.md"
-
-
-def _known(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in run["config"].items() if name in FIELDS}
 
 
 def _write_plots(folder: Path, groups: Sequence[Group]) -> list[str]:

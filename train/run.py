@@ -47,7 +47,7 @@ from train.optimizers import (
 )
 from train.progress import RunProgress, make_console
 from train.registry import OPTIMIZERS
-from train.sharpness import measure
+from train.sharpness import check_batch_size, measure
 from train.termination import Termination
 from train.timing import StepTimer
 from train.trackers import Several, Tracker, make_tracker, scalars
@@ -919,12 +919,8 @@ def _train(
 
 def _check_measures(config: Config, dataset: Dataset) -> None:
     """What could not be measured in the end is said before the training."""
-    count = len(dataset.train)
-    if config.sharpness_batches and config.sharpness_batch_size > count:
-        raise ConfigError(
-            f"sharpness_batch_size={config.sharpness_batch_size} is more than the {count} training "
-            f"images: allowed 1 to {count}; nearest {count}"
-        )
+    if config.sharpness_batches:
+        check_batch_size(dataset, config.sharpness_batch_size)
 
 
 def _save(files: Files, training: Training) -> None:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from train import results
 from train.checkpoint import load_checkpoint
-from train.config import FIELDS, Config, check_keys, make_config, parse_flags
-from train.data import Dataset, Split, load_dataset, plain_batches, train_batches
+from train.config import Config, check_keys, known_keys, make_config, parse_flags
+from train.data import Dataset, load_dataset, plain_batches, train_batches
 from train.errors import CheckpointError, ConfigError
 from train.hessian import Batch, Hessian
 from train.lanczos import extreme_eigenvalues
-from train.progress import WorkProgress
+from train.models import build_model
+from train.progress import WorkProgress, make_console
 
 BATCH = 256  # of the fixed set, which is summed over its batches
 EIGENVALUES = 5  # per batch, in the report
@@ -107,17 +108,23 @@ def report_sharpness(eigenvalues: Sequence[Sequence[float]]) -> float | None:
     return statistics.fmean(positive) if positive else None
 
 
+def check_batch_size(dataset: Dataset, size: int) -> None:
+    """Raises ConfigError if the training split has no full batch."""
+    count = len(dataset.train)
+    if size > count:
+        raise ConfigError(
+            f"sharpness_batch_size={size} is more than the {count} training images: "
+            f"allowed 1 to {count}; nearest {count}"
+        )
+
+
 def training_batches(dataset: Dataset, number: int, size: int, seed: int) -> Iterator[Batch]:
     """The first `number` full augmented batches; further epochs where one has too few.
 
     Raises:
         ConfigError: the training split has no full batch.
     """
-    if size > len(dataset.train):
-        raise ConfigError(
-            f"sharpness_batch_size={size} is more than the {len(dataset.train)} training images: "
-            f"allowed 1 to {len(dataset.train)}; nearest {len(dataset.train)}"
-        )
+    check_batch_size(dataset, size)
     left = number
     for epoch in count(DRAWS_OF_EPOCH):
         for images, labels in train_batches(dataset, size, seed, epoch):
@@ -193,8 +200,7 @@ def _batch_eigenvalues(
 def _fixed_set(
     model: nn.Module, dataset: Dataset, config: Config, console: Console
 ) -> dict[str, Any]:
-    images = dataset.train.images[: config.sharpness_samples]
-    part = Split(images, dataset.train.labels[: config.sharpness_samples])
+    part = dataset.train[: config.sharpness_samples]
     operator = Hessian(model, list(plain_batches(dataset, part, BATCH)))
     found: dict[str, Any] = {}
 
@@ -204,7 +210,7 @@ def _fixed_set(
 
     found["lambda_max"] = extreme("lambda_max", "LA")
     # The random vectors are the library's, of torch's global generator: put it back.
-    devices = [images.device] if images.device.type == "cuda" else []
+    devices = [part.images.device] if part.images.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(config.seed)
         if config.trace_vectors:
@@ -282,12 +288,13 @@ def restored(
     Raises:
         CheckpointError: it is none, or not of its network.
     """
-    from train.run import build_model, pick_device, set_numerics
+    from train.run import pick_device, set_numerics  # which imports this module
 
     checkpoint = load_checkpoint(path, ("model", "config", "epoch"))
-    known = {k: v for k, v in checkpoint["config"].items() if k in FIELDS}
     own = {"output_dir": str(path.parent), "resume": False, "overwrite": False}
-    config = make_config((str(path), {**known, **own}), ("", here), ("", flags))
+    config = make_config(
+        (str(path), {**known_keys(checkpoint["config"]), **own}), ("", here), ("", flags)
+    )
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -305,8 +312,6 @@ def restored(
 
 def main(arguments: Sequence[str]) -> int:
     """Measure a checkpoint; the exit code of the process."""
-    from train.progress import make_console
-
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
         return 0 if "--help" in arguments or "-h" in arguments else 2

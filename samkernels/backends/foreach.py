@@ -71,8 +71,7 @@ def perturb_(
         direction = [d.clone() for d in direction]
     if saves:
         torch._foreach_copy_(old_params, params)
-    if journal is not None:
-        journal.append(True)
+    note(journal, True)
     w, d = _wide(old_params), _wide(direction)
     if eta is not None:
         scaling = _scaling(old_params, eta)

@@ -76,8 +76,7 @@ def perturb_(
     if saves:
         for w, old in zip(params, old_params, strict=True):
             old.copy_(w)
-    if journal is not None:
-        journal.append(True)
+    note(journal, True)
     norm = norm_of(square, params[0].dtype)
     # A zero norm has no direction, a non-finite one would put nan into every weight.
     perturbs = (norm > 0) & norm.isfinite()
