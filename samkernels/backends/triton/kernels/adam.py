@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import address_of, chunk_of, is_aligned, load, scalar, store
+from .elements import address_of, chunk_of, is_aligned, kernel, load, scalar, store
 from .mixes import coefficients, is_skipped, mixed
 
 
@@ -22,17 +22,7 @@ def _power(base, exponents):
     return tl.where(rest > 0, 0.0, powers)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "counts",
-        "tensors",
-        "minus_beta1",
-        "minus_beta2",
-        "ascent_square",
-        "found_inf",
-        "bias_corrections",
-    ]
-)
+@kernel
 def count_steps(
     counts,
     tensors,
@@ -120,28 +110,7 @@ def _adam_block(
     store(w_at, offsets, mask, tl.where(skipped, old, updated.to(T)), WHOLE, T)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "plan",
-        "addresses",
-        "a",
-        "a_stride",
-        "b",
-        "b_stride",
-        "divisor",
-        "ascent_square",
-        "found_inf",
-        "lr",
-        "beta1",
-        "one_minus_beta1",
-        "beta2",
-        "one_minus_beta2",
-        "eps",
-        "weight_decay",
-        "gradient_sign",
-        "bias_corrections",
-    ]
-)
+@kernel
 def adam_step(
     plan,
     addresses,

@@ -1,6 +1,11 @@
-"""What all kernels share: how they find, load and store elements, and read scalars."""
+"""What all kernels share: how they are compiled, find, load and store elements, and read
+scalars."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -11,6 +16,14 @@ LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 WITHOUT_ROOT = tl.constexpr(1.1579208233556995e77)
 PLAN_COLUMNS = tl.constexpr(5)
 VECTOR_BYTES = tl.constexpr(16)
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """Make a kernel that is compiled once for all values of what is no constant of it, 1 and
+    aligned addresses too, which Triton has code of their own for."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.annotation is inspect.Parameter.empty]
+    return triton.jit(function, do_not_specialize=names)
 
 
 @triton.jit

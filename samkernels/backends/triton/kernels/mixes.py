@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import WITHOUT_ROOT, address_of, chunk_of, is_aligned, load, scalar_of, store
+from .elements import WITHOUT_ROOT, address_of, chunk_of, is_aligned, kernel, load, scalar_of, store
 
 TWO_TO_75 = tl.constexpr(2.0**75)
 TWO_TO_MINUS_75 = tl.constexpr(2.0**-75)
@@ -94,20 +94,7 @@ def _mix_block(
     store(out_at, offsets, mask, tl.where(skipped, 0.0, u).to(T), WHOLE, T)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "plan",
-        "addresses",
-        "a",
-        "a_stride",
-        "b",
-        "b_stride",
-        "divisor",
-        "ascent_square",
-        "found_inf",
-        "keeps",
-    ]
-)
+@kernel
 def mix(
     plan,
     addresses,

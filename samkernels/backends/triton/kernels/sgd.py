@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import address_of, chunk_of, is_aligned, load, scalar, store
+from .elements import address_of, chunk_of, is_aligned, kernel, load, scalar, store
 from .mixes import coefficients, is_skipped, mixed
 
 # Kinds of momentum.
@@ -88,24 +88,7 @@ def _sgd_block(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "plan",
-        "addresses",
-        "a",
-        "a_stride",
-        "b",
-        "b_stride",
-        "divisor",
-        "ascent_square",
-        "found_inf",
-        "lr",
-        "momentum",
-        "one_minus_dampening",
-        "weight_decay",
-        "gradient_sign",
-    ]
-)
+@kernel
 def sgd_step(
     plan,
     addresses,
@@ -230,18 +213,7 @@ def _sgd_hess_block(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "plan",
-        "addresses",
-        "rho",
-        "lr",
-        "momentum",
-        "one_minus_dampening",
-        "weight_decay",
-        "gradient_sign",
-    ]
-)
+@kernel
 def sgd_hess_step(
     plan,
     addresses,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import PLAN_COLUMNS, address_of, chunk_of, is_aligned, load
+from .elements import PLAN_COLUMNS, address_of, chunk_of, is_aligned, kernel, load
 
 
 @triton.jit
@@ -79,17 +79,7 @@ def _dots_block(
     return a, b, c, d, larger, agree
 
 
-@triton.jit(
-    do_not_specialize=[
-        "plan",
-        "addresses",
-        "workspace",
-        "finished",
-        "per_tensor",
-        "total",
-        "eta",
-    ]
-)
+@kernel
 def dots(
     plan,
     addresses,

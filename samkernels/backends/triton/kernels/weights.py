@@ -11,6 +11,7 @@ from .elements import (
     chunk_of,
     is_aligned,
     is_finite,
+    kernel,
     load,
     scalar_of,
     store,
@@ -71,18 +72,7 @@ def _perturb_block(
     store(w_at, offsets, mask, tl.where(scale != 0, perturbed, stored), WHOLE, T)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "plan",
-        "addresses",
-        "square",
-        "square_stride",
-        "rho",
-        "rho_stride",
-        "eta",
-        "eps",
-    ]
-)
+@kernel
 def perturb(
     plan,
     addresses,
@@ -128,7 +118,7 @@ def perturb(
         )
 
 
-@triton.jit(do_not_specialize=["plan", "addresses"])
+@kernel
 def restore(plan, addresses, T: tl.constexpr, BLOCK: tl.constexpr):
     """w = old_param. Lists: params, old_params."""
     tensor, begin, count = chunk_of(plan)
