@@ -1,6 +1,8 @@
 """What all tests share: one thread, the stand-ins for GPUs, markers, and who runs which cases.
 
-Nothing is marked by hand that can be read off the parameters or the module of a test.
+Nothing is marked by hand that can be read off the parameters or the module of a test. What takes
+long is marked: `thin`, of which the slice for every day has only enough cases that every value
+occurs, or `full`, of which it has none.
 
     pytest                    the full matrix (make test-all)
     pytest -m "not full"      its slice for every day (make test)
@@ -95,6 +97,14 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the driver write empty ones: to draw them takes longer than a short training."""
+    from train import results
+
+    monkeypatch.setattr(results, "save_figure", lambda path, figure: path.write_bytes(b""))
+
+
+@pytest.fixture
 def emulated_core() -> Any:
     """The compiled kernels for CUDA, on the emulation."""
     module: Any = backends.get("emulated")
@@ -126,8 +136,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         cases = [case for case in cases if not takes_minutes(case)]
         if not SHARED_WORK & markers_of(cases[0]):
             cases = covering(cases, 2)
-        for stand_in in stand_ins.STAND_INS:
-            slow = [case for case in cases if case.get_closest_marker(stand_in)]
+        for kind in ("thin",) if cases[0].get_closest_marker("thin") else stand_ins.STAND_INS:
+            slow = [case for case in cases if case.get_closest_marker(kind)]
             few = covering(slow, 1)
             for case in slow:
                 if case not in few:

@@ -28,6 +28,7 @@ SHAPES = [torch.Size(shape) for shape in [(8, 3, 3, 3), (8,), (10, 8), (10,)]]
 CASES = [(variant, name) for variant in VARIANTS for name in candidates(variant, CPU)]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(("variant", "name"), CASES)
 def test_candidates_compute_the_same(variant: str, name: str) -> None:
     makes = candidates(variant, CPU)
@@ -145,6 +146,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_the_page_shows_what_was_measured(results: Path, tmp_path: Path) -> None:
     files = [str(results / name) for name in ("suite.json", "tiny.json")]
     report.main([*files, "--output", str(tmp_path / "page.md")])

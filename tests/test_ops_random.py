@@ -1,5 +1,8 @@
 """The ops on random lists of tensors."""
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,8 @@ pytest.importorskip("hypothesis")  # no CUDA machine need have it
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+
+from tests import examples  # noqa: F401
 
 
 def slots_of_any_layout() -> st.SearchStrategy[Slot]:
@@ -82,3 +87,28 @@ def test_adam_of_random_lists(slots: list[Slot], setting: Setting, data: st.Data
     mix = data.draw(st.sampled_from(SMOOTH))
     options = data.draw(st.sampled_from(list(test_ops_adam.OPTIONS.values())))
     test_ops_adam.check_adam(ops.adam_, slots, setting, mix, **options)
+
+
+def test_the_same_examples_whatever_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn() -> list[int]:
+        numbers = []
+
+        @hypothesis_settings(max_examples=200, derandomize=True)
+        @given(st.integers(0, 2**40))
+        def draw(number: int) -> None:
+            numbers.append(number)
+
+        draw()
+        return numbers
+
+    before = drawn()
+    file = tmp_path / "imported_meanwhile.py"
+    file.write_text(f"CONSTANTS = {[*range(2**39, 2**39 + 400)]}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, file.stem, module)
+    assert drawn() == before

@@ -7,7 +7,8 @@ gets its hyperparameters by hand. After every call: weights are where the formul
 where they had to stay or to come back they have the old bits; state and hyperparameters are the
 reference's; addresses are the same; nothing is saved but the base optimizer's state.
 
-CI tries the same examples each time. To look further, with other examples on each run:
+The examples are the same each time, in every process (tests/examples.py). To look further, with
+other examples on each run:
 
     SAMKERNELS_STATES=5000 python -m pytest tests/test_optim_states.py
 """
@@ -46,6 +47,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
+from tests import examples  # noqa: F401
 
 EXAMPLES = int(os.environ.get("SAMKERNELS_STATES", "0"))
 SETTINGS = settings(

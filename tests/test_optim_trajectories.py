@@ -417,12 +417,14 @@ def conv_net_run(
     return cls(groups, base_of(name), backend=backend, lr=1.0, **variant), backward
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        (name, backend)
+        pytest.param(name, backend, marks=[pytest.mark.full] if is_slow else [])
         for name in OPTIONS
         for backend in (*BACKENDS, "interpreted")
+        for is_slow in [backend == "interpreted" and name not in ("momentum", "AdamW")]
         # The slow ones without variations, all of them or Adam's.
         if backend in ("native", "foreach")
         or name in ("momentum", "AdamW")

@@ -85,25 +85,49 @@ def test_first_steps_that_are_skipped_leave_momentum_as_it_was(
             )
 
 
+@pytest.mark.parametrize(
+    ("users", "skipped"),
+    [
+        pytest.param(([0], [0, 1], [0, 1], [0, 1, 2]), 1, id="one has momentum"),
+        pytest.param(([0, 1], [0], [1, 2], [0, 1, 2]), 0, id="one steps before the other"),
+        pytest.param(([0, 1, 2], [0], [0, 1], [0, 1], [0, 1, 2]), 0, id="one by one"),
+    ],
+)
 @each_backend
-def test_a_parameter_whose_first_step_was_skipped_beside_one_that_has_momentum(
-    backend: str,
+def test_parameters_whose_first_step_was_skipped_together(
+    backend: str, users: tuple[list[int], ...], skipped: int
 ) -> None:
-    """And one whose momentum begins later still."""
+    """What one of them does next says nothing of the others."""
     params, twins = ([parameter(1.0, 2.0), parameter(3.0), parameter(4.0)] for _ in range(2))
     optimizer, twin = (SAM(ps, backend=backend, **DAMPED) for ps in (params, twins))
-    for step, users in enumerate(([0], [0, 1], [0, 1], [0, 1, 2])):
-        is_skipped = step == 1
+    for step, of_step in enumerate(users):
         for o, ps in ((optimizer, params), (twin, twins)):
-            if is_skipped and o is twin:
+            if step == skipped and o is twin:
                 continue
             for half in (o.first_step, o.second_step):
                 o.zero_grad()
-                set_gradients([ps[i] for i in users], step)
-                if is_skipped:
+                set_gradients([ps[i] for i in of_step], step)
+                if step == skipped:
                     ps[0].grad[0] = torch.nan  # type: ignore[index]
                 half()
     assert unchanged(params, snapshot(twins))
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+@each_backend
+def test_momentum_that_began_with_a_skipped_step_and_went_on_without_dampening(
+    backend: str, is_saved: bool
+) -> None:
+    """It is saved, and is no first momentum when there is dampening again."""
+    optimizer, twin = (SAM(linear().parameters(), backend=backend, **DAMPED) for _ in range(2))
+    skipped_step(optimizer)
+    for step, dampening in enumerate([0.0, 0.5, 0.5]):
+        for o in (optimizer, twin):
+            o.param_groups[0]["dampening"] = dampening
+            take_step(o, step)
+        if is_saved:
+            optimizer = resumed(optimizer)
+    assert unchanged(parameters_of(optimizer), snapshot(parameters_of(twin)))
 
 
 @pytest.mark.parametrize("is_empty", [False, True])

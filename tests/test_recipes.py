@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -382,8 +382,9 @@ def needed_by(name: str) -> list[str]:
     return NEEDS.get(name.split()[0].strip(","), [])
 
 
-def named(name: str, *values: int) -> Any:
-    return pytest.param(name, *values, marks=[pytest.mark.frameworks] if needed_by(name) else [])
+def named(name: str, *values: int, marks: Sequence[pytest.MarkDecorator] = ()) -> Any:
+    of_name = [pytest.mark.frameworks] if needed_by(name) else []
+    return pytest.param(name, *values, marks=[*of_name, *marks])
 
 
 pytestmark = [
@@ -443,7 +444,8 @@ def test_recipe(name: str, prepare: Callable[[str], None]) -> None:
 @pytest.mark.parametrize(
     ("name", "call"),
     [
-        named(name, call)
+        # Every day where the weights are perturbed: in the first call of the second pass.
+        named(name, call, marks=[] if call == PER_PASS.get(name, 1) else [pytest.mark.full])
         for name in CHECKS
         if name != "SGDHess and attention"  # which has one pass, and it at w
         for call in range(2 * PER_PASS.get(name, 1))

@@ -1,7 +1,6 @@
 """Checkpoints: continuation bit for bit after a kill at any moment; damaged and foreign files."""
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -14,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from train import checkpoint, progress, results, run
+from tests.train_helpers import no_progress, quiet
+from train import checkpoint, results, run
 from train.config import Config
 from train.errors import (
     CheckpointError,
@@ -29,6 +28,7 @@ from train.errors import (
 )
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def small(folder: Path, **keys: Any) -> Config:
@@ -40,14 +40,6 @@ def small(folder: Path, **keys: Any) -> Config:
             "output_dir": str(folder), **keys,
         }
     )  # fmt: skip
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=120)
-
-
-def bar(training: run.Training) -> progress.RunProgress:
-    return progress.RunProgress(quiet(), "x", training.config.epochs, training.steps_per_epoch)
 
 
 def without_times(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -71,6 +63,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("scheduler", ["cosine", "exponential"])
 @pytest.mark.parametrize(
     "opt_name",
@@ -83,16 +76,16 @@ def test_the_whole_state_continues_bit_for_bit(
     config = small(tmp_path, opt_name=opt_name, scheduler=scheduler, k=3, lr=0.05)
     whole = run.Training(config)
     for number in (1, 2, 3):
-        whole.epoch(number, bar(whole))
+        whole.epoch(number, no_progress(whole))
 
     first = run.Training(config)
-    first.epoch(1, bar(first))
+    first.epoch(1, no_progress(first))
     checkpoint.save_checkpoint(tmp_path / "last.pt", first.state())
     torch.manual_seed(99)  # another process has another state
     second = run.Training(config)
     second.load(checkpoint.load_checkpoint(tmp_path / "last.pt", run.RESUMABLE))
     for number in (2, 3):
-        second.epoch(number, bar(second))
+        second.epoch(number, no_progress(second))
     assert_same(whole.state(), second.state())
     if opt_name != "sgd":
         assert second.verification is not None and second.verification["steps"] == 6
@@ -101,7 +94,7 @@ def test_the_whole_state_continues_bit_for_bit(
 def test_learning_rates_of_the_schedulers(tmp_path: Path) -> None:
     def rates(**keys: Any) -> list[float]:
         training = run.Training(small(tmp_path, opt_name="sgd", lr=0.2, **keys))
-        return [training.epoch(number, bar(training))["lr"] for number in (1, 2, 3)]
+        return [training.epoch(number, no_progress(training))["lr"] for number in (1, 2, 3)]
 
     assert rates(scheduler="constant") == pytest.approx([0.2, 0.2, 0.2])
     assert rates(scheduler="exponential", lr_gamma=0.5) == pytest.approx([0.2, 0.1, 0.05])
@@ -117,6 +110,37 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     run.run(small(folder), quiet())
     return folder
+
+
+@pytest.fixture(scope="module")
+def after_one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended after its first epoch."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    epoch = run.Training.epoch
+
+    def one(self: run.Training, number: int, *rest: Any) -> Any:
+        if number == 2:
+            raise KilledError
+        return epoch(self, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Training, "epoch", one)
+        with pytest.raises(KilledError):
+            run.run(small(folder), quiet())
+    return folder
+
+
+@pytest.fixture
+def unfinished(after_one_epoch: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(after_one_epoch, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def replacement(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of another run, which was not interrupted either."""
+    return run.run(small(tmp_path_factory.mktemp("replacement"), lr=0.2), quiet())
 
 
 def assert_same_run(folder: Path, whole: Path) -> None:
@@ -162,6 +186,7 @@ def test_death_at_any_file(
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.full
 def test_a_killed_process_goes_on(tmp_path: Path, uninterrupted: Path) -> None:
     """SIGKILL, once at a checkpoint and then after ever longer times; the run is the same."""
     config = small(tmp_path, resume=True)
@@ -193,37 +218,19 @@ def test_a_killed_process_goes_on(tmp_path: Path, uninterrupted: Path) -> None:
     assert not list(tmp_path.glob(".*"))  # nor are half-written files left
 
 
-def interrupted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """A run that ended after its first epoch; the bytes of last.pt."""
-    epoch = run.Training.epoch
-
-    def one(self: run.Training, number: int, *rest: Any) -> Any:
-        if number == 2:
-            raise KilledError
-        return epoch(self, number, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run.Training, "epoch", one)
-        with pytest.raises(KilledError):
-            run.run(small(folder), quiet())
-    return (folder / "last.pt").read_bytes()
-
-
-def test_an_unfinished_run_is_not_lost_by_mistake(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = interrupted(tmp_path, monkeypatch)
+def test_an_unfinished_run_is_not_lost_by_mistake(unfinished: Path) -> None:
+    content = (unfinished / "last.pt").read_bytes()
     with pytest.raises(CheckpointError, match=r"unfinished run; .*--resume.*--overwrite"):
-        run.run(small(tmp_path), quiet())
+        run.run(small(unfinished), quiet())
     with pytest.raises(CheckpointError, match=r"lr=0\.1 there, 0\.2 here"):
-        run.run(small(tmp_path, lr=0.2, resume=True), quiet())
-    assert (tmp_path / "last.pt").read_bytes() == content
-    result = run.run(small(tmp_path, lr=0.2, epochs=1, overwrite=True), quiet())
+        run.run(small(unfinished, lr=0.2, resume=True), quiet())
+    assert (unfinished / "last.pt").read_bytes() == content
+    result = run.run(small(unfinished, lr=0.2, epochs=1, overwrite=True), quiet())
     assert result["config"]["lr"] == 0.2
     # best.pt alone is somebody's as well.
-    (tmp_path / "result.json").unlink()
+    (unfinished / "result.json").unlink()
     with pytest.raises(CheckpointError, match=r"without last.pt or result.json; .*--overwrite"):
-        run.run(small(tmp_path, resume=True), quiet())
+        run.run(small(unfinished, resume=True), quiet())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -255,7 +262,12 @@ def test_a_finished_run_is_not_lost_either(
 @pytest.mark.parametrize("file", ["last.pt", "best.pt"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_death_while_a_finished_run_is_replaced(
-    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, file: str, after: bool
+    tmp_path: Path,
+    uninterrupted: Path,
+    replacement: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    after: bool,
 ) -> None:
     """Before the new run's first checkpoint the old one is whole; from then on, the new one is."""
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
@@ -281,9 +293,8 @@ def test_death_while_a_finished_run_is_replaced(
     result = run.run(small(tmp_path, lr=0.2, resume=True, sharpness_samples=16), quiet())
     assert result["config"]["lr"] == 0.2 and len(result["history"]) == 3
     assert result["figures"]["lambda_max"] > 0  # its own
-    whole = run.run(small(tmp_path / "alone", lr=0.2), quiet())
-    assert without_times(result["history"]) == without_times(whole["history"])
-    assert result["figures"]["test_accuracy"] == whole["figures"]["test_accuracy"]
+    assert without_times(result["history"]) == without_times(replacement["history"])
+    assert result["figures"]["test_accuracy"] == replacement["figures"]["test_accuracy"]
 
 
 def test_a_folder_is_for_one_process(tmp_path: Path, uninterrupted: Path) -> None:
@@ -446,7 +457,7 @@ def test_the_result_comes_before_what_is_measured(
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_what_train_sharpness_measured_stands(tmp_path: Path, uninterrupted: Path) -> None:
+def test_what_train_sharpness_measured_stands(tmp_path: Path) -> None:
     """It is not replaced by what the run asked for in the first place."""
     run.run(small(tmp_path, sharpness_samples=16), quiet())
     content = json.loads((tmp_path / "sharpness.json").read_text())
@@ -458,12 +469,13 @@ def test_what_train_sharpness_measured_stands(tmp_path: Path, uninterrupted: Pat
 
 @pytest.mark.parametrize("verify_steps", [0, 2, 5, 9])
 def test_keys_that_measure_do_not_stop_a_resume(
-    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, verify_steps: int
+    unfinished: Path, uninterrupted: Path, verify_steps: int
 ) -> None:
     """Interrupted after four of six steps in lockstep, then resumed with another number of them."""
-    interrupted(tmp_path, monkeypatch)
-    run.run(small(tmp_path, resume=True, verify_steps=verify_steps, statistics_every=2), quiet())
-    ours, theirs = (json.loads((f / "result.json").read_text()) for f in (tmp_path, uninterrupted))
+    run.run(small(unfinished, resume=True, verify_steps=verify_steps, statistics_every=2), quiet())
+    ours, theirs = (
+        json.loads((f / "result.json").read_text()) for f in (unfinished, uninterrupted)
+    )
     assert without_times(ours["history"]) == without_times(theirs["history"])
     assert ours["verification"]["steps"] == max(4, verify_steps)
 
@@ -506,18 +518,17 @@ def damage(path: Path, how: str) -> None:
     ],
 )  # fmt: skip
 def test_damaged_and_foreign_checkpoints_are_said_and_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, says: str
+    unfinished: Path, how: str, says: str
 ) -> None:
-    interrupted(tmp_path, monkeypatch)
-    damage(tmp_path / "last.pt", how)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    damage(unfinished / "last.pt", how)
+    before = {path.name: path.read_bytes() for path in unfinished.iterdir()}
     for keys in ({"resume": True}, {}):
         with pytest.raises(CheckpointError) as caught:
-            run.run(small(tmp_path, **keys), quiet())
+            run.run(small(unfinished, **keys), quiet())
         message = str(caught.value)
         assert "left as it is" in message and "\n" not in message and "last.pt" in message
         assert not keys or says in message
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in unfinished.iterdir()} == before
 
 
 def test_a_foreign_result_is_left(tmp_path: Path) -> None:
@@ -527,7 +538,7 @@ def test_a_foreign_result_is_left(tmp_path: Path) -> None:
     assert (tmp_path / "result.json").read_text() == '{"accuracy": 1}'
 
 
-def test_a_complete_run_is_not_taken_again(tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_complete_run_is_not_taken_again(uninterrupted: Path) -> None:
     before = (uninterrupted / "result.json").stat().st_mtime_ns
     result = run.run(small(uninterrupted, resume=True), quiet())
     assert result == json.loads((uninterrupted / "result.json").read_text())
@@ -560,7 +571,7 @@ def test_weights_that_stay_perturbed_are_tested_and_saved_at_w(tmp_path: Path) -
     """Of MSAM: w is what a plain SGD would have stepped from, and best.pt has it."""
     config = small(tmp_path, opt_name="msam", epochs=2, verify_steps=0)
     training = run.Training(config)
-    entry = training.epoch(1, bar(training))
+    entry = training.epoch(1, no_progress(training))
     moved = [p.detach().clone() for p in training.model.parameters()]
     saved = training.state()["model"]
     pairs = list(zip(training.model.named_parameters(), moved, strict=True))

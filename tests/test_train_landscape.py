@@ -1,14 +1,13 @@
 """Loss landscapes: directions, the losses along them, the command."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
+from tests.train_helpers import quiet
 from train import landscape, run
 from train.config import Config
 from train.data import Split, load_dataset
@@ -66,7 +65,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
             dataset="digits", model="mlp", epochs=1, batch_size=250, device="cpu", threads=1,
             sharpness_samples=0, seed=seed, output_dir=str(tmp_path / f"seed{seed}"),
         )  # fmt: skip
-        run.run(config, Console(file=io.StringIO()))
+        run.run(config, quiet())
         paths.append(str(tmp_path / f"seed{seed}" / "best.pt"))
     flags = ["--points=5", "--grid=3", "--extent=0.5", "--sharpness_samples=40"]
     assert landscape.main([*paths, *flags, f"--output_dir={tmp_path}"]) == 0

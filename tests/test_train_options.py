@@ -1,7 +1,7 @@
 """Options of a run: precision, memory format, compilation, trackers, statistics."""
 
 import dataclasses
-import io
+import functools
 import json
 import math
 from pathlib import Path
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
-from train import data, distributed, graphs, optimizers, progress, run, trackers
+from tests.train_helpers import no_progress, quiet
+from train import data, distributed, graphs, optimizers, run, trackers
 from train.config import Config
 from train.errors import ConfigError
 from train.registry import MODELS
@@ -31,15 +31,10 @@ def small(folder: Path, **keys: Any) -> Config:
     )  # fmt: skip
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=120)
-
-
 def trained(config: Config) -> run.Training:
     training = run.Training(config)
-    bar = progress.RunProgress(quiet(), "x", config.epochs, training.steps_per_epoch)
     for number in range(1, config.epochs + 1):
-        training.epoch(number, bar)
+        training.epoch(number, no_progress(training))
     return training
 
 
@@ -106,7 +101,16 @@ def test_compiled_steps_are_the_same_up_to_rounding(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"resnet101", "resnet152"}))
+SMALL = {"mlp", "resnet_small", "resnet18"}  # the others take seconds
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in SMALL else [pytest.mark.full])
+        for name in sorted(set(MODELS) - {"resnet101", "resnet152"})
+    ],
+)
 def test_verification_with_every_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -146,14 +150,19 @@ def test_the_whole_family_trains(tmp_path: Path, opt_name: str) -> None:
         assert group[key] == (wanted if key != "max_norm" else None), key
 
 
+@functools.cache
+def loss_without_axes(opt_name: str) -> float:
+    return trained(small(Path("not written to"), opt_name=opt_name, epochs=1)).history[0][
+        "val_loss"
+    ]
+
+
 @pytest.mark.parametrize("axes", AXES, ids=str)
 @pytest.mark.parametrize("opt_name", ["gsam", "friendlysam", "msam"])
 def test_axes_go_with_every_variant(tmp_path: Path, opt_name: str, axes: dict[str, Any]) -> None:
-    keys: dict[str, Any] = {"opt_name": opt_name, "batch_size": 250, "epochs": 1}
-    training = trained(small(tmp_path, **keys, **axes))
+    training = trained(small(tmp_path, opt_name=opt_name, epochs=1, **axes))
     assert training.verification is not None and training.verification["value"] <= 1e-5
-    plain = trained(small(tmp_path, **keys))
-    assert training.history[0]["val_loss"] != plain.history[0]["val_loss"]
+    assert training.history[0]["val_loss"] != loss_without_axes(opt_name)
 
 
 def test_steps_without_a_second_pass_make_one(tmp_path: Path) -> None:
@@ -166,7 +175,7 @@ def test_steps_without_a_second_pass_make_one(tmp_path: Path) -> None:
     training.model.register_forward_hook(
         lambda module, _i, _o: passes.__setitem__(0, passes[0] + module.training)
     )
-    training.epoch(1, progress.RunProgress(quiet(), "x", 1, training.steps_per_epoch))
+    training.epoch(1, no_progress(training))
     assert passes[0] == 6
     assert ["perturbed_loss" in values for values in logged] == [False, True, False, True]
 
@@ -218,7 +227,7 @@ def test_statistics_are_means_over_the_observed_steps(tmp_path: Path) -> None:
 
     weights: list[torch.Tensor] = []
     optimizer.first_step, optimizer.second_step = watch_first, watch_second
-    entry = training.epoch(1, progress.RunProgress(quiet(), "x", 1, training.steps_per_epoch))
+    entry = training.epoch(1, no_progress(training))
     for name, values in seen.items():
         assert len(values) == 2
         assert entry[name] == pytest.approx(sum(values) / 2, rel=1e-5), name
@@ -390,7 +399,7 @@ def test_accuracy_on_clean_and_on_mislabelled_images(tmp_path: Path) -> None:
     hook = training.model.register_forward_hook(lambda _m, _i, output: said.append(output))
     evaluate = training.evaluate
     training.evaluate = lambda *a: (hook.remove(), evaluate(*a))[1]  # type: ignore[method-assign]
-    entry = training.epoch(1, progress.RunProgress(quiet(), "x", 1, training.steps_per_epoch))
+    entry = training.epoch(1, no_progress(training))
     predicted = torch.cat(said).argmax(1)
     train = training.dataset.train
     order = data.draw_epoch(training.dataset, 0, 1).order
@@ -517,9 +526,8 @@ def test_recorded_steps_are_the_steps(tmp_path: Path, opt_name: str) -> None:
     recorder = Recorder()
     graphed = run.Training(config)
     graphed.graphed = graphs.GraphedStep(graphed._recorded_step, recorder)
-    bar = progress.RunProgress(quiet(), "x", config.epochs, graphed.steps_per_epoch)
     for number in range(1, config.epochs + 1):
-        graphed.epoch(number, bar)
+        graphed.epoch(number, no_progress(graphed))
     for ours, theirs in zip(graphed.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(graphed.history, plain.history, strict=True):

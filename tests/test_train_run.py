@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from tests.train_helpers import no_progress, quiet
 from train import __main__, groups, progress, results, run, study, timing
 from train.config import Config
 from train.errors import ConfigError, DivergedError, StorageError, VerificationError
@@ -37,14 +38,6 @@ def small(tmp_path: Path, opt_name: str = "sam", **keys: Any) -> Config:
             **keys,
         }
     )
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=120)
-
-
-def no_progress(training: run.Training) -> progress.RunProgress:
-    return progress.RunProgress(quiet(), "x", training.config.epochs, training.steps_per_epoch)
 
 
 @pytest.mark.parametrize("opt_name", OPTIMIZERS)
@@ -80,6 +73,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path: Path, opt_name: str) -> Non
         assert list(result["backends"]) == ["cpu float32"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_best_checkpoint_is_the_one_tested(tmp_path: Path) -> None:
     config = small(tmp_path, "sgd", epochs=3, lr=1.0)
     result = run.run(config, quiet())
@@ -106,7 +100,9 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert first != other
 
 
-@pytest.mark.parametrize("opt_name", ["sammagnitude", "sgdhess"])
+@pytest.mark.parametrize(
+    "opt_name", ["sammagnitude", pytest.param("sgdhess", marks=pytest.mark.full)]
+)
 def test_command_line_in_a_process(tmp_path: Path, opt_name: str) -> None:
     """`python -m train` prints lines and a table, no control codes, and no warning."""
     flags = {

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tests.train_helpers import quiet
 from train import run, sharpness
 from train.config import Config
 from train.data import load_dataset
@@ -215,9 +216,9 @@ def test_eigenvalues_are_of_the_contiguous_network() -> None:
     dataset = load_dataset(config, torch.device("cpu"))
     torch.manual_seed(0)
     model = run.build_model("resnet_small", (1, 8, 8), 10)
-    plain = sharpness.measure(model, dataset, settings(**CONTIGUOUS), Console(file=io.StringIO()))
+    plain = sharpness.measure(model, dataset, settings(**CONTIGUOUS), quiet())
     model.to(memory_format=torch.channels_last)
-    found = sharpness.measure(model, dataset, config, Console(file=io.StringIO()))
+    found = sharpness.measure(model, dataset, config, quiet())
     assert found["eigenvalues"] == plain["eigenvalues"]
     weight = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1)
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -281,7 +282,7 @@ def test_the_whole_protocol_against_dense_hessians() -> None:
     for images, _ in sharpness.train_batches(dataset, 250, 0, 7):
         model(images)
     state = torch.get_rng_state()
-    found = sharpness.measure(model, dataset, config, Console(file=io.StringIO()))
+    found = sharpness.measure(model, dataset, config, quiet())
     assert torch.equal(torch.get_rng_state(), state) and model.training
 
     model.eval()
@@ -332,7 +333,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = settings(
         epochs=1, batch_size=100, threads=1, device="cpu", output_dir=str(folder), label_noise=0.1
     )
-    run.run(config, Console(file=io.StringIO()))
+    run.run(config, quiet())
     return folder
 
 

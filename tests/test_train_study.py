@@ -44,7 +44,10 @@ def counted_runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_quickstart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     taken = counted_runs(monkeypatch)
     assert study.main(["quickstart", *QUICK, f"--output_dir={tmp_path}"]) == 0
@@ -63,6 +66,7 @@ def test_quickstart(
         path = tmp_path / f"{kind}.png"
         assert path.read_bytes().startswith(PNG) and f"({path.name})" in text
 
+    request.getfixturevalue("no_pictures")
     # Again: nothing is left to do. With another seed: only that.
     assert study.main(["quickstart", *QUICK, f"--output_dir={tmp_path}"]) == 0
     assert len(taken) == 4 and capsys.readouterr().out.count("done already") == 4
@@ -83,6 +87,7 @@ def test_quickstart(
     assert (tmp_path / folders[0] / "best.pt").read_bytes() == weights
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_an_interrupted_study_goes_on_within_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +107,7 @@ def test_an_interrupted_study_goes_on_within_the_run(
     assert numbers == [("sgd", 1), ("sgd", 2), ("sam", 1), ("sam", 2), ("sam", 2)]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_shards_are_a_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = counted_runs(monkeypatch)
     for index in (2, 0, 1):
@@ -111,6 +117,7 @@ def test_shards_are_a_partition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "- runs: 4" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_one_run_that_fails_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +145,7 @@ def test_one_run_that_fails_does_not_stop_the_others(
     assert taken.count("sam") == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_cell_of_sgdhess(tmp_path: Path) -> None:
     """The grid of the report's table, on the digits with a small network, at one of its radii."""
     flags = [*QUICK, "--dataset=digits", "--model=resnet_small", "--opt_name=sgdhess", "--rho=1"]
@@ -184,6 +192,7 @@ def test_time_left() -> None:
     assert study.time_left(spent, [big]) == pytest.approx((10 + 20 + 22) / 3)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_study_from_a_file_elsewhere(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(

@@ -157,18 +157,19 @@ class Lists:
         return lambda: triton.sgd_hess_(self.w, self.g1, self.g2, buffer, 0.1, options)
 
 
-# Every kernel in float32, and in half precision one of each kind, the longest.
-HALF = (
+# Every kernel in float32, and in half precision one of each kind, the longest: these every day.
+LONGEST = (
     "dots, weights", "dots, xy", "dots, xyz", "restore", "perturb, eta", "perturb, saved",
-    "perturb, at random", "mix, damp",
+    "perturb, at random", "mix, damp", "sgd, damp, running", "sgd_hess, running",
+    "adam, damp, decay",
 )  # fmt: skip
 COMPILED = [
-    *((torch.float32, name) for name in Lists(torch.float32).calls),
     *(
-        (dtype, name)
-        for dtype in (torch.bfloat16, torch.float16)
-        for name in (*HALF, "sgd, damp, running", "sgd_hess, running", "adam, damp, decay")
+        pytest.param(torch.float32, name, marks=[] if name in LONGEST else pytest.mark.full)
+        for name in Lists(torch.float32).calls
     ),
+    *((torch.bfloat16, name) for name in LONGEST),
+    *(pytest.param(torch.float16, name, marks=pytest.mark.full) for name in LONGEST),
 ]
 
 
@@ -180,6 +181,7 @@ def compiled_code(arch: int, call: Callable[[], Any]) -> tuple[compiled.Code, An
     return compiled.code_of(kernels[-1]), kernels[-1]
 
 
+@pytest.mark.thin
 @every_architecture
 @pytest.mark.parametrize(("dtype", "name"), COMPILED)
 def test_kernels_are_compiled_to_vectors_without_spills(

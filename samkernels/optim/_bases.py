@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer
 from samkernels import checks
 from samkernels.backends import AdamOptions, Mix, SgdOptions, TensorList
 from samkernels.optim import _shards
-from samkernels.optim._lists import Bucket, Slot, fits, laid_out_like, refuse_capture
+from samkernels.optim._lists import Bucket, EmptyMomentum, Slot, fits, laid_out_like, refuse_capture
 
 State = dict[str, Any]  # of one parameter
 
@@ -73,7 +73,9 @@ class Update:
         is_known = is_empty.device.type == "cpu" and not is_empty
         for slot in self.bucket.slots:
             buffer = state[slot.param]["momentum_buffer"]
-            slot.empty_momentum = None if is_known else (buffer, is_empty)
+            slot.empty_momentum = (
+                None if is_known else EmptyMomentum(buffer, is_empty, len(self.bucket.slots))
+            )
 
 
 class FusedBase(Protocol):
@@ -131,24 +133,23 @@ class Sgd:
         options = bucket.checked(sgd_options, *_SGD_VALUES(bucket.group))
         if options.momentum == 0:
             return [Update(bucket, "sgd_", (None,), options, {})]
-        # Without dampening, a buffer of zeros is as good as none.
-        minds = options.dampening != 0
-        if not (minds and any(slot.empty_momentum is not None for slot in bucket.slots)):
+        if all(slot.empty_momentum is None for slot in bucket.slots):
             buffers = bucket.ops.state_of(state, bucket.params, "momentum_buffer")
             if buffers is not None:
                 return [Update(bucket, "sgd_", (buffers,), options, {})]
 
         # Parameters that have no momentum yet; those of which only the device knows; and the rest.
-        kinds = {slot: _momentum_of(slot, state, minds) for slot in bucket.slots}
+        kinds = {slot: _momentum_of(slot, state) for slot in bucket.slots}
         updates = []
         for kind in dict.fromkeys(kinds.values()):
             of_kind = {slot for slot in bucket.slots if kinds[slot] is kind}
             part = bucket.select(of_kind.__contains__)
-            is_empty = kind if isinstance(kind, Tensor) else None
+            is_empty = _emptiness_of(part, kind) if isinstance(kind, Tensor) else None
             init = kind is NONE
             if init:
                 refuse_capture()
-                if minds:
+                # Without dampening, a buffer of zeros is as good as none.
+                if options.dampening != 0:
                     is_empty = torch.ones((), dtype=torch.bool, device=bucket.place.device)
             states = [
                 {"momentum_buffer": torch.empty_like(slot.param, requires_grad=False)}
@@ -167,15 +168,24 @@ class Sgd:
 NONE, SOME = "none", "some"
 
 
-def _momentum_of(slot: Slot, state: dict[Tensor, State], minds_emptiness: bool) -> str | Tensor:
+def _momentum_of(slot: Slot, state: dict[Tensor, State]) -> str | Tensor:
     """NONE or SOME; or, on the device, whether the buffer still holds nothing."""
     # Not state[..]: that would make a state.
     buffer = state.get(slot.param, {}).get("momentum_buffer")
     if buffer is None:
         return NONE
-    if not minds_emptiness or slot.empty_momentum is None or slot.empty_momentum[0] is not buffer:
+    if slot.empty_momentum is None or slot.empty_momentum.buffer is not buffer:
         return SOME
-    return slot.empty_momentum[1]
+    return slot.empty_momentum.is_empty
+
+
+def _emptiness_of(part: Bucket, is_empty: Tensor) -> Tensor:
+    """What a step of this part may write: others may share it that are not in this step."""
+    shared_by = max(slot.empty_momentum.shared_by for slot in part.slots if slot.empty_momentum)
+    if len(part.slots) == shared_by:
+        return is_empty
+    refuse_capture()
+    return is_empty.clone()
 
 
 _SGD_VALUES = itemgetter("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")

@@ -38,6 +38,20 @@ class Place:
         self.ops = backends.get(self.backend)
 
 
+class EmptyMomentum(NamedTuple):
+    """A momentum buffer that may hold nothing: what the host does not know.
+
+    Args:
+        is_empty: on the device, whether all steps with it were skipped.
+        shared_by: how many parameters have this is_empty, which is written in place: those whose
+            steps were the same so far.
+    """
+
+    buffer: Tensor
+    is_empty: Tensor
+    shared_by: int
+
+
 @dataclass(eq=False)
 class Slot:
     """What is kept of a parameter from step to step. Compared by identity."""
@@ -46,8 +60,7 @@ class Slot:
     place: Place
     old: Tensor  # room for w, laid out like local
     own: dict[str, Tensor] = field(default_factory=dict)  # state of the variant, laid out likewise
-    # A momentum buffer, and on the device, whether all steps with it were skipped.
-    empty_momentum: tuple[Tensor, Tensor] | None = None
+    empty_momentum: EmptyMomentum | None = None  # of a buffer that began with dampening
 
     @property
     def local(self) -> Tensor:
@@ -241,7 +254,7 @@ class Slots:
     def empty_momenta(self) -> set[int]:
         """The id of each momentum buffer whose steps were all skipped. May wait for the device."""
         noted = [slot.empty_momentum for slot in self._slots.values()]
-        return {id(buffer) for buffer, is_empty in filter(None, noted) if is_empty}
+        return {id(momentum.buffer) for momentum in filter(None, noted) if momentum.is_empty}
 
     def forget_lists(self) -> None:
         """The next step looks closely. Nobody holds state that is about to be replaced then."""
