@@ -154,7 +154,8 @@ def by_rule(row: Row, base: str = "SGD", steps: int = STEPS, **axes: Any) -> Net
     known -= set(row.options)
     of_base = [{k: v for k, v in group.items() if k in known} for group in groups]
     of_params = [{**options, **group} for group in groups for _ in group["params"]]
-    run = Run(model, of_params, cls(of_base, **options), is_moved, is_scaled, axes)
+    run_class = axes.pop("run_class", Run)
+    run = run_class(model, of_params, cls(of_base, **options), is_moved, is_scaled, axes)
     for step in range(steps):
         run.t = step
         (rule(step) if rule is not row.rule else rule)(run)
