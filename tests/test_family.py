@@ -292,6 +292,12 @@ def test_the_norm_policy_by_hand() -> None:
     assert policy.wants(2, float("inf"), memory) and memory["mean"] == 3.5
 
 
+def test_the_norm_policy_begins_with_a_second_pass_whatever_rounds() -> None:
+    for decay in (0.1, 0.3, 0.7, 0.9):
+        policy = GradientNormPolicy(l1=0.0, l2=0.0, steps=4, decay=decay)
+        assert all(policy.wants(0, k / 7, {}) for k in range(1, 200))
+
+
 def test_a_norm_policy_is_asked_by_first_step() -> None:
     row = FAMILY[0]
     model = Network()

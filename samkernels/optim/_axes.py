@@ -131,7 +131,8 @@ def partners(pairs: Any, groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     """From each parameter of a pair to the other one.
 
     Args:
-        pairs: what dict() takes; None: each parameter whose name has lora_A, and that with lora_B in its place.
+        pairs: what dict() takes; None: each parameter whose name has lora_A, and that with lora_B
+            in its place.
 
     Raises:
         TypeError, ValueError: they are no pairs of parameters in the groups.

@@ -127,7 +127,10 @@ class GradientNormPolicy:
         """Whether step number `step` has a second pass; see `When`."""
         if not math.isfinite(square):
             return True  # a step of SAM is skipped then; and this is no part of what is usual
-        mean = square if memory.get("mean") is None else memory["mean"]
+        mean = memory.get("mean")
+        if mean is None:  # not left to the rounding of a mean of equals
+            memory.update(mean=square, variance=0.0)
+            return True
         mean = self.decay * mean + (1 - self.decay) * square
         variance = self.decay * memory.get("variance", 0.0)
         variance += (1 - self.decay) * (square - mean) ** 2
