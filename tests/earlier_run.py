@@ -1,6 +1,6 @@
 """What the driver of commit 9ba4230, before variants were rules, left in run folders: in
 tests/data/9ba4230/ a run that is finished, and the same one stopped after two of its three epochs.
-Written there, with FOLDER empty, by
+Written there, with FOLDER empty, and committed without curves.png and report.md, by
 
     PYTHONPATH=. python PATH/TO/tests/earlier_run.py FOLDER
 

@@ -176,8 +176,10 @@ def gsam(r: Run) -> None:
 
 
 def wsam(r: Run) -> None:
+    """With max_norm: both gradients are clipped, after the perturbation."""
     g1 = r.grad()
     g2 = r.grad(r.up(g1))
+    g1, g2 = (g * (r.option("max_norm") / (g.norm() + 1e-6)).clamp(max=1) for g in (g1, g2))
     alpha = r.option("gamma") / (1 - r.option("gamma"))
     r.step(g1)
     r.set(r.w - r.option("lr") * alpha * (g2 - g1))

@@ -45,7 +45,7 @@ FAMILY = (
     Row(samkernels.SAMDirection, family.samdirection, {"granularity": "global"}),
     Row(samkernels.SAMMagnitude, family.sammagnitude, {"granularity": "global"}),
     Row(samkernels.GSAM, family.gsam, {"alpha": 0.4}, {"alpha": 0.2}),
-    Row(samkernels.WSAM, family.wsam, {"gamma": 0.8}, {"gamma": 0.4}),
+    Row(samkernels.WSAM, family.wsam, {"gamma": 0.8, "max_norm": 0.5}, {"gamma": 0.4}),
     Row(samkernels.WSAM, family.wsam_coupled, {"gamma": 0.8, "decouple": False}, name="WSAM, u"),
     Row(samkernels.GradientNormPenalty, family.penalty, {"alpha": 0.7}, {"alpha": 0.3}),
     Row(

@@ -33,14 +33,12 @@ class BAR(SAM):
             raise TypeError(
                 f"{name}: BAR perturbs nothing, and its strength is alpha; leave it out"
             )
+        self.pairs = pairs
         super().__init__(params, base_optimizer, 0.0, alpha=alpha, kind=kind, **others)
-        self.partners = partners(pairs, self.param_groups)
-        self.pairs = None if pairs is None else self.partners
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        if self._is_constructed:
-            self.partners = partners(self.pairs, self.param_groups)
+    def _check_selections(self) -> None:
+        self.partners = partners(self.pairs, self.param_groups)
+        self.pairs = None if self.pairs is None else self.partners
 
     def perturbs(self, options: dict[str, Any], step: int) -> bool:
         return False
