@@ -35,6 +35,7 @@ MARKERS = {
     "test_cuda_build": {"build"},
     "test_portability": {"build"},
     "test_sanitizers": {"build"},
+    "test_family_ranks": {"processes"},
     "test_fsdp": {"processes"},
     "test_optim_ranks": {"processes"},
     "test_train_distributed": {"processes"},

@@ -91,11 +91,11 @@ class Run:
         squares = torch.zeros(len(self.sizes), dtype=torch.float64)
         return squares.index_add(0, self.owner, x * x).sqrt()[self.owner]
 
-    def grad(self, at: Tensor | None = None) -> Tensor:
-        """The gradient of this step's batch at w, or elsewhere."""
+    def grad(self, at: Tensor | None = None, half: int | None = None) -> Tensor:
+        """The gradient of this step's batch, or of a half of it, at w or elsewhere."""
         before = self.w
         self.set(before if at is None else at)
-        grads = torch.autograd.grad(loss(self.model, self.t), self.params)
+        grads = torch.autograd.grad(loss(self.model, self.t, half), self.params)
         self.set(before)
         return torch.cat([g.flatten() for g in grads])
 
@@ -137,6 +137,18 @@ class Run:
         return None if None in states else torch.cat([s.flatten() for s in states])
 
 
+class Halves(Run):
+    """Each half of a batch perturbs along its own g1: weights of both halves are two rows."""
+
+    def up(self, d: Tensor) -> Tensor:
+        return torch.stack([super(Halves, self).up(self.grad(half=half)) for half in (0, 1)])
+
+    def grad(self, at: Tensor | None = None, half: int | None = None) -> Tensor:
+        if at is None or at.dim() == 1:
+            return super().grad(at, half)
+        return (super().grad(at[0], 0) + super().grad(at[1], 1)) / 2
+
+
 # -- the rules -------------------------------------------------------------------------------------
 
 
@@ -164,8 +176,10 @@ def gsam(r: Run) -> None:
 
 
 def wsam(r: Run) -> None:
+    """With max_norm: both gradients are clipped, after the perturbation."""
     g1 = r.grad()
     g2 = r.grad(r.up(g1))
+    g1, g2 = (g * (r.option("max_norm") / (g.norm() + 1e-6)).clamp(max=1) for g in (g1, g2))
     alpha = r.option("gamma") / (1 - r.option("gamma"))
     r.step(g1)
     r.set(r.w - r.option("lr") * alpha * (g2 - g1))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import samkernels
 from samkernels import SAM, SAMDirection, SAMMagnitude, backends, ops
 from tests.helpers import assert_same_bits
 from tests.optim_helpers import (
@@ -49,6 +50,7 @@ every_base = pytest.mark.parametrize(
         pytest.param(torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}, id="AdamW"),
     ],
 )
+CAPTURED = ("FriendlySAM", "GSAM", "GradientNormPenalty", "SANER", "VaSSO", "WSAM", "XSAM")
 # Long enough for every multiprocessor, with odd ends, and too many tensors for one table.
 SHAPES = [(3_000_001,), (1 << 20,), (512, 513), (), (0,), *[(i % 7,) for i in range(1500)]]
 
@@ -350,6 +352,13 @@ def test_a_captured_step_replays_bit_for_bit(
         for ours, theirs in zip(captured.params, eager.params, strict=True):
             assert same_bits(ours, theirs), f"replay {i}"
     assert not unchanged(captured.params, before)
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_step_of_the_family_replays_bit_for_bit(name: str) -> None:
+    """Those that refuse a capture: tests/test_family_capture.py."""
+    cls = getattr(samkernels, name)
+    test_a_captured_step_replays_bit_for_bit(cls, {}, torch.optim.SGD, SGD, True, "native")
 
 
 def capture_right_after_the_first_step(base: type[torch.optim.Optimizer], **options: Any) -> None:

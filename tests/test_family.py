@@ -45,7 +45,7 @@ FAMILY = (
     Row(samkernels.SAMDirection, family.samdirection, {"granularity": "global"}),
     Row(samkernels.SAMMagnitude, family.sammagnitude, {"granularity": "global"}),
     Row(samkernels.GSAM, family.gsam, {"alpha": 0.4}, {"alpha": 0.2}),
-    Row(samkernels.WSAM, family.wsam, {"gamma": 0.8}, {"gamma": 0.4}),
+    Row(samkernels.WSAM, family.wsam, {"gamma": 0.8, "max_norm": 0.5}, {"gamma": 0.4}),
     Row(samkernels.WSAM, family.wsam_coupled, {"gamma": 0.8, "decouple": False}, name="WSAM, u"),
     Row(samkernels.GradientNormPenalty, family.penalty, {"alpha": 0.7}, {"alpha": 0.3}),
     Row(
@@ -154,7 +154,8 @@ def by_rule(row: Row, base: str = "SGD", steps: int = STEPS, **axes: Any) -> Net
     known -= set(row.options)
     of_base = [{k: v for k, v in group.items() if k in known} for group in groups]
     of_params = [{**options, **group} for group in groups for _ in group["params"]]
-    run = Run(model, of_params, cls(of_base, **options), is_moved, is_scaled, axes)
+    run_class = axes.pop("run_class", Run)
+    run = run_class(model, of_params, cls(of_base, **options), is_moved, is_scaled, axes)
     for step in range(steps):
         run.t = step
         (rule(step) if rule is not row.rule else rule)(run)
@@ -291,6 +292,12 @@ def test_the_norm_policy_by_hand() -> None:
     # mean 3.5, variance 0.25 + 0.5 * 0.25 = 0.375, c = 0
     assert policy.wants(2, 4.0, memory)
     assert policy.wants(2, float("inf"), memory) and memory["mean"] == 3.5
+
+
+def test_the_norm_policy_begins_with_a_second_pass_whatever_rounds() -> None:
+    for decay in (0.1, 0.3, 0.7, 0.9):
+        policy = GradientNormPolicy(l1=0.0, l2=0.0, steps=4, decay=decay)
+        assert all(policy.wants(0, k / 7, {}) for k in range(1, 200))
 
 
 def test_a_norm_policy_is_asked_by_first_step() -> None:

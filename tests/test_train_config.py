@@ -135,7 +135,8 @@ OTHER_VALUES = {
     "base": "adamw", "perturbation": "local", "perturbation_group": 2, "warmup_epochs": 2,
     "label_smoothing": 0.1, "scaling": "tensor", "eta": 0.5, "subset": "norm", "norm": "none",
     "when": "periodic:10", "alpha": 0.25, "gamma": 0.5, "decouple": False, "max_norm": 2.0,
-    "normed": True, "sigma": 0.5, "lmbda": 0.5, "theta": 0.5, "a": 0.5,
+    "normed": True, "sigma": 0.5, "lmbda": 0.5, "theta": 0.5, "a": 0.5, "rho_end": 0.5,
+    "sparsity": 0.5,
 }  # fmt: skip
 
 
@@ -493,14 +494,18 @@ def test_rows_of_optimizers_agree_with_their_classes() -> None:
 @pytest.mark.parametrize(
     ("when", "policy"),
     [("always", None), ("periodic:10", ("periodic", 10)), ("from:300", ("from", 300)),
-     ("bernoulli:0.50", ("bernoulli", 0.5))],
+     ("bernoulli:0.50", ("bernoulli", 0.5)), ("norm:0.5:-1", ("norm", 0.5, -1))],
 )  # fmt: skip
 def test_when_is_read(when: str, policy: Any) -> None:
     config = Config(opt_name="sam", when=when)
-    assert config.policy == policy and Config(opt_name="sam", when=config.when) == config
+    assert config.policy == policy
+    assert Config(opt_name="sam", when=config.when) == config
 
 
-@pytest.mark.parametrize("when", ["", "never", "periodic", "periodic:0", "from:-1", "bernoulli:2"])
+@pytest.mark.parametrize(
+    "when",
+    ["", "never", "periodic", "periodic:0", "from:-1", "bernoulli:2", "norm:1", "norm:1:nan"],
+)
 def test_a_wrong_when_is_said(when: str) -> None:
     with pytest.raises(ConfigError, match=f"when={when} is not known: allowed always.*nearest"):
         Config(opt_name="sam", when=when)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+import samkernels
 from tests.train_helpers import no_progress, quiet
-from train import data, distributed, graphs, optimizers, run, trackers
+from train import data, distributed, graphs, optimizers, progress, run, trackers
 from train.config import Config
 from train.errors import ConfigError
 from train.registry import MODELS
@@ -129,7 +130,10 @@ def test_verification_with_every_model(
     assert 0 <= verification["value"] <= 1e-5
 
 
-AXES = ({"when": "periodic:2"}, {"subset": "norm", "norm": "tensor"}, {"scaling": "tensor"})
+AXES: tuple[dict[str, Any], ...] = (
+    {"when": "periodic:2"}, {"subset": "norm", "norm": "tensor"}, {"scaling": "tensor"},
+    {"sparsity": 0.5},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("opt_name", sorted(set(ROWS) - set(OPTIMIZERS) - {"adamw"}))
@@ -163,6 +167,62 @@ def test_axes_go_with_every_variant(tmp_path: Path, opt_name: str, axes: dict[st
     training = trained(small(tmp_path, opt_name=opt_name, epochs=1, **axes))
     assert training.verification is not None and training.verification["value"] <= 1e-5
     assert training.history[0]["val_loss"] != loss_without_axes(opt_name)
+
+
+@pytest.mark.parametrize("opt_name", ["gsam", "msam"])
+def test_rho_follows_lr(tmp_path: Path, opt_name: str) -> None:
+    """In lockstep also where lr has changed, in the second epoch."""
+    config = small(tmp_path, opt_name=opt_name, rho_end=0.2, batch_size=500, verify_steps=4)
+    training = trained(config)
+    assert training.verification is not None and training.verification["steps"] == 4
+    lr = training.history[-1]["lr"]
+    assert 0 < lr < config.lr
+    rho = training.optimizer.param_groups[0]["rho"]
+    assert rho == pytest.approx(0.1 * (0.2 + 0.8 * lr / config.lr))
+
+
+def test_sparse_sam_leaves_a_share_of_the_weights_where_they_are(tmp_path: Path) -> None:
+    training = run.Training(small(tmp_path, sparsity=0.7, verify_steps=0))
+    before = [p.detach().clone() for p in training.model.parameters()]
+    for p in training.model.parameters():
+        p.grad = torch.ones_like(p)
+    training.optimizer.first_step()
+    params = zip(training.model.parameters(), before, strict=True)
+    moved = torch.cat([(p.detach() != w).flatten() for p, w in params])
+    assert 0.28 < moved.double().mean() < 0.32
+
+
+def test_second_passes_where_the_gradient_is_large(tmp_path: Path) -> None:
+    config = small(tmp_path, when="norm:0.5:-0.5", batch_size=125, verify_steps=8, epochs=1)
+    training = run.Training(config)
+    assert training.optimizer._when.steps == 8
+    answers = []
+    first_step = training.optimizer.first_step
+    training.optimizer.first_step = lambda: answers.append(first_step()) or answers[-1]
+    training.epoch(1, progress.RunProgress(quiet(), "x", 1, training.steps_per_epoch))
+    assert answers[0] and set(answers) == {True, False}
+    assert training.verification is not None and training.verification["steps"] == 8
+
+
+@pytest.mark.parametrize("wants", [True, False])
+def test_a_step_without_a_second_pass_is_an_ordinary_one_of_all_processes(wants: bool) -> None:
+    """Where each of them perturbs by itself, first_pass() is for steps that perturb."""
+    model, entered = torch.nn.Linear(2, 1), []
+
+    class Optimizer(samkernels.SAM):
+        def first_pass(self, model: torch.nn.Module) -> Any:
+            entered.append(True)
+            return super().first_pass(model)
+
+    optimizer = Optimizer(model.parameters(), lr=0.1, when=samkernels.FromStep(0 if wants else 9))
+    timer = run.StepTimer(torch.device("cpu"))
+
+    def forward(x: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return model(x).sum(), model(x)
+
+    batch = torch.ones(3, 2), torch.zeros(3)
+    losses, _ = run.sam_step(forward, model, model, optimizer, *batch, timer)
+    assert len(losses) == 1 + wants and entered == [True] * wants
 
 
 def test_steps_without_a_second_pass_make_one(tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ REPORT_SECTIONS = (
 # Keys in them that have one value here: what that is, None where any will do.
 REPORT_ONLY: dict[str, Any] = {"num_workers": None, "sch": None, "split": [0.9, 0.1]}
 
+# Of `when`: the smallest and the largest number behind the name, and how many there are.
+POLICIES = {"periodic": (1, 1e9, 1), "from": (0, 1e9, 1), "bernoulli": (0, 1, 1),
+            "norm": (-1e9, 1e9, 2)}  # fmt: skip
+POLICY_EXAMPLES = ("always", "periodic:10", "from:0", "bernoulli:0.5", "norm:0:0")
+
 TWO_PASSES = optimizers_with(steps=("two passes",))
 SAM_FAMILY = optimizers_with(steps=("two passes", "one pass"))
 WITH_SGD = ("opt_name", tuple(name for name in OPTIMIZERS if name != "adamw"))
@@ -167,6 +172,20 @@ class Config:
         used_if=OF_KERNELS,
         varies=True,
     )
+    rho_end: float = _key(
+        "optimizer",
+        1.0,
+        "share of rho that is left where lr is 0, as rho follows lr (GSAM's); 1: rho stays",
+        high=1.0,
+        used_if=OF_SAM,
+    )
+    sparsity: float = _key(
+        "optimizer",
+        0.0,
+        "share of the weights, drawn from the seed, that are never perturbed (Sparse SAM)",
+        high=1.0,
+        used_if=OF_SAM,
+    )
     adaptive: bool = _key("optimizer", False, "ASAM's perturbation, scaled by |w|", used_if=OF_SAM)
     scaling: str = _key(
         "optimizer",
@@ -195,7 +214,8 @@ class Config:
     when: str = _key(
         "optimizer",
         "always",
-        "steps that perturb: always, periodic:K (every K-th), from:STEP, bernoulli:P (at random)",
+        "steps that perturb: always, periodic:K (every K-th), from:STEP, bernoulli:P (at random), "
+        "norm:L1:L2 (of large gradients: AE-SAM)",
         used_if=OF_SAM,
         short="",
     )
@@ -384,7 +404,11 @@ class Config:
                 value = self.usual(field.name)
             object.__setattr__(self, field.name, _checked(field, value))
         object.__setattr__(
-            self, "when", "{}:{:g}".format(*when) if (when := self.policy) else "always"
+            self,
+            "when",
+            ":".join([when[0], *map("{:g}".format, when[1:])])
+            if (when := self.policy)
+            else "always",
         )
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov=true needs momentum above 0: allowed (0, 1], nearest 0.9")
@@ -465,36 +489,36 @@ class Config:
         return OPTIMIZERS[self.opt_name].usual.get(name, FIELDS[name].metadata["default"])
 
     @property
-    def policy(self) -> tuple[str, float] | None:
-        """Name and number of `when`; None: always.
+    def policy(self) -> tuple[Any, ...] | None:
+        """Name and numbers of `when`; None: always.
 
         Raises:
             ConfigError: it is something else.
         """
-        name, _, text = self.when.partition(":")
-        number = math.nan
-        with contextlib.suppress(ValueError):
-            number = float(text) if name == "bernoulli" else int(text)
-        lowest = {"periodic": 1, "from": 0, "bernoulli": 0}
+        name, *texts = self.when.split(":")
         if self.when == "always":
             return None
-        if name not in lowest or not lowest[name] <= number <= (1 if name == "bernoulli" else 1e9):
+        numbers: list[float] = []
+        with contextlib.suppress(ValueError):
+            numbers = [int(t) if name in ("periodic", "from") else float(t) for t in texts]
+        low, high, count = POLICIES.get(name, (0, 0, 0))
+        if not count or len(numbers) != count or not all(low <= n <= high for n in numbers):
             raise ConfigError(
                 f"when={self.when} is not known: allowed always, periodic:K with K from 1, "
-                "from:STEP with STEP from 0, bernoulli:P with P from 0 to 1; nearest "
-                f"{nearest(name, ('always', 'periodic:10', 'from:0', 'bernoulli:0.5'))}"
+                "from:STEP with STEP from 0, bernoulli:P with P from 0 to 1, norm:L1:L2; nearest "
+                f"{nearest(name, POLICY_EXAMPLES)}"
             )
-        return name, number
+        return name, *numbers
 
     @property
     def passes(self) -> float:
-        """Gradients of the model's loss that a step takes, on the average; with when=from:STEP, at
-        most."""
+        """Gradients of the model's loss that a step takes, on the average; with when=from:STEP and
+        when=norm:L1:L2, at most."""
         row = OPTIMIZERS[self.opt_name]
         passes = PASSES[row.step]
         if row.step != "two passes":
             return passes
-        name, number = self.policy or ("always", 1)
+        name, number, *_ = self.policy or ("always", 1)
         share = {"periodic": 1 / (number or 1), "bernoulli": number}.get(name, 1.0)
         return 1 + share / (getattr(self, row.every) if row.every else 1)
 
@@ -556,7 +580,7 @@ def named_value(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return short if value else f"no-{short}"
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    text = text.replace(":", "") if name == "when" else text
+    text = text.replace(":", "", 1).replace(":", "_") if name == "when" else text
     if safe := re.sub(r"[^\w.+-]+", "_", text):
         text = safe if safe == text else f"{safe}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
     return short + text

@@ -1,6 +1,6 @@
 """Optimizers by name, from a configuration."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -27,6 +27,10 @@ class OnePassOptimizer(Protocol):
 class TwoPassOptimizer(Protocol):
     """What it uses of the SAM family."""
 
+    @property
+    def needs_second_pass(self) -> bool:
+        """Whether the next step may have a second pass."""
+
     def first_pass(self, model: nn.Module) -> AbstractContextManager[None]:
         """Around the first pass: gradients are averaged over the processes that perturb alike."""
 
@@ -46,6 +50,7 @@ def build_optimizer(
     config: Config,
     backend: str | None = None,
     norms: Container[str] = (),
+    steps: int = 1,
 ) -> Any:
     """The optimizer of the row of OPTIMIZERS, over SGD or AdamW where it is of the SAM family.
 
@@ -54,6 +59,7 @@ def build_optimizer(
         config: opt_name and its hyperparameters.
         backend: overrides config.backend; torch's optimizers have none.
         norms: for subset=norm, the names of the parameters of normalisation layers.
+        steps: of the training, for when=norm.
 
     Raises:
         ConfigError: it does not take these options.
@@ -75,7 +81,13 @@ def build_optimizer(
         del options["max_norm"]
     if row.step == "hessian":
         return row.make(given, seed=config.seed, **options)
-    options |= _axes(config, norms)
+    options |= _axes(config, norms, steps)
+    if config.rho_end < 1:
+        options["rho"] = samkernels.ProportionScheduler(
+            max_lr=config.lr, max_value=config.rho, min_value=config.rho * config.rho_end
+        )
+    if config.sparsity:
+        options["mask"] = _masks([p[1] if isinstance(p, tuple) else p for p in given], config)
     if row.step == "two passes":
         options["perturbation"] = config.perturbation
     if config.perturbation == "group":
@@ -86,7 +98,17 @@ def build_optimizer(
         raise ConfigError(f"opt_name={config.opt_name}: {error}") from None
 
 
-def _axes(config: Config, norms: Container[str]) -> dict[str, Any]:
+def _masks(params: list[nn.Parameter], config: Config) -> dict[nn.Parameter, torch.Tensor]:
+    """0 for each weight that is not perturbed, else 1: drawn on the CPU, alike on every device."""
+    generator = torch.Generator().manual_seed(config.seed)
+    masks = {}
+    for p in (p for p in params if p.requires_grad):
+        kept = torch.rand(p.shape, generator=generator) >= config.sparsity
+        masks[p] = torch.empty_like(p, requires_grad=False).copy_(kept)
+    return masks
+
+
+def _axes(config: Config, norms: Container[str], steps: int) -> dict[str, Any]:
     """What composes with every one of the family."""
     axes: dict[str, Any] = {"adaptive": config.adaptive, "eta": config.eta}
     axes["norm"] = None if config.norm == "none" else config.norm
@@ -95,12 +117,14 @@ def _axes(config: Config, norms: Container[str]) -> dict[str, Any]:
     if config.subset == "norm":
         axes["subset"] = lambda name: name in norms
     if config.policy is not None:
-        name, number = config.policy
-        if name == "bernoulli":
-            axes["when"] = samkernels.Bernoulli(number, config.seed)
-        else:
-            policies = {"periodic": samkernels.Periodic, "from": samkernels.FromStep}
-            axes["when"] = policies[name](int(number))
+        name, *numbers = config.policy
+        policies: dict[str, Callable[..., Any]] = {
+            "periodic": samkernels.Periodic,
+            "from": samkernels.FromStep,
+            "bernoulli": lambda p: samkernels.Bernoulli(p, config.seed),
+            "norm": lambda l1, l2: samkernels.GradientNormPolicy(l1, l2, steps),
+        }
+        axes["when"] = policies[name](*numbers)
     return axes
 
 

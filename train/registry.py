@@ -79,6 +79,7 @@ class OptimizerEntry(Entry):
     needs_names: bool = False
 
 
+# BAR is not here: it balances the factors of LoRA, and no model here has any.
 # The first five in Okabe and Ito's colours, which colour-blind people tell apart.
 OPTIMIZERS = {
     "sgd": OptimizerEntry("SGD", "torch.optim:SGD", "#000000", "plain"),
@@ -94,9 +95,7 @@ OPTIMIZERS = {
     "asam": OptimizerEntry(
         "ASAM", "samkernels:ASAM", "#56b4e9", usual={"rho": 0.5, "eta": 0.01}, needs_names=True
     ),
-    "gsam": OptimizerEntry(
-        "GSAM", "samkernels:GSAM", "#8c564b", keys=("alpha",), usual={"alpha": 0.4}
-    ),
+    "gsam": OptimizerEntry("GSAM", "samkernels:GSAM", "#8c564b", keys=("alpha",)),
     "wsam": OptimizerEntry(
         "WSAM", "samkernels:WSAM", "#7f7f7f", keys=("gamma", "decouple", "max_norm")
     ),

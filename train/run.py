@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -148,7 +149,9 @@ def sam_step(
     Args:
         network: the model, or what averages its gradients over processes.
     """
-    with optimizer.first_pass(network):
+    # A step without a second pass is an ordinary one for all processes.
+    may_perturb = optimizer.needs_second_pass
+    with optimizer.first_pass(network) if may_perturb else contextlib.nullcontext():
         first, logits = forward(images, labels)
         first.backward()
     losses = [first.detach()]
@@ -259,7 +262,11 @@ class Training:
         if config.compile:
             self.network = torch.compile(network)
         norms = names_of_norms(self.model) if config.subset == "norm" else frozenset()
-        self.optimizer = build_optimizer(self.model.named_parameters(), config, norms=norms)
+        self.steps_per_epoch = math.ceil(len(self.dataset.train) / config.batch_size)
+        make_optimizer = functools.partial(
+            build_optimizer, config=config, norms=norms, steps=config.epochs * self.steps_per_epoch
+        )
+        self.optimizer = make_optimizer(self.model.named_parameters())
         self.scheduler = build_scheduler(self.optimizer, config)
         self.timer = StepTimer(self.device)
         self.lockstep: Lockstep | None = None
@@ -268,14 +275,13 @@ class Training:
             self.lockstep = Lockstep(
                 self.model,
                 self.optimizer,
-                lambda params: build_optimizer(params, config, "reference", norms),
+                lambda params: make_optimizer(params, backend="reference"),
             )
         self.graphed: GraphedStep | None = None
         if config.cuda_graph:
             capture = CudaCapture(self.device)
             torch.cuda.set_stream(capture.stream)
             self.graphed = GraphedStep(self._recorded_step, capture)
-        self.steps_per_epoch = math.ceil(len(self.dataset.train) / config.batch_size)
         self.done = self.resumed = 0
         self.last_test: tuple[float, ...] = ()  # loss and accuracy after the last epoch
         self.history: list[dict[str, float]] = []
@@ -606,6 +612,8 @@ class Training:
             why = f"opt_name={config.opt_name}, whose weights the host perturbs between the steps"
         elif self.row.every or config.policy is not None:
             why = "second passes that the host decides on"
+        elif config.rho_end < 1:
+            why = f"rho_end={config.rho_end:g}, for which the host asks for lr"
         if why:
             raise ConfigError(
                 f"cuda_graph=true does not go with {why}: it records the step of one process on a "

@@ -74,6 +74,7 @@ class Lockstep:
             DivergedError: a gradient is not finite.
             VerificationError: a parameter deviates by more than the tolerance, or is not finite.
         """
+        self._follow_lr()
         self._copy_gradients()
         has_second_pass = bool(self.optimizer.first_step())
         if bool(self._reference.first_step()) != has_second_pass:
@@ -122,13 +123,21 @@ class Lockstep:
         """Of the real optimizer; the twin's are cleared already."""
         self.optimizer.zero_grad()
 
+    @property
+    def needs_second_pass(self) -> bool:
+        """Of the real optimizer."""
+        return bool(self.optimizer.needs_second_pass)
+
     def _prepare_update(self) -> None:
+        self._follow_lr()
+        self._copy_gradients()
+
+    def _follow_lr(self) -> None:
         # The scheduler knows the real optimizer only. Nothing else is copied: a wrong rho or
         # momentum in the real one has to show.
         groups = zip(self._reference.param_groups, self.optimizer.param_groups, strict=True)
         for twin_group, group in groups:
             twin_group["lr"] = group["lr"]
-        self._copy_gradients()
 
     def _finish_update(self) -> None:
         self._compare("update")

@@ -7,8 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from samkernels.optim import _shards
+
 SCALINGS = ("none", "elementwise", "tensor")
 NORMS = ("global", "tensor", None)
+# What a variant that perturbs nothing has no use for.
+OF_PERTURBATIONS = (
+    "rho", "adaptive", "scaling", "eta", "scaled", "subset", "mask", "norm", "perturb_eps",
+    "perturbation", "process_group",
+)  # fmt: skip
 Selected = Callable[[str], bool] | Iterable[Tensor] | None
 
 
@@ -108,6 +115,11 @@ def check_mask(mask: Mapping[Tensor, Tensor] | None, params: Iterable[Tensor]) -
                 f"mask of a parameter of shape {tuple(p.shape)} has another shape: give a tensor "
                 "of 0 and 1 with the parameter's"
             )
+        if not _shards.are_cut_alike(of_param, p):
+            raise ValueError(
+                f"mask of a parameter of shape {tuple(p.shape)} is not sharded as the parameter "
+                "is: give distribute_tensor(mask, p.device_mesh, p.placements)"
+            )
 
 
 def check_norm(norm: str | None) -> None:
@@ -115,8 +127,32 @@ def check_norm(norm: str | None) -> None:
         raise ValueError(f'norm={norm!r}: give "global", "tensor", or None')
 
 
-def pairs_by_name(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
-    """From each parameter whose name has lora_A to that with lora_B in its place."""
+def partners(pairs: Any, groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
+    """From each parameter of a pair to the other one.
+
+    Args:
+        pairs: what dict() takes; None: each parameter whose name has lora_A, and that with lora_B
+            in its place.
+
+    Raises:
+        TypeError, ValueError: they are no pairs of parameters in the groups.
+    """
+    if pairs is None:
+        found = _pairs_by_name(groups)
+    else:
+        try:
+            found = dict(pairs)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"pairs is {type(pairs).__name__}: give pairs of parameters, such as "
+                "[(lora_A, lora_B)], or None and model.named_parameters()"
+            ) from None
+    found.update({y: x for x, y in found.items()})
+    Selection("pairs", found).check(named(groups))
+    return found
+
+
+def _pairs_by_name(groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
     by_name = {require_name("pairs=None", name): p for p, name in named(groups)}
     pairs = {
         p: by_name[name.replace("lora_A", "lora_B")]

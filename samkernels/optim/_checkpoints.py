@@ -160,6 +160,7 @@ def undone_on_failure(optimizer: Optimizer) -> Iterator[None]:
         raise
 
 
+_W = "w"  # the state of variants whose parameters do not hold w between the steps
 _OWN = "sam_"  # begins the names that a variant's own state has beside the base optimizer's
 
 
@@ -229,7 +230,11 @@ class Checkpointed(Variant):
 
     def _load_own(self, own: dict[Tensor, dict[str, Tensor]]) -> None:
         for p, of_param in own.items():
-            self._slots.find_or_add(p).own.update(of_param)
+            slot, state = self._slots.find_or_add(p), dict(of_param)
+            if _W in state:
+                with torch.no_grad():
+                    slot.local.copy_(state.pop(_W))
+            slot.own.update(state)
 
     def _without_empty_momentum(self, states: dict[Any, Any]) -> dict[Any, Any]:
         """States, by parameter or number, without the buffers whose steps were all skipped. They
@@ -250,7 +255,7 @@ class Checkpointed(Variant):
 
     def _without_own(self, state_dict: Any) -> tuple[Any, dict[Tensor, dict[str, Tensor]]]:
         """The part of the base optimizer, and the variant's own for each parameter; that of another
-        variant is left out.
+        variant is left out, but for the weights, which its model may not have.
 
         Raises:
             ValueError: that does not fit the parameter.
@@ -280,10 +285,14 @@ class Checkpointed(Variant):
                 state[index] = of_base
             else:  # as bases test for their own first step
                 del state[index]
-            if not any(_OWN + name in of_param for name in self.own_state):
-                continue  # of another variant
+            is_ours = any(_OWN + name in of_param for name in self.own_state)
+            names = list(self.own_state) if is_ours else []  # else it is of another variant
+            if _OWN + _W in of_param and _W not in names:
+                names.append(_W)
+            if not names:
+                continue
             own[p] = {}
-            for name in self.own_state:
+            for name in names:
                 tensor = of_param.get(_OWN + name)
                 if not isinstance(tensor, Tensor) or tensor.shape != p.shape:
                     raise ValueError(
@@ -292,7 +301,9 @@ class Checkpointed(Variant):
                     )
                 if not _shards.are_cut_alike(tensor, p):
                     raise ValueError(
-                        f"state_dict: the {name} of parameter {i} is not sharded as the parameter"
+                        f"state_dict: the {name} of parameter {i} is not sharded as the parameter "
+                        "is: load it with set_optimizer_state_dict of "
+                        "torch.distributed.checkpoint.state_dict"
                     )
                 own[p][name] = laid_out_like(_shards.local(p), _shards.local(tensor))
         if not has_some:
@@ -361,9 +372,10 @@ class Checkpointed(Variant):
         return bool(grads) and not any(g.any() for g in _shards.locals_of(grads))
 
     def _make_state(self) -> None:
-        for bucket in self._slots.buckets(self.param_groups) if self.own_state else ():
+        names = [name for name in self.own_state if name != _W]
+        for bucket in self._slots.buckets(self.param_groups) if names else ():
             for slot in bucket.slots:
-                slot.own.update({name: torch.zeros_like(slot.old) for name in self.own_state})
+                slot.own.update({name: torch.zeros_like(slot.old) for name in names})
         self._slots.forget_lists()
         fused = self._fused_base
         if fused is None or not all(map(fused.serves, self.param_groups)):

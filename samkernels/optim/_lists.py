@@ -156,14 +156,14 @@ def _is_plain(value: object) -> bool:
     return type(value) in (float, int, bool)
 
 
-def refuse_capture() -> None:
-    """Raise RuntimeError while a CUDA graph is captured: a replay would make anew what is made now,
+def refuse_capture(
+    why: str = "this step makes memory and state of the optimizer that every replay would make "
+    "anew: make one step before the capture",
+) -> None:
+    """Raise RuntimeError while a CUDA graph is captured. A replay would make anew what is made now,
     such as momentum, and lose what it held."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph is being captured, and this step makes memory and state of the optimizer "
-            "that every replay would make anew: make one step before the capture"
-        )
+        raise RuntimeError(f"a CUDA graph is being captured, and {why}")
 
 
 def current_stream(device: torch.device) -> Any:

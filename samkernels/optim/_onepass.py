@@ -161,6 +161,7 @@ class OnePass(SAM):
                 "optimizer.unperturbed():`, or call optimizer.restore() now, after which what was "
                 "written counts as w"
             )
+        self._follow_schedule()
         try:
             self._update_and_ascend()
         except BaseException:
@@ -168,7 +169,6 @@ class OnePass(SAM):
             raise
 
     def _update_and_ascend(self) -> None:
-        self._follow_schedule()
         if self._perturbation is None:
             self._perturbation = Perturbation()
         updated, lies_in_old = finish(self, self._perturbation, into_old=True)
@@ -210,7 +210,7 @@ class OnePass(SAM):
         for group in self.param_groups:
             by_kind: dict[tuple[Place, Kind], list[Slot]] = {}
             for i, p in enumerate(group["params"]):
-                state = self.state.get(p, {})
+                state = self.state.get(p, {}) if p.requires_grad else {}  # frozen, it stays at w
                 if any(state.get(name) is not None for name in self.along):
                     slot = self._slots.find_or_add(p)
                     key = slot.place, self._kind_of(group, i, {})
@@ -251,9 +251,13 @@ class OnePass(SAM):
         """State is saved as of w, at any time."""
 
     def _own_of(self, p: Tensor) -> dict[str, Tensor]:
-        slot = self._slots.find(p)
-        if self._perturbation is None or slot not in self._perturbation.slots:
+        if not self.state.get(p):
             return {}
+        slot = self._slots.find(p)
+        if slot is None or self._perturbation is None or slot not in self._perturbation.slots:
+            slot = self._slots.find_or_add(p)
+            # A copy, since what is loaded into a state_dict in place is not loaded into the model.
+            slot.old.copy_(slot.local.detach())
         return {"w": _shards.as_part_of(p, slot.old)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,12 +267,6 @@ class OnePass(SAM):
             super().load_state_dict(state_dict)
         finally:
             self.perturb()
-
-    def _load_own(self, own: dict[Tensor, dict[str, Tensor]]) -> None:
-        with torch.no_grad():
-            for p, of_param in own.items():
-                self._slots.find_or_add(p)
-                _shards.local(p).copy_(of_param["w"])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {p: of for p in self._all_params() if (of := self._own_of(p))}

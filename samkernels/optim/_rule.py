@@ -237,8 +237,8 @@ class Products:
         own = [slot.param for slot in x.bucket.slots]
         at = [index.get(id(partners.get(p)), index[id(p)]) for p in own]
         device = x.bucket.place.device
-        everything = torch.cat([of.to(device) for of in self._of(pair).per_tensor])
-        return everything[torch.tensor(at, device=device)]
+        everything = torch.cat([of.to(device) for of in self._of(pair).per_tensor]).unbind()
+        return torch.stack([everything[i] for i in at])  # by a list, the host would wait
 
     def learn(self, names: Sequence[str], measured: Sequence[Dots]) -> None:
         """Take in what dots() of these lists gave for each bucket."""

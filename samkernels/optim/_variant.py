@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from samkernels import backends, checks, ops
 from samkernels.optim import _axes, _shards, _wrapping
-from samkernels.optim._lists import Bucket, Kind, Slots
+from samkernels.optim._lists import Bucket, Kind, Slots, refuse_capture
 from samkernels.optim._perturbation import Axes, Perturbation
 from samkernels.optim._ranks import Ranks
 from samkernels.optim._rule import Combination, Lists, Option, Products, linear
@@ -146,8 +146,10 @@ class Variant(Optimizer):
         else:
             self._refuse_collisions(base_optimizer, _wrapping.options_of, base_options)
         if self.counts_steps or when is not None:
-            self._keys["sam_step"] = "sam_step"
-            options["sam_step"] = 0
+            kept = {f"sam_{name}": first for name, first in getattr(when, "memory", {}).items()}
+            kept["sam_step"] = 0
+            self._keys.update({key: key for key in kept})
+            options.update(kept)
         self._backend = backend
         self.track_statistics = track_statistics
         self.max_grad_norm = max_grad_norm
@@ -259,18 +261,26 @@ class Variant(Optimizer):
             return True
         lists = [Lists(bucket, lambda _, of: of.grads, {}) for bucket in buckets]
         square = Products(lists)["g1.g1"].item()  # the host has to know
-        memory = {
-            name: self.param_groups[0][f"sam_{name}"]
-            for name in ("mean", "variance")
-            if f"sam_{name}" in self.param_groups[0]
-        }
+        first = self.param_groups[0]
+        names = getattr(self._when, "memory", {})
+        memory = {name: first[f"sam_{name}"] for name in names if f"sam_{name}" in first}
         wants = self._when.wants(self.option("sam_step"), square, memory)
         for group in self.param_groups:
             group.update({f"sam_{name}": value for name, value in memory.items()})
         return wants
 
     def _follow_schedule(self) -> None:
-        """Write the rho that goes with the lr of each group, before a perturbation."""
+        """Write the rho that goes with the lr of each group, before a perturbation.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and a replay would not ask again.
+        """
+        if self._schedule is not None or "sam_step" in self._keys:
+            what = "rho" if self._schedule is not None else "whether there is a second pass"
+            refuse_capture(
+                f"in each step of this {type(self).__name__} the host decides {what}, which no "
+                "replay asks: make its steps without a graph"
+            )
         if self._schedule is not None:
             for group in self.param_groups:
                 group[self._keys["rho"]] = self._schedule.value(group["lr"])

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from samkernels.optim._axes import Selection, pairs_by_name
+from samkernels.optim._axes import OF_PERTURBATIONS, partners
 from samkernels.optim._rule import Combination, Lists, Option, Products, linear, options
 from samkernels.optim._variant import Base
 from samkernels.optim.sam import SAM
@@ -16,24 +16,29 @@ class BAR(SAM):
         x <- (1 + s * alpha * lr) * x;  y <- (1 - s * alpha * lr) * y;  then base(g)
         s = sign(||gx|| - ||gy||) for kind "n", sign(||y|| - ||x||) for kind "o"
 
-    Without pairs of parameters, lora_A and lora_B are found in the names of named_parameters().
+    Without pairs of parameters, lora_A and lora_B are found in the names of named_parameters(),
+    also in groups that are added later.
 
     Source: Li et al., arXiv:2410.14802.
     """
 
     own_options = options(alpha=Option(None, 0), kind=Option("n", choices=("n", "o")))
-    own_attributes = ("partners",)
+    own_attributes = ("pairs", "partners")
 
     def __init__(
         self, params: Any, base_optimizer: Base = torch.optim.AdamW, alpha: float = 0.05,
         pairs: Any = None, kind: str = "n", **others: Any,
     ) -> None:  # fmt: skip
-        if "rho" in others:
-            raise TypeError("rho: BAR perturbs nothing, and its strength is alpha; leave rho out")
+        if name := next(filter(others.__contains__, OF_PERTURBATIONS), None):
+            raise TypeError(
+                f"{name}: BAR perturbs nothing, and its strength is alpha; leave it out"
+            )
+        self.pairs = pairs
         super().__init__(params, base_optimizer, 0.0, alpha=alpha, kind=kind, **others)
-        self.partners = pairs_by_name(self.param_groups) if pairs is None else dict(pairs)
-        self.partners.update({y: x for x, y in self.partners.items()})
-        Selection("pairs", self.partners).check([(p, None) for p in self._all_params()])
+
+    def _check_selections(self) -> None:
+        self.partners = partners(self.pairs, self.param_groups)
+        self.pairs = None if self.pairs is None else self.partners
 
     def perturbs(self, options: dict[str, Any], step: int) -> bool:
         return False

@@ -123,7 +123,8 @@ class SAM(Checkpointed):
         max_grad_norm: u is multiplied by min(1, max_grad_norm / (n + 1e-6)), n the norm over all
             parameters of the gradient that u has its magnitude of: of g2, as
             torch.nn.utils.clip_grad_norm_ between the steps would do it; SAMDirection: of g1. One
-            reduction more, and no pass to scale. None: as it is.
+            reduction more, and no pass to scale. What WSAM subtracts beside u is not clipped. None:
+            as it is.
         perturbation: "global", "local" or "group", see above; of no consequence in one process.
             DTensors take "global" only.
         process_group: for "group": the group that this rank is in.

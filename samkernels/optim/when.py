@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from samkernels import checks
@@ -11,17 +12,21 @@ from samkernels.optim._random import random_bits
 
 
 class When(Protocol):
-    """A policy, given to SAM as `when`. It keeps nothing itself: what it needs from step to step it
-    puts into `memory`, numbers by name, which the parameter groups and checkpoints hold."""
+    """A policy, given to SAM as `when`. It keeps nothing itself: what one with needs_norm has to
+    know from step to step is in `memory`, which the parameter groups and checkpoints hold.
+
+    Attributes:
+        memory: the names of that, and what is there at first; may be missing.
+    """
 
     needs_norm: bool
 
-    def wants(self, step: int, square: float, memory: dict[str, float]) -> bool:
+    def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
         """Whether step number `step` (0 is the first) has a second pass.
 
         Args:
             square: ||g1||_2^2 over all parameters; nan unless needs_norm.
-            memory: may be written to.
+            memory: numbers by name; to be written to.
         """
 
 
@@ -40,7 +45,7 @@ class Periodic:
         checks.check_whole("k", k, 1)
         self.k = k
 
-    def wants(self, step: int, square: float, memory: dict[str, float]) -> bool:
+    def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
         """Whether step number `step` has a second pass; see `When`."""
         return (step + 1) % self.k == 0
 
@@ -61,7 +66,7 @@ class FromStep:
         checks.check_whole("first", first, 0)
         self.first = first
 
-    def wants(self, step: int, square: float, memory: dict[str, float]) -> bool:
+    def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
         """Whether step number `step` has a second pass; see `When`."""
         return step >= self.first
 
@@ -84,7 +89,7 @@ class Bernoulli:
         checks.check_whole("seed", seed, -(2**63))
         self.p, self.seed = p, seed
 
-    def wants(self, step: int, square: float, memory: dict[str, float]) -> bool:
+    def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
         """Whether step number `step` has a second pass; see `When`."""
         p = _share("p", self.p(step)) if callable(self.p) else self.p
         return random_bits(self.seed, step) / 2**64 < p
@@ -109,6 +114,7 @@ class GradientNormPolicy:
     """
 
     needs_norm = True
+    memory: Mapping[str, float | None] = MappingProxyType({"mean": None, "variance": 0.0})
 
     def __init__(self, l1: float, l2: float, steps: int, decay: float = 0.9) -> None:
         for name, value in (("l1", l1), ("l2", l2)):
@@ -117,11 +123,14 @@ class GradientNormPolicy:
         self.l1, self.l2, self.steps = l1, l2, steps
         self.decay = _share("decay", decay)
 
-    def wants(self, step: int, square: float, memory: dict[str, float]) -> bool:
+    def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
         """Whether step number `step` has a second pass; see `When`."""
         if not math.isfinite(square):
             return True  # a step of SAM is skipped then; and this is no part of what is usual
-        mean = memory.get("mean", square)
+        mean = memory.get("mean")
+        if mean is None:  # not left to the rounding of a mean of equals
+            memory.update(mean=square, variance=0.0)
+            return True
         mean = self.decay * mean + (1 - self.decay) * square
         variance = self.decay * memory.get("variance", 0.0)
         variance += (1 - self.decay) * (square - mean) ** 2

@@ -16,6 +16,7 @@ class WSAM(SAM):
     Args:
         gamma: from 0 to below 1; 0.5 is SAM if not decoupled.
         max_norm: g1 and g2 are clipped, each by its own norm, after the perturbation; or None.
+            max_grad_norm clips u only: if decoupled, the second part goes by as it is.
 
     Source: Yue et al., arXiv:2305.15817.
     """
