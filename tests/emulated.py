@@ -16,6 +16,7 @@ from typing import Any
 
 import pybind11
 import torch
+from torch import Tensor
 
 from samkernels import backends
 from samkernels.backends import native
@@ -77,8 +78,8 @@ def backend(core: Any, cuda: bool = True) -> ModuleType:
     emulated CUDA kernels, or with those for the CPU."""
     module = _load("samkernels.backends.emulated", Path(native.__file__))
 
-    def run_on_the_emulated_device(device: torch.device, function: Any, *args: Any) -> None:
-        assert device.type == "cpu"
+    def run_on_the_emulated_device(first: Tensor, function: Any, *args: Any) -> None:
+        assert first.is_cpu
         function(core.cuda(0) if cuda else core.cpu(torch.get_num_threads()), *args)
 
     vars(module).update(_C=core, _run=run_on_the_emulated_device)

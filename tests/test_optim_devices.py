@@ -319,8 +319,10 @@ def test_a_capture_that_would_make_momentum_of_sgdhess_is_refused(
 class Streams:
     """In place of CUDA's, on CPU tensors: the current stream, and what was recorded on which."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, optimizer: SAM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current = "A"
+        for place in optimizer._slots._places.values():
+            monkeypatch.setattr(place, "has_streams", True)
         self.recorded: list[tuple[int, str]] = []
         monkeypatch.setattr(_perturbation, "current_stream", lambda device: self.current)
         monkeypatch.setattr(
@@ -342,7 +344,7 @@ def test_what_the_first_step_left_is_recorded_on_another_stream(
     params = [nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2, 3))]
     optimizer = cls(params, lr=0.1, momentum=0.9, **variant)
     take_step(optimizer, 0)
-    streams = Streams(monkeypatch)
+    streams = Streams(optimizer, monkeypatch)
     set_gradients(params, 1)
     first = [p.grad for p in params]
     optimizer.first_step()

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,14 @@ def _why_no_cuda(device: torch.device) -> str | None:
 class PreparedList(list[Tensor]):
     """A list of tensors that the core has read: good until one of them gets other memory."""
 
+    __slots__ = ("core", "state")
     core: _C.TensorList
-    state: dict[str, list[Tensor]] | None = None  # of parameters: what `state_of` found last
+    state: dict[str, list[Tensor]]  # of parameters: what `state_of` found last
 
 
 def _prepared(tensors: TensorList, core: _C.TensorList) -> PreparedList:
     prepared = PreparedList(tensors)
-    prepared.core = core
+    prepared.core, prepared.state = core, {}
     return prepared
 
 
@@ -133,8 +135,6 @@ def state_of(
 ) -> TensorList | None:
     if type(params) is not PreparedList:
         return None
-    if params.state is None:
-        params.state = {}
     seen = params.state.pop(name, None)
     read = _reader().state(state, params, name, params.core, numbers, seen)
     if read is None:
@@ -150,11 +150,11 @@ def _reader() -> _C.TensorReader:
 
 def dots(lists: Sequence[TensorList], weights: TensorList | None = None, eta: float = 0.0) -> Dots:
     x = lists[0]
-    device = x[0].device
+    first = x[0]
     num_sums = _num_dots(len(lists), weights is not None)
-    per_tensor = torch.empty(len(x), num_sums, dtype=torch.float64, device=device)
-    total = torch.empty(num_sums, dtype=torch.float64, device=device)
-    _run(device, _dots, lists, weights, eta, per_tensor, total)
+    per_tensor = torch.empty(len(x), num_sums, dtype=torch.float64, device=first.device)
+    total = torch.empty(num_sums, dtype=torch.float64, device=first.device)
+    _run(first, _dots, lists, weights, eta, per_tensor, total)
     return Dots(total, per_tensor)
 
 
@@ -173,7 +173,7 @@ def _dots(
 ) -> None:
     x, *others = map(_core, lists)
     y, z = (*others, None, None)[:2]
-    workspace = _workspace(target, x, total.numel(), total.device)
+    workspace = _workspace(target, x, total)
     _C.dots(
         target,
         x,
@@ -202,7 +202,7 @@ def perturb_(
 ) -> None:
     assert square.dtype is torch.float64
     _run(
-        params[0].device,
+        params[0],
         _C.perturb,
         _core(params),
         _core(direction),
@@ -220,12 +220,12 @@ def perturb_(
 
 
 def restore_(params: TensorList, old_params: TensorList) -> None:
-    _run(params[0].device, _C.restore, _core(params), _core(old_params))
+    _run(params[0], _C.restore, _core(params), _core(old_params))
     _mark_written(params)
 
 
 def mix_(out: TensorList, mix: Mix, *, keeps: bool = False) -> None:
-    _run(out[0].device, _C.mix, _core_mix(mix), _core(out), keeps)
+    _run(out[0], _C.mix, _core_mix(mix), _core(out), keeps)
     _mark_written(out)
 
 
@@ -238,7 +238,7 @@ def sgd_(
     journal: list[bool] | None = None,
 ) -> None:
     _run(
-        params[0].device,
+        params[0],
         _C.sgd,
         _core_mix(mix),
         _core(params),
@@ -260,7 +260,7 @@ def sgd_hess_(
     journal: list[bool] | None = None,
 ) -> None:
     _run(
-        params[0].device,
+        params[0],
         _C.sgd_hess,
         _core(params),
         _core(grads),
@@ -284,10 +284,9 @@ def adam_(
     options: AdamOptions,
     journal: list[bool] | None = None,
 ) -> None:
-    device = params[0].device
-    bias_corrections = torch.empty(len(params), 2, dtype=torch.float32, device=device)
+    bias_corrections = torch.empty(len(params), 2, dtype=torch.float32, device=params[0].device)
     _run(
-        device,
+        params[0],
         _C.adam,
         _core_mix(mix),
         _core(params),
@@ -302,14 +301,14 @@ def adam_(
     _mark_written(params, exp_avgs, exp_avg_sqs, steps)
 
 
-def _run(device: torch.device, function: Callable[..., None], *args: Any) -> None:
+def _run(first: Tensor, function: Callable[..., None], *args: Any) -> None:
     """function(target, *args); target: PyTorch's number of threads, or the current stream of the
-    device."""
-    if device.type == "cpu":
+    device that the first tensor is on."""
+    if not first.is_cuda:  # in a sixth of the time of first.device.type
         function(_cpu(torch.get_num_threads()), *args)
         return
-    with torch.cuda.device(device):
-        function(_C.cuda(torch.cuda.current_stream(device).cuda_stream), *args)
+    with torch.cuda.device(first.device):
+        function(_C.cuda(torch.cuda.current_stream(first.device).cuda_stream), *args)
 
 
 @lru_cache(maxsize=8)
@@ -338,12 +337,10 @@ def _scalar(x: float | Tensor) -> tuple[float, int, int]:
     return (0.0, _address(x), _stride(x)) if isinstance(x, Tensor) else (x, 0, 0)
 
 
-def _workspace(
-    target: _C.Target, tensors: _C.TensorList, num_sums: int, device: torch.device
-) -> Tensor | None:
+def _workspace(target: _C.Target, tensors: _C.TensorList, sums: Tensor) -> Tensor | None:
     """Room for the sums of an op; None if it makes its own, as on the CPU."""
-    num_bytes = _C.workspace_bytes(target, tensors, num_sums)
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device) if num_bytes else None
+    num_bytes = _C.workspace_bytes(target, tensors, sums.numel())
+    return torch.empty(num_bytes, dtype=torch.uint8, device=sums.device) if num_bytes else None
 
 
 def _core_mix(mix: Mix) -> _C.Mix:
@@ -408,7 +405,7 @@ _kept_sgd_options = lru_cache(maxsize=256)(_new_sgd_options)
 _kept_adam_options = lru_cache(maxsize=256)(_new_adam_options)
 
 
-def _mark_written(*lists: TensorList | None) -> None:
-    for tensors in lists:
-        if tensors is not None:
-            torch.autograd.graph.increment_version(tensors)
+def _mark_written(params: TensorList, *state: TensorList | None) -> None:
+    if any(state):
+        params = [*params, *chain.from_iterable(filter(None, state))]
+    torch.autograd.graph.increment_version(params)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from samkernels import checks
 from samkernels.optim import _shards
 
 SCALINGS = ("none", "elementwise", "tensor")
@@ -17,6 +18,31 @@ OF_PERTURBATIONS = (
     "perturbation", "process_group",
 )  # fmt: skip
 Selected = Callable[[str], bool] | Iterable[Tensor] | None
+
+
+class Ascent(NamedTuple):
+    """What the options of a group say of its perturbation."""
+
+    rho: float | Tensor  # as backends take it: negative against the direction
+    scaling: str
+    eta: float
+
+
+def ascent(
+    rho: float | Tensor,
+    flips: bool,
+    adaptive: bool,
+    scaling: str | None,
+    eta: float,
+    *,
+    like: Tensor,
+) -> Ascent:
+    """Raises TypeError or ValueError if somebody has written a wrong option."""
+    if scaling is None:
+        scaling = "elementwise" if adaptive else "none"
+    checks.check_choice("scaling", scaling, SCALINGS)
+    checks.check_non_negative("eta", eta)
+    return Ascent(checks.signed_rho(rho, flips, like=like), scaling, eta)
 
 
 class Selection:

@@ -3,7 +3,7 @@ kernel can serve, and what it is called with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Protocol
@@ -347,13 +347,15 @@ FUSED_BASES: dict[type[Optimizer], FusedBase] = {
 }
 
 
-def _are_on_device(values: Iterable[object]) -> bool:
+def _are_on_device(values: Sequence[object]) -> bool:
     """lr and rho may lie on the device. What else lies there is left to the base optimizer: reading
     it here would make the host wait."""
-    for value in values:
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            return True
-    return False
+    if _NUMBERS.issuperset(map(type, values)):
+        return False
+    return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
+
+
+_NUMBERS = frozenset((float, int))
 
 
 def _check_fits(numbers: dict[str, float], like: Tensor) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from samkernels.optim._lists import Bucket
-from samkernels.optim._perturbation import Perturbation, aim, lists_of, perturb
+from samkernels.optim._perturbation import Perturbation, aim, directions_of, lists_of, perturb
 from samkernels.optim._ranks import start_exchange
+from samkernels.optim._rule import Lists, Products
 from samkernels.optim._scalers import spread_overflow
 
 if TYPE_CHECKING:
@@ -28,10 +29,20 @@ def begin(
         all_ranks: the group that g1 is averaged over, where ranks perturb by their own.
     """
     perturbation.note_streams(buckets)
-    lists = [lists_of(optimizer, bucket, perturbation, first=True) for bucket in buckets]
+    lists: list[Lists] = []
     if perturbation.has_second_pass:
-        aims = aim(lists, optimizer.direction, optimizer._axes, perturbation)
-        perturb(aims, optimizer._axes.eps, perturbation)
+        spoiled = None
+        if optimizer.goes_along_g1:
+            along = [(bucket, bucket.grads) for bucket in buckets if bucket.kind.is_moved]
+        else:
+            lists = lists_of(optimizer, buckets, perturbation, first=True)
+            along, spoiled = directions_of(lists, optimizer.direction)
+        if along:
+            aims = aim(along, optimizer._axes, perturbation, spoiled)
+            perturb(aims, optimizer._axes.eps, perturbation)
+        else:
+            lists_of_all = lists_of(optimizer, buckets, perturbation, first=True)
+            perturbation.ascent_square = Products(lists_of_all)["g1.g1"]
     keeps = optimizer.keeps_g1 or optimizer.track_statistics or not perturbation.has_second_pass
     if keeps and all_ranks is None:
         for bucket in buckets:
@@ -46,14 +57,15 @@ def begin(
     perturbation.settle()
     for x in lists:
         if x.waiting:
+            assert perturbation.ascent_square is not None
             square = x.bucket.bring(perturbation.ascent_square, torch.float64)
-            x.write(x.waiting, ascent_square=square)
+            x.write(x.waiting, None, square)
     if not perturbation.has_second_pass:
         _replace_by_a_second_backward(perturbation)
         return
     for bucket in buckets:
-        for slot in bucket.slots:
-            slot.param.grad = None
+        for p in bucket.whole:
+            p.grad = None
     if optimizer._meets_scaler:
         spread_overflow(perturbation)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from samkernels import backends, checks
 from samkernels.backends import Backend, TensorList
 from samkernels.optim import _shards
+from samkernels.optim._axes import Ascent, ascent
 
 if TYPE_CHECKING:
     from samkernels.optim._perturbation import Perturbation
@@ -36,6 +37,7 @@ class Place:
 
     def __post_init__(self) -> None:
         self.ops = backends.get(self.backend)
+        self.has_streams = self.device.type == "cuda"  # asking a device takes long
 
 
 class EmptyMomentum(NamedTuple):
@@ -80,40 +82,40 @@ class Kind(NamedTuple):
 KIND = Kind()  # of most
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
-    """Parameters of one group, place and kind, and the gradients that they have now."""
+    """Parameters of one group, place and kind, and within a step the gradients that they have. It
+    is kept from step to step for as long as nothing but gradients and addresses changes."""
 
     group: dict[str, Any]
     place: Place
+    kind: Kind
     slots: list[Slot]
     params: TensorList  # local, as is all below
     grads: TensorList
     old: TensorList  # of the slots
     keys: dict[str, str]  # of options of SAM in the group: see SAM._keys
     # What was made of options of the group, and of which values.
-    made: dict[Callable[..., Any], tuple[tuple[Any, ...], Any]]
-    kind: Kind
+    made: dict[Callable[..., Any], tuple[tuple[Any, ...], Any]] = field(default_factory=dict)
     checked_values: dict[str, Any] = field(default_factory=dict)  # of a variant's options
 
     def __post_init__(self) -> None:
         self.ops: Backend = self.place.ops  # these lists were checked when they were made
+        self.is_whole = all(map(operator.is_, self.params, map(_param_of, self.slots)))
 
     @property
-    def written(self) -> TensorList:
-        """What somebody writes to who writes parameters."""
-        return [slot.param for slot in self.slots] if self.place.process_groups else self.params
+    def whole(self) -> TensorList:
+        """The parameters themselves, which somebody writes to who writes parameters."""
+        return self.params if self.is_whole else [slot.param for slot in self.slots]
 
     @property
     def numel(self) -> int:
         """Elements of the parameters, those in other processes too."""
         return sum(slot.param.numel() for slot in self.slots)
 
-    def bring(self, number: Any, dtype: torch.dtype | None = None) -> Any:
+    def bring(self, number: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A number over all buckets, or one for each tensor of this one, on this one's device: in
         the dtype that ops take coefficients in, or in another one."""
-        if number is None:
-            return None
         if dtype is None:
             dtype = torch.float64 if self.place.dtype is torch.float64 else torch.float32
         if number.dtype is dtype and number.device == self.place.device and number.is_contiguous():
@@ -131,6 +133,16 @@ class Bucket:
         grads = [self.grads[i] for i in indices]
         return bucket_of(self.group, self.place, self.kind, slots, grads, self.keys)
 
+    def ascent(self, sign: float) -> Ascent:
+        """How the bucket is perturbed; with a negative sign, against the direction."""
+        group, keys = self.group, self.keys
+        flips = sign < 0 or group.get("maximize", False)  # a momentum has that sign already
+        rho, adaptive, scaling, eta = group[keys["rho"]], False, None, 0.0
+        if self.kind.is_scaled:
+            adaptive, scaling = group[keys["adaptive"]], group.get(keys["scaling"])
+            eta = group.get(keys["eta"], 0.0)
+        return self.checked(ascent, rho, flips, adaptive, scaling, eta)
+
     def checked(self, make: Callable[..., T], *values: Any) -> T:
         """make(*values, like=params[0]), which checks options of the group; for values that are
         plain and the very same as in the last step, what it made then."""
@@ -143,17 +155,11 @@ class Bucket:
             self.made[make] = values, made
         return made
 
-    def without_gradients(self) -> Bucket:
-        """What the next step may begin with. Parts of DTensors are looked up anew: FSDP2 may have
-        replaced them."""
-        are_whole = all(map(operator.is_, self.params, map(_param_of, self.slots)))
-        return replace(self, params=self.params if are_whole else [], grads=[])
-
 
 def _is_plain(value: object) -> bool:
     if type(value) is tuple:
         return all(map(_is_plain, value))
-    return type(value) in (float, int, bool)
+    return type(value) in (float, int, bool, str, type(None))
 
 
 def refuse_capture(
@@ -188,7 +194,7 @@ class Slots:
         """options: of SAM, which a group that comes to be without them gets, by their key.
         kind_of: of the parameter at an index of a group, with the state that the variant has for
         it; None if all are of one kind."""
-        self._perturbation: Perturbation | None = None  # between the steps
+        self.perturbation: Perturbation | None = None  # between the steps; see hold
         self._weakly = weakref.ref(self)
         self.kind_of = kind_of
         self._backend = backend
@@ -198,18 +204,14 @@ class Slots:
         self._slots: dict[int, Slot] = {}  # by id of the parameter, which its slot keeps alive
         self._has_new = False  # slots, since parameters were last compared
         self._num_params = 0
-        # Per group the buckets of the last step, without gradients; and if there are several, the
-        # parameters that it had, those from which each bucket has its own, and all others.
+        # Per group the buckets of the last step; and if there are several, the parameters that it
+        # had, those from which each bucket has its own, and all others.
         self._last: dict[int, list[Bucket]] = {}
+        self._read: list[Bucket] = []  # of all groups, which have gradients now
         self._seen: dict[int, tuple[list[Tensor], list[list[Tensor]], list[Tensor]]] = {}
 
-    @property
-    def perturbation(self) -> Perturbation | None:
-        return self._perturbation
-
-    @perturbation.setter
-    def perturbation(self, perturbation: Perturbation | None) -> None:
-        self._perturbation = perturbation
+    def hold(self, perturbation: Perturbation | None) -> None:
+        self.perturbation = perturbation
         (_PERTURBED.discard if perturbation is None else _PERTURBED.add)(self._weakly)
 
     def check_alone(self, buckets: list[Bucket]) -> None:
@@ -259,6 +261,15 @@ class Slots:
     def forget_lists(self) -> None:
         """The next step looks closely. Nobody holds state that is about to be replaced then."""
         self._last.clear()
+        self._read = []
+
+    def drop_gradients(self) -> None:
+        """Nobody holds them between the halves of a step; nor parts of DTensors, which FSDP2 may
+        replace."""
+        for bucket in self._read:
+            bucket.grads = []
+            if not bucket.is_whole:
+                bucket.params = []
 
     def forget_own(self) -> None:
         """The state of the variant begins anew."""
@@ -302,7 +313,7 @@ class Slots:
             TypeError: there is something else than tensors in a group.
             ValueError: a gradient is sparse, or a parameter is in the groups twice.
         """
-        buckets: list[Bucket] = []
+        self._read = buckets = []
         num_params = 0
         looked = False
         for index, group in enumerate(groups):
@@ -313,7 +324,7 @@ class Slots:
                 looked = looked or bool(current) or index in self._last
                 if not current:
                     continue
-                self._last[index] = [bucket.without_gradients() for bucket in current]
+                self._last[index] = current
             buckets += current
         if looked:
             self._refuse_shared(groups, buckets)
@@ -356,19 +367,15 @@ class Slots:
                 return None
             if not all(map(operator.is_, params, group["params"])):
                 return None
-        buckets = []
         for bucket, of_bucket in zip(last, candidates, strict=True):
             read = bucket.ops.gradients_of(of_bucket, bucket.params)
             if read is None:
                 read = _read_alike(bucket, of_bucket)
             if read is None:
                 return None
-            slots, old, made = bucket.slots, bucket.old, bucket.made
-            kind, values = bucket.kind, bucket.checked_values
-            buckets.append(
-                Bucket(group, bucket.place, slots, *read, old, self._keys, made, kind, values)
-            )
-        return buckets
+            bucket.group = group
+            bucket.params, bucket.grads = read
+        return last
 
     def _look_closely(
         self, index: int, group: dict[str, Any], perturbation: Perturbation | None
@@ -501,7 +508,7 @@ def bucket_of(
 ) -> Bucket:
     params = place.ops.prepare([slot.local for slot in slots])
     old = place.ops.prepare([slot.old for slot in slots])
-    return Bucket(group, place, slots, params, place.ops.prepare(grads), old, keys, {}, kind)
+    return Bucket(group, place, kind, slots, params, place.ops.prepare(grads), old, keys)
 
 
 def _is_at(grad: Tensor, p: Tensor) -> bool:

@@ -15,7 +15,6 @@ from samkernels.optim import _shards
 from samkernels.optim._grad import without_grad
 from samkernels.optim._lists import Bucket, Kind, Place, Slot, bucket_of, fits, laid_out_like
 from samkernels.optim._perturbation import Perturbation, aim, perturb, restore
-from samkernels.optim._rule import Lists
 from samkernels.optim._update import finish
 from samkernels.optim._variant import Base
 from samkernels.optim.sam import SAM
@@ -167,6 +166,8 @@ class OnePass(SAM):
         except BaseException:
             self.restore()
             raise
+        finally:
+            self._slots.drop_gradients()
 
     def _update_and_ascend(self) -> None:
         if self._perturbation is None:
@@ -221,31 +222,26 @@ class OnePass(SAM):
         return found
 
     def _ascend(self, buckets: list[Bucket], saves: bool) -> None:
-        along = [(bucket, self._along(bucket)) for bucket in buckets if bucket.kind.is_moved]
-        lists = []
-        for bucket, direction in along:
-            if direction is None:  # momentum is being warmed up from 0
-                if not saves:
-                    restore(dict.fromkeys(bucket.slots), self._slots)
-                continue
-            w = bucket.params if saves else bucket.old
-            find = lambda name, _, d=direction, w=w: w if name == "w" else d  # noqa: E731
-            lists.append(Lists(bucket, find, {}))
-        perturbation = Perturbation()
-        if not saves:
-            along = [(bucket, direction) for bucket, direction in along if direction is not None]
-            perturbation.moved = [bucket.slots for bucket, _ in along]
+        along = []
+        for bucket in buckets:
+            direction = self._along(bucket) if bucket.kind.is_moved else None
+            if direction is not None:
+                along.append((bucket, direction))
+            elif bucket.kind.is_moved and not saves:  # momentum is being warmed up from 0
+                restore(dict.fromkeys(bucket.slots), self._slots)
+        perturbation = Perturbation(() if saves else [bucket.slots for bucket, _ in along])
         self._perturbation = perturbation
-        if lists:
-            aims = aim(lists, lambda x: "v", self._axes, perturbation, saves)
+        if along:
+            aims = aim(along, self._axes, perturbation, saves=saves)
             perturb(aims, self._axes.eps, perturbation, saves=saves)
         perturbation.ascent_square = None  # it would have the next step skipped
         perturbation.first_dots.clear()
         if not saves:
             perturbation.moving.clear()  # they are in `moved`
-            perturbation.watch([bucket for bucket, _ in along])
+            for bucket, _ in along:
+                perturbation.watch(bucket)
         perturbation.settle()
-        perturbation.note_streams([x.bucket for x in lists])
+        perturbation.note_streams([bucket for bucket, _ in along])
 
     def _require_unperturbed(self, what: str) -> None:
         """State is saved as of w, at any time."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,26 +23,36 @@ if TYPE_CHECKING:
     from samkernels.optim._variant import Variant
 
 
-@dataclass
 class Perturbation:
-    """What the second step, or a restore, needs to know of the first one."""
+    """What the second step, or a restore, needs to know of the first one.
 
-    # Buckets of the first step while it is under way, each with its journal: not empty if it moved.
-    moving: list[tuple[Bucket, list[bool]]] = field(default_factory=list)
-    moved: list[list[Slot]] = field(default_factory=list)  # exactly those that did, by bucket
-    first_grads: dict[Slot, Tensor] = field(default_factory=dict)  # empty if nobody reads g1
-    has_second_pass: bool = True
-    is_unscaled: bool = False  # g1, by first_step
-    ascent_square: Tensor | None = None  # its root is not finite where the step is to be skipped
-    # g1.g1 of the lists that it was measured of.
-    first_dots: list[tuple[list[Slot], Dots]] = field(default_factory=list)
-    hooks: list[RemovableHandle] = field(
-        default_factory=list
-    )  # of spread_overflow, or for want of a second pass
-    # The parameters of `moved`, and their versions when they had moved.
-    watched: list[tuple[TensorList, list[int]]] = field(default_factory=list)
-    exchange: Exchange | None = None  # where g1 and its norm of all ranks replace those of this one
-    streams: dict[torch.device, Any] = field(default_factory=dict)  # of the first step
+    Attributes:
+        moving: buckets of the first step while it is under way, each with its journal: not empty if
+            it moved.
+        moved: exactly the slots that did, by bucket.
+        first_grads: g1; empty if nobody reads it.
+        has_second_pass: whether first_step() asked for one.
+        is_unscaled: whether first_step has divided g1 by the scale of a GradScaler.
+        ascent_square: its root is not finite where the step is to be skipped.
+        first_dots: g1.g1 of the lists that it was measured of.
+        hooks: of spread_overflow, or for want of a second pass.
+        watched: the parameters of `moved`, and their versions when they had moved.
+        exchange: where g1 and its norm of all ranks replace those of this one.
+        streams: of the first step, by device.
+    """
+
+    def __init__(self, moved: Sequence[list[Slot]] = (), is_unscaled: bool = False) -> None:
+        self.moving: list[tuple[Bucket, list[bool]]] = []
+        self.moved: list[list[Slot]] = list(moved)
+        self.first_grads: dict[Slot, Tensor] = {}
+        self.has_second_pass = True
+        self.is_unscaled = is_unscaled
+        self.ascent_square: Tensor | None = None
+        self.first_dots: list[tuple[list[Slot], Dots]] = []
+        self.hooks: list[RemovableHandle] = []
+        self.watched: list[tuple[TensorList, list[int]]] = []
+        self.exchange: Exchange | None = None
+        self.streams: dict[torch.device, Any] = {}
 
     def remove_hooks(self) -> None:
         for hook in self.hooks:
@@ -52,16 +61,16 @@ class Perturbation:
 
     def settle(self) -> None:
         """At the end of the first step, or when it was interrupted: take in what has moved."""
-        moved = [bucket for bucket, journal in self.moving if journal]
-        self.moved += [bucket.slots for bucket in moved]
-        self.watch(moved)
-        self.moving.clear()  # and with it the gradients, which nobody may need any more
+        for bucket, journal in self.moving:
+            if journal:
+                self.moved.append(bucket.slots)
+                self.watch(bucket)
+        self.moving.clear()
 
-    def watch(self, buckets: Sequence[Bucket]) -> None:
+    def watch(self, bucket: Bucket) -> None:
         """Note the versions of parameters that have moved."""
-        for bucket in buckets:
-            params = bucket.written
-            self.watched.append((params, list(map(_version_of, params))))
+        params = bucket.whole
+        self.watched.append((params, list(map(_version_of, params))))
 
     def written(self) -> set[int]:
         """The ids of parameters (or of what lies here of them) written since they moved."""
@@ -93,15 +102,14 @@ class Perturbation:
 
     def moved_just(self, buckets: Sequence[Bucket]) -> bool:
         """Whether these are the buckets that moved, as a look at them tells; False may be wrong."""
-        if len(buckets) != len(self.moved):
-            return False
-        return all(map(operator.is_, [bucket.slots for bucket in buckets], self.moved))
+        are_as_many = len(buckets) == len(self.moved)
+        return are_as_many and all(map(operator.is_, map(_slots_of, buckets), self.moved))
 
     def note_streams(self, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
-            device = bucket.place.device
-            if device not in self.streams:
-                self.streams[device] = current_stream(device)
+            place = bucket.place
+            if place.has_streams and place.device not in self.streams:
+                self.streams[place.device] = current_stream(place.device)
 
     def record_streams(self) -> None:
         """Before the second step or a restore. Memory goes back to the stream that it was allocated
@@ -128,18 +136,20 @@ class Perturbation:
 
 
 _version_of = operator.attrgetter("_version")
+_slots_of = operator.attrgetter("slots")
 
 
 def lists_of(
-    sam: Variant, bucket: Bucket, perturbation: Perturbation, first: bool = False
-) -> Lists:
-    """The lists of a bucket by name, in the first step or in the second."""
+    sam: Variant, buckets: Sequence[Bucket], perturbation: Perturbation, first: bool = False
+) -> list[Lists]:
+    """The lists of each bucket by name, in the first step or in the second."""
+    only = "g1" if first or not perturbation.has_second_pass else "g2"
 
     def find(name: str, of: Bucket) -> TensorList:
+        if name == only:
+            return of.grads
         if name == "w":
             return of.params if first else perturbation.old_of(of)
-        if name == ("g1" if first or not perturbation.has_second_pass else "g2"):
-            return of.grads
         if name == "g1":
             if not (sam.keeps_g1 or sam.track_statistics):
                 raise KeyError(f'{type(sam).__name__} reads "g1": say keeps_g1 = True in it')
@@ -151,7 +161,8 @@ def lists_of(
             ]
         raise KeyError(f"a step of {type(sam).__name__} has no list {name!r}")
 
-    return Lists(bucket, find, sam.own_options)
+    own_options = sam.own_options
+    return [Lists(bucket, find, own_options) for bucket in buckets]
 
 
 class Axes(NamedTuple):
@@ -163,92 +174,109 @@ class Axes(NamedTuple):
     sign: float = 1.0  # -1: against the direction
 
 
-class Aim(NamedTuple):
-    """Of one bucket: along what, how far, and with which T."""
+class Aim:
+    """Of one bucket: along what, how far, and with which T.
 
-    bucket: Bucket
-    direction: TensorList
-    square: Tensor
-    rho: float | Tensor
-    eta: float | None
-
-
-def aim(
-    lists: Sequence[Lists],
-    direction: Callable[[Lists], str | Combination],
-    axes: Axes,
-    perturbation: Perturbation,
-    saves: bool = True,
-) -> list[Aim]:
-    """Evaluate the direction of each bucket and measure it; no parameter moves yet.
-
-    Args:
-        saves: w is in the parameters, else in the room for it.
+    Attributes:
+        dots: of the direction, with T if that is elementwise.
+        of_weights: |w|^2 of each tensor if T is ||w_l||, else None.
+        square: what the direction is divided by the root of, when all are measured.
     """
-    directions = [direction(x) for x in lists]
+
+    square: Tensor
+
+    def __init__(self, bucket: Bucket, direction: TensorList, w: TensorList, sign: float) -> None:
+        self.bucket, self.direction = bucket, direction
+        self.rho, scaling, eta = bucket.ascent(sign)
+        dots = bucket.ops.dots
+        self.eta = eta if scaling == "elementwise" else None
+        self.dots = dots([direction]) if self.eta is None else dots([direction], w, eta)
+        self.of_weights = dots([w]) if scaling == "tensor" else None
+
+    def squares(self) -> Tensor:
+        """|T d|^2 of each tensor."""
+        squares = self.dots.per_tensor[:, 0]
+        return squares if self.of_weights is None else squares * self.of_weights.per_tensor[:, 0]
+
+    def total(self) -> Tensor:
+        """|T d|^2 of the bucket."""
+        return self.dots.total[0] if self.of_weights is None else self.squares().sum()
+
+
+def directions_of(
+    lists: Sequence[Lists], rule: Callable[[Lists], str | Combination]
+) -> tuple[list[tuple[Bucket, TensorList]], Tensor | None]:
+    """The direction of each bucket that is to move; and what is not finite if a state that lies in
+    the direction was kept from taking g1 in."""
+    directions = [rule(x) for x in lists]
     spoiled = None
     if any([x.early for x in lists]):
         # A state that takes in what is not finite would be lost.
         spoiled = Products(lists)["g1.g1"]
         for x in lists:
-            x.write(x.early, ascent_square=x.bucket.bring(spoiled, torch.float64))
-    moved: list[tuple[Lists, TensorList, float | None]] = []  # and eta
-    measured: list[Dots] = []
-    by_weight: dict[int, Dots] = {}  # |w|^2 of the tensors of those that are scaled by it
-    for x, d in zip(lists, directions, strict=True):
-        bucket = x.bucket
-        if not bucket.kind.is_moved:
-            continue
-        tensors, scaling, eta = x.resolve(d), x.scaling, None
-        if scaling == "elementwise":
-            eta = x.option("eta", 0.0)
-            measured.append(bucket.ops.dots([tensors], x["w"], eta))
-        else:
-            measured.append(bucket.ops.dots([tensors]))
-        if scaling == "tensor":
-            by_weight[len(moved)] = bucket.ops.dots([x["w"]])
-        moved.append((x, tensors, eta))
-    if not moved:
-        perturbation.ascent_square = Products(lists)["g1.g1"]
-        return []
-    buckets = [x.bucket for x, _, _ in moved]
-    of_weights = [buckets[i] for i in by_weight]
-    whole = over_shards([*measured, *by_weight.values()], [*buckets, *of_weights])
-    by_weight = dict(zip(by_weight, whole[len(buckets) :], strict=True))
+            x.write(x.early, None, x.bucket.bring(spoiled, torch.float64))
+    along = [
+        (x.bucket, x.resolve(d))
+        for x, d in zip(lists, directions, strict=True)
+        if x.bucket.kind.is_moved
+    ]
+    return along, spoiled
 
-    # What is not needed is not taken out of the sums: each view takes the host a while.
-    squares: list[Tensor | None] = []  # |T d|^2 of each tensor, if that is needed
-    totals: list[Tensor] = []
-    for i, (x, tensors, eta) in enumerate(moved):
-        dots, square = whole[i], None
-        if i in by_weight:
-            square = dots.per_tensor[:, 0] * by_weight[i].per_tensor[:, 0]
-        elif axes.norm == "tensor":
-            square = dots.per_tensor[:, 0]
-        squares.append(square)
-        totals.append(square.sum() if i in by_weight and square is not None else dots.total[0])
-        if tensors is x.bucket.grads:
-            known = dots if eta is None else Dots(dots.total[1:], dots.per_tensor[:, 1:])
-            perturbation.first_dots.append((x.bucket.slots, known))
-    total = ops.total_of(totals)
-    perturbation.ascent_square = total if spoiled is None else total + 0 * spoiled.to(total.device)
 
+def aim(
+    along: Sequence[tuple[Bucket, TensorList]],
+    axes: Axes,
+    perturbation: Perturbation,
+    spoiled: Tensor | None = None,
+    saves: bool = True,
+) -> list[Aim]:
+    """Measure the directions; no parameter moves yet.
+
+    Args:
+        along: some buckets, each with its direction.
+        spoiled: of `directions_of`.
+        saves: w is in the parameters, else in the room for it.
+    """
     aims = []
-    for i, (x, tensors, eta) in enumerate(moved):
-        bucket, of_tensors = x.bucket, squares[i]
+    is_sharded = False
+    for bucket, direction in along:
+        w = bucket.params if saves else bucket.old
+        aims.append(Aim(bucket, direction, w, axes.sign))
+        is_sharded = is_sharded or bool(bucket.place.process_groups)
+    if is_sharded:
+        _sum_over_shards(aims)
+    total = ops.total_of([aim.total() for aim in aims])
+    perturbation.ascent_square = total if spoiled is None else total + 0 * spoiled.to(total.device)
+    for aim in aims:
+        bucket = aim.bucket
+        if aim.direction is bucket.grads:
+            known = aim.dots
+            if aim.eta is not None:
+                known = Dots(known.total[1:], known.per_tensor[:, 1:])
+            perturbation.first_dots.append((bucket.slots, known))
         square = bucket.bring(perturbation.ascent_square, torch.float64)
-        if axes.norm == "tensor" and of_tensors is not None:
+        if axes.norm == "tensor":
             # Of all, so that a tensor whose norm is not finite lets none move.
-            square = (of_tensors + 0 * square).contiguous()
+            square = (aim.squares() + 0 * square).contiguous()
         elif axes.norm is None:
             square = torch.where(square.isfinite() & (square > 0), 1.0, square)
-        rho = x.rho(axes.sign)
-        if i in by_weight:
-            rho = bucket.bring(by_weight[i].per_tensor[:, 0] * rho)
+        aim.square = square
+        if aim.of_weights is not None:
+            aim.rho = bucket.bring(aim.of_weights.per_tensor[:, 0] * aim.rho)
         if axes.mask is not None:
-            tensors = _masked(bucket, tensors, axes.mask, saves)
-        aims.append(Aim(bucket, tensors, square, rho, eta))
+            aim.direction = _masked(bucket, aim.direction, axes.mask, saves)
     return aims
+
+
+def _sum_over_shards(aims: Sequence[Aim]) -> None:
+    """In one all-reduce."""
+    scaled = [aim for aim in aims if aim.of_weights is not None]
+    measured = [aim.dots for aim in aims] + [aim.of_weights for aim in scaled if aim.of_weights]
+    whole = over_shards(measured, [aim.bucket for aim in (*aims, *scaled)])
+    for aim, dots in zip(aims, whole, strict=False):
+        aim.dots = dots
+    for aim, dots in zip(scaled, whole[len(aims) :], strict=True):
+        aim.of_weights = dots
 
 
 def _masked(
@@ -271,16 +299,17 @@ def perturb(
     aims: Sequence[Aim], eps: float, perturbation: Perturbation, saves: bool = True
 ) -> None:
     """saves: as of `aim`."""
-    for bucket, direction, square, rho, eta in aims:
+    for aim in aims:
+        bucket = aim.bucket
         journal: list[bool] = []
         perturbation.moving.append((bucket, journal))
         bucket.ops.perturb_(
             bucket.params,
-            direction,
+            aim.direction,
             bucket.old,
-            square=square,
-            rho=rho,
-            eta=eta,
+            square=aim.square,
+            rho=aim.rho,
+            eta=aim.eta,
             eps=eps,
             rounds_at_random=True,
             journal=journal,

@@ -100,22 +100,22 @@ class Ranks:
                 )
         self._all_ranks = parallel[0].process_group
 
-    def begin_only_step(self) -> None:
-        """Raises RuntimeError if g1 of a step without a second pass was not averaged."""
-        if self._all_ranks is not None:
+    def begin_step(self, param_groups: list[dict[str, Any]], needs_second_pass: bool) -> Any:
+        """Average `.grad` within the group, if that was asked for.
+
+        Returns:
+            the group of all ranks; None if no rank differs from the others.
+
+        Raises:
+            RuntimeError: g1 was averaged in a step that perturbs by rank, or was not in another.
+        """
+        if not needs_second_pass and self._all_ranks is not None:
             self._all_ranks = None
             raise RuntimeError(
                 "first_pass() in a step that has no second pass, whose gradient all ranks share: "
                 "make an ordinary pass where needs_second_pass is False. No step was made."
             )
-
-    def begin_first_step(self, param_groups: list[dict[str, Any]]) -> Any:
-        """Average `.grad` within the group, if that was asked for.
-
-        Returns:
-            the group of all ranks; None if no rank differs from the others.
-        """
-        if not self.differ:
+        if not (needs_second_pass and self.differ):
             return None
         all_ranks, self._all_ranks = self._all_ranks, None
         if all_ranks is None:

@@ -88,6 +88,9 @@ def linear(**coefficients: Coefficient) -> Combination:
     return Combination(x, rest[0][0], a, rest[0][1]) if rest else Combination(x, a=a)
 
 
+G1, G2 = linear(g1=1.0), linear(g2=1.0)
+
+
 class Lists:
     """The tensors of a bucket in one step, by name: "w", "g1", "g2", and the variant's own state.
 
@@ -130,25 +133,20 @@ class Lists:
             self.bucket.checked_values[name] = value
         return value
 
-    @property
-    def scaling(self) -> str:
-        bucket, group = self.bucket, self.group
-        if not bucket.kind.is_scaled:
-            return "none"
-        if scaling := group.get(bucket.keys.get("scaling", "scaling")):
-            return str(scaling)
-        return "elementwise" if group[bucket.keys["adaptive"]] else "none"
-
-    def rho(self, sign: float) -> float | Tensor:
-        """As backends take it; negative against the direction."""
-        # A momentum has the sign of maximize already.
-        flips = sign < 0 or self.group.get("maximize", False)
-        return self.bucket.checked(checks.signed_rho, self.option("rho"), flips)
-
-    def mix(self, of: Combination, **guards: Tensor | None) -> Mix:
-        a, b = (self.bucket.bring(c) if isinstance(c, Tensor) else c for c in (of.a, of.b))
-        y = None if of.y is None else self[of.y]
-        return Mix(self[of.x], y, a, b, of.function, **guards)
+    def mix(
+        self,
+        of: Combination,
+        divisor: Tensor | None = None,
+        ascent_square: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Mix:
+        x, y, a, b, function = of
+        if isinstance(a, Tensor):
+            a = self.bucket.bring(a)
+        if isinstance(b, Tensor):
+            b = self.bucket.bring(b)
+        second = None if y is None else self[y]
+        return Mix(self[x], second, a, b, function, divisor, ascent_square, found_inf)
 
     def resolve(self, of: str | Combination) -> TensorList:
         """A list of this name, or of these values: in the room for w, until that is taken."""
@@ -170,9 +168,10 @@ class Lists:
         self.early.append((name, value))
         return name
 
-    def write(self, what: list[tuple[str, Combination]], **guards: Tensor | None) -> None:
+    def write(self, what: list[tuple[str, Combination]], *guards: Tensor | None) -> None:
+        """guards: of `mix`."""
         for name, value in what:
-            mix, kept = self.mix(value, **guards), self[name]
+            mix, kept = self.mix(value, *guards), self[name]
             if self.is_new:
                 refuse_capture()
                 takes_place = mix.takes_place()

@@ -41,11 +41,17 @@ class Scalers:
         self._optimizer = id(optimizer)  # as scalers know it
         self._known: list[weakref.ref[GradScaler]] | None = None
 
-    def have_unscaled(self) -> bool:
-        """Whether the gradients that the optimizer has now are unscaled."""
+    def refuse_unscaled(self) -> None:
+        """Raise RuntimeError if the gradients that the optimizer has now are unscaled."""
         if self._known is None:
             self.look()
-        return OptState.UNSCALED in self._stages()
+        if OptState.UNSCALED in self._stages():
+            raise RuntimeError(
+                "GradScaler.unscale_() was called before first_step, and cannot be called a second "
+                "time for the gradients of the second pass: call it between the second backward "
+                "and scaler.step(), or leave it out. scaler.step() unscales, and the perturbation "
+                "does not depend on the scale; max_grad_norm clips without unscale_()."
+            )
 
     def look(self) -> None:
         """Find them, unless one is known, or there are none. It takes a while: once is enough."""
@@ -99,8 +105,17 @@ def require_same_scale(sam: SAM) -> None:
         )
 
 
-def unscale(buckets: list[Bucket], grad_scale: float | Tensor) -> None:
-    """Divide the gradients by the scale, in place."""
+def unscale(sam: SAM, buckets: list[Bucket], grad_scale: float | Tensor) -> None:
+    """Divide g1 by the scale, in place.
+
+    Raises:
+        ValueError: g2 would not be divided, and both are compared.
+    """
+    if sam.keeps_g1 or sam.track_statistics:
+        raise ValueError(
+            "grad_scale: g1 would be unscaled and g2 not, and their magnitudes are compared; "
+            "leave it out, scaler.step() unscales both"
+        )
     for bucket in buckets:
         scale = grad_scale if isinstance(grad_scale, Tensor) else torch.tensor(float(grad_scale))
         bucket.ops.mix_(bucket.grads, Mix(bucket.grads, divisor=bucket.bring(scale)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from samkernels import checks, ops
 from samkernels.backends import Mix, SgdOptions
 from samkernels.optim import _shards, _wrapping
-from samkernels.optim._bases import Update, check_state
+from samkernels.optim._bases import FusedBase, Update, check_state
 from samkernels.optim._lists import Bucket, Slot
 from samkernels.optim._perturbation import Perturbation, lists_of, restore
 from samkernels.optim._rule import Combination, Lists, Products, over_shards
@@ -71,143 +70,190 @@ def finish(
     Returns:
         what was updated, and whether w lies in that room.
     """
-    buckets = gradients(optimizer, perturbation)
-    scale, found_inf = optimizer._of_scaler("grad_scale"), optimizer._of_scaler("found_inf")
-    if found_inf is not None and scale is None:
-        require_same_scale(optimizer)
-    if scale is not None:
-        require_unscaled_g1(optimizer, perturbation)
+    step = _Step(optimizer, perturbation)
+    base = optimizer._fused_base
+    if base is not None and all([base.serves(bucket.group) for bucket in step.buckets]):
+        step.update_by_kernels(base, into_old)
+        lies_in_old = into_old
+    else:
+        step.update_by_base()
+        lies_in_old = False
+    for x in step.lists:
+        if x.is_new:
+            optimizer._slots.forget_lists()  # they are of another kind now
+    return step.buckets, lies_in_old
 
-    # Without g1 there is nothing to mix: like torch.optim without a gradient, leave the parameter
-    # alone.
-    mixes_both = optimizer.keeps_g1 and perturbation.has_second_pass
-    both = buckets
-    if mixes_both or optimizer.track_statistics:
-        both = _select(buckets, perturbation.first_grads.__contains__)
-    updated = both if mixes_both else buckets
-    lists = [lists_of(optimizer, bucket, perturbation) for bucket in updated]
-    dots = Products(lists, scale)
-    if mixes_both and lists:
-        known = {id(slots): of for slots, of in perturbation.first_dots}
-        if all(id(bucket.slots) in known for bucket in updated):
-            dots.learn(("g1",), [known[id(bucket.slots)] for bucket in updated])
-    if optimizer.track_statistics:
-        _keep_statistics(optimizer, both, lists, dots, perturbation, scale)
 
-    rule = optimizer.mix if perturbation.has_second_pass else optimizer.mix_alone
-    combinations = [rule(x, dots) for x in lists]
-    divisor = scale
-    if optimizer.max_grad_norm is not None and lists:
-        # That of a gradient is finite where the coefficients of u may be 0 times infinity.
-        named = optimizer.has_norm_of if perturbation.has_second_pass else None
-        square = dots.square_of(combinations) if named is None else dots[f"{named}.{named}"]
-        divisor = ops.clipping_divisor(square.sqrt(), optimizer.max_grad_norm, scale)
-    mixes = {
-        id(x.bucket): x.mix(u, **_guards(x.bucket, perturbation, divisor, found_inf))
-        for x, u in zip(lists, combinations, strict=True)
-    }
-    beside = [optimizer.beside(x, dots) for x in lists]
-    before = [optimizer.before(x, dots) for x in lists]
+class _Step:
+    """What the base optimizer is to do, and how it is done.
 
-    fused = optimizer._fused_base
-    is_fused = fused is not None and all([fused.serves(bucket.group) for bucket in updated])
-    if fused is not None and is_fused:
-        # Of all groups, so that a wrong one is found before the first is updated.
+    Attributes:
+        buckets: those that are updated.
+        mixes: what takes the gradient's place, of each bucket.
+        lists: of each bucket, if the rule reads any.
+        before, beside: what is subtracted from w before and after the base optimizer's step.
+    """
+
+    def __init__(self, optimizer: SAM, perturbation: Perturbation) -> None:
+        self.optimizer, self.perturbation = optimizer, perturbation
+        self.buckets = buckets = gradients(optimizer, perturbation)
+        self.scale = scale = optimizer._of_scaler("grad_scale")
+        self.found_inf = optimizer._of_scaler("found_inf")
+        optimizer._meets_scaler = self.found_inf is not None
+        if optimizer._meets_scaler:
+            optimizer._scalers.look()
+            if scale is None:
+                require_same_scale(optimizer)
+        if scale is not None:
+            require_unscaled_g1(optimizer, perturbation)
+        self.mixes: list[Mix] = []
+        self.lists: list[Lists] = []
+        self.before: list[tuple[Lists, Combination]] = []
+        self.beside: list[tuple[Lists, Combination]] = []
+        measures = optimizer.track_statistics or optimizer.max_grad_norm is not None
+        if optimizer.takes_one_gradient and not measures:
+            for bucket in buckets:
+                self.mixes.append(Mix(bucket.grads, None, *ALONE, *self.guards(bucket, scale)))
+        else:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        optimizer, perturbation, scale = self.optimizer, self.perturbation, self.scale
+        # Without g1 there is nothing to mix: like torch.optim without a gradient, leave the
+        # parameter alone.
+        mixes_both = optimizer.keeps_g1 and perturbation.has_second_pass
+        both = self.buckets
+        if mixes_both or optimizer.track_statistics:
+            both = _select(both, perturbation.first_grads.__contains__)
+        if mixes_both:
+            self.buckets = both
+        self.lists = lists = lists_of(optimizer, self.buckets, perturbation)
+        dots = Products(lists, scale)
+        if mixes_both and lists:
+            known = {id(slots): of for slots, of in perturbation.first_dots}
+            if all(id(bucket.slots) in known for bucket in both):
+                dots.learn(("g1",), [known[id(bucket.slots)] for bucket in both])
+        if optimizer.track_statistics:
+            _keep_statistics(optimizer, both, lists, dots, perturbation, scale)
+
+        rule = optimizer.mix if perturbation.has_second_pass else optimizer.mix_alone
+        combinations = [rule(x, dots) for x in lists]
+        divisor = scale
+        if optimizer.max_grad_norm is not None and lists:
+            # That of a gradient is finite where the coefficients of u may be 0 times infinity.
+            named = optimizer.has_norm_of if perturbation.has_second_pass else None
+            square = dots.square_of(combinations) if named is None else dots[f"{named}.{named}"]
+            divisor = ops.clipping_divisor(square.sqrt(), optimizer.max_grad_norm, scale)
+        for x, u in zip(lists, combinations, strict=True):
+            self.mixes.append(x.mix(u, *self.guards(x.bucket, divisor)))
+        if optimizer.has_terms_beside:
+            for x in lists:
+                for terms, of in (
+                    (self.beside, optimizer.beside(x, dots)),
+                    (self.before, optimizer.before(x, dots)),
+                ):
+                    if of is not None:
+                        terms.append((x, of))
+
+    def guards(self, bucket: Bucket, divisor: Tensor | None) -> tuple[Tensor | None, ...]:
+        """divisor, ascent_square and found_inf of a Mix."""
+        square, found_inf = self.perturbation.ascent_square, self.found_inf
+        return (
+            None if divisor is None else bucket.bring(divisor),
+            None if square is None else bucket.bring(square, torch.float64),
+            None if found_inf is None else bucket.bring(found_inf),
+        )
+
+    def update_by_kernels(self, base: FusedBase, into_old: bool) -> None:
+        """One kernel restores w, mixes and updates."""
+        optimizer, perturbation, buckets = self.optimizer, self.perturbation, self.buckets
         state = optimizer.state
-        updates = [(update, b) for b in updated for update in fused.updates(b, state)]
-        if not perturbation.moved_just(updated):
-            done = {slot for bucket in updated for slot in bucket.slots}
+        # Of all groups, so that a wrong one is found before the first is updated.
+        updates = []
+        for bucket, mix in zip(buckets, self.mixes, strict=True):
+            for update in base.updates(bucket, state):
+                updates.append((update, bucket, mix))
+        if not perturbation.moved_just(buckets):
+            done = {slot for bucket in buckets for slot in bucket.slots}
             rest: dict[Slot, None] = {s: None for s in perturbation.slots if s not in done}
             restore(rest, optimizer._slots)
-        _begin_with(lists, before, perturbation, found_inf)
-        _make_all(optimizer, updates, mixes, perturbation, into_old)
+        self._begin()
+        _make_all(updates, state, perturbation, into_old)
         optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for its scheduler
-        then = [None if of is None else x.mix(of) for x, of in zip(lists, beside, strict=True)]
-    else:
-        for bucket in updated:
+        for x, of in self.beside:
+            self._descend(x, x.mix(of))
+        self._write_state()
+
+    def update_by_base(self) -> None:
+        """The base optimizer finds u in `.grad`."""
+        optimizer, perturbation, found_inf = self.optimizer, self.perturbation, self.found_inf
+        fused = optimizer._fused_base
+        for bucket in self.buckets:
             if fused is not None:
                 check_state(fused, bucket, optimizer.state)
             checks.check_disjoint(".grad of the parameters", bucket.grads)  # u goes in there
         restore(dict(perturbation.slots), optimizer._slots)
         if found_inf is not None and found_inf.item():
-            return updated, False
-        for x in lists:
-            x.write(x.waiting, **_guards(x.bucket, perturbation, scale, found_inf))
-        _begin_with(lists, before, perturbation, found_inf)
-        then = [None if of is None else _kept(x, of) for x, of in zip(lists, beside, strict=True)]
-        for bucket in updated:
-            bucket.ops.mix_(bucket.grads, mixes[id(bucket)])
+            return
+        self._write_state()  # what it is made of is about to be lost; so with what is beside
+        self._begin()
+        beside = [(x, _kept(x, of)) for x, of in self.beside]
+        for bucket, mix in zip(self.buckets, self.mixes, strict=True):
+            bucket.ops.mix_(bucket.grads, mix)
             for slot, u in zip(bucket.slots, bucket.grads, strict=True):
                 put_grad(slot.param, u)
-        _step_base(optimizer, {slot.param for bucket in updated for slot in bucket.slots})
+        _step_base(optimizer, {slot.param for bucket in self.buckets for slot in bucket.slots})
         perturbation.slots = {}  # an interrupt from here on undoes nothing
-    for x, mix in zip(lists, then, strict=True):
-        if mix is None and not x.waiting:
-            continue
-        guards = _guards(x.bucket, perturbation, scale, found_inf)
-        if mix is not None:
-            maximize = x.group.get("maximize", False)
-            descend(x.bucket, mix._replace(**guards), maximize)
-        x.write(x.waiting, **guards)
-    if any(x.is_new for x in lists):
-        optimizer._slots.forget_lists()  # they are of another kind now
-    return updated, into_old and is_fused
+        for x, mix in beside:
+            self._descend(x, mix)
+
+    def _write_state(self) -> None:
+        for x in self.lists:
+            if x.waiting:
+                x.write(x.waiting, *self.guards(x.bucket, self.scale))
+
+    def _begin(self) -> None:
+        """maximize does not turn what comes before the base optimizer's step."""
+        for x, of in self.before:
+            descend(x.bucket, x.mix(of, *self.guards(x.bucket, None)), maximize=False)
+
+    def _descend(self, x: Lists, mix: Mix) -> None:
+        mix = Mix(*mix[:5], *self.guards(x.bucket, self.scale))
+        descend(x.bucket, mix, x.group.get("maximize", False))
 
 
-def _begin_with(
-    lists: Sequence[Lists],
-    before: Sequence[Combination | None],
-    perturbation: Perturbation,
-    found_inf: Tensor | None,
-) -> None:
-    """What is subtracted from w before the base optimizer's step; maximize does not turn it."""
-    for x, of in zip(lists, before, strict=True):
-        if of is not None:
-            guards = _guards(x.bucket, perturbation, None, found_inf)
-            descend(x.bucket, x.mix(of, **guards), maximize=False)
+ALONE = 1.0, 1.0, "linear"  # the rest of a Mix of one list as it is
 
 
 def _make_all(
-    optimizer: SAM,
-    updates: Sequence[tuple[Update, Bucket]],
-    mixes: dict[int, Mix],
+    updates: Sequence[tuple[Update, Bucket, Mix]],
+    state: dict[Tensor, Any],
     perturbation: Perturbation,
     into_old: bool,
 ) -> None:
     """All of them or none, whatever comes in between; unless a backend that is no single call was
     interrupted in the middle of a list: then all weights come back, and part of the state is that
-    of after the step. A call that is made again does what was not done."""
-    calls = [
-        functools.partial(
-            update.run,
-            perturbation.old_of(update.bucket),
-            _part_of(mixes[id(whole)], whole, update.bucket),
-            optimizer.state,
-            update.bucket.old if into_old and update.bucket.kind.is_moved else None,
-        )
-        for update, whole in updates
-    ]
+    of after the step.
+
+    Args:
+        updates: each with the whole bucket that it is of, and what that is updated with.
+    """
+    calls = []
+    for update, whole, mix in updates:
+        bucket = update.bucket
+        out = bucket.old if into_old and bucket.kind.is_moved else None
+        calls.append((update, perturbation.old_of(bucket), _part_of(mix, whole, bucket), out))
     try:
-        for call in calls:
-            call()
+        for update, old, mix, out in calls:
+            update.run(old, mix, state, out)
         perturbation.slots = {}  # nothing to restore
     except BaseException:
-        journals = [update.journal for update, _ in updates]
+        journals = [update.journal for update, _, _ in updates]
         if any(journals) and [False] not in journals:
-            for call in calls:
-                call()
+            for update, old, mix, out in calls:
+                update.run(old, mix, state, out)  # which does what was not done
             perturbation.slots = {}
         raise
-
-
-def _guards(
-    bucket: Bucket, perturbation: Perturbation, divisor: Tensor | None, found_inf: Tensor | None
-) -> dict[str, Any]:
-    return {
-        "divisor": bucket.bring(divisor),
-        "ascent_square": bucket.bring(perturbation.ascent_square, torch.float64),
-        "found_inf": bucket.bring(found_inf),
-    }
 
 
 def descend(bucket: Bucket, mix: Mix, maximize: bool) -> None:
@@ -248,7 +294,7 @@ def _keep_statistics(
     if not both:
         optimizer._statistics = None
         return
-    compared = [lists_of(optimizer, bucket, perturbation) for bucket in both]
+    compared = lists_of(optimizer, both, perturbation)
     measured = [x.bucket.ops.dots([x["g1"], x["g2"], x["w"]]) for x in compared]
     measured = over_shards(measured, both)
     if [x.bucket.slots for x in lists] == [bucket.slots for bucket in both]:

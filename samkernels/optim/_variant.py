@@ -17,9 +17,9 @@ from torch.optim.optimizer import Optimizer
 from samkernels import backends, checks, ops
 from samkernels.optim import _axes, _shards, _wrapping
 from samkernels.optim._lists import Bucket, Kind, Slots, refuse_capture
-from samkernels.optim._perturbation import Axes, Perturbation
+from samkernels.optim._perturbation import Axes, Perturbation, lists_of
 from samkernels.optim._ranks import Ranks
-from samkernels.optim._rule import Combination, Lists, Option, Products, linear
+from samkernels.optim._rule import G1, G2, Combination, Lists, Option, Products
 from samkernels.optim._scalers import Scalers
 from samkernels.optim.schedule import ProportionScheduler
 from samkernels.optim.when import When, check_when
@@ -44,6 +44,11 @@ class Variant(Optimizer):
     own_attributes: ClassVar[tuple[str, ...]] = ()  # that a copy has, too
     sign: ClassVar[float] = 1.0  # -1: against the direction
 
+    # Found out of the methods: what of the rule there is to evaluate.
+    goes_along_g1: ClassVar[bool]
+    takes_one_gradient: ClassVar[bool]  # u is g2, or g1 where there is no other
+    has_terms_beside: ClassVar[bool]
+
     # Found out by running one: whether a closure clears the gradients that it finds.
     _closure_clears: bool | None = None
     _has_warned = False  # of a closure that calls no backward
@@ -58,11 +63,11 @@ class Variant(Optimizer):
 
     def mix(self, x: Lists, dots: Products) -> Combination:
         """u, which takes the gradient's place, in a step with two passes. May call x.set."""
-        return linear(g2=1.0)
+        return G2
 
     def mix_alone(self, x: Lists, dots: Products) -> Combination:
         """u in a step without a second pass, where there is g1 only."""
-        return linear(g1=1.0)
+        return G1
 
     def before(self, x: Lists, dots: Products) -> Combination | None:
         """What is subtracted from w, times lr, before the base optimizer's step."""
@@ -81,6 +86,10 @@ class Variant(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.goes_along_g1 = cls.direction is Variant.direction
+        cls.has_terms_beside = not (cls.before is Variant.before and cls.beside is Variant.beside)
+        mixes = cls.mix is not Variant.mix or cls.mix_alone is not Variant.mix_alone
+        cls.takes_one_gradient = not (mixes or cls.has_terms_beside or cls.own_state)
         parent: Any = cls.__mro__[1]
         if "__init__" in vars(cls) or "__init__" not in vars(parent):
             return
@@ -259,7 +268,7 @@ class Variant(Optimizer):
         """Whether a policy that looks at g1 wants a second pass; True without one."""
         if self._when is None or not self._when.needs_norm:
             return True
-        lists = [Lists(bucket, lambda _, of: of.grads, {}) for bucket in buckets]
+        lists = lists_of(self, buckets, Perturbation(), first=True)
         square = Products(lists)["g1.g1"].item()  # the host has to know
         first = self.param_groups[0]
         names = getattr(self._when, "memory", {})
@@ -358,7 +367,7 @@ class Variant(Optimizer):
 
     @_perturbation.setter
     def _perturbation(self, perturbation: Perturbation | None) -> None:
-        self._slots.perturbation = perturbation
+        self._slots.hold(perturbation)
 
     # -- groups ------------------------------------------------------------------------------------
 

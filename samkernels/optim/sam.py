@@ -219,47 +219,36 @@ class SAM(Checkpointed):
                 copied back.
             ValueError: a gradient is sparse.
         """
-        if self._perturbation is not None:
+        slots = self._slots
+        if slots.perturbation is not None:
             raise RuntimeError(
                 "first_step was called twice: call backward and second_step() (or step()) first, "
                 "or restore() to undo the perturbation"
             )
-        if self._meets_scaler and self._scalers.have_unscaled():
-            raise RuntimeError(
-                "GradScaler.unscale_() was called before first_step, and cannot be called a second "
-                "time for the gradients of the second pass: call it between the second backward "
-                "and scaler.step(), or leave it out. scaler.step() unscales, and the perturbation "
-                "does not depend on the scale; max_grad_norm clips without unscale_()."
-            )
-        all_ranks = None
-        needs_second_pass = self.needs_second_pass
-        if needs_second_pass:
-            all_ranks = self._ranks.begin_first_step(self.param_groups)
-        else:
-            self._ranks.begin_only_step()
+        if self._meets_scaler:
+            self._scalers.refuse_unscaled()
+        groups, needs_second_pass = self.param_groups, self.needs_second_pass
+        all_ranks = self._ranks.begin_step(groups, needs_second_pass)
         self._follow_schedule()
-        buckets = self._slots.buckets(self.param_groups)
-        self._slots.check_alone(buckets)
-        if not buckets:
-            raise RuntimeError(
-                "first_step found no gradient: call loss.backward() before it, and leave out "
-                "zero_grad() between the two"
-            )
-        if grad_scale is not None and (self.keeps_g1 or self.track_statistics):
-            raise ValueError(
-                "grad_scale: g1 would be unscaled and g2 not, and their magnitudes are compared; "
-                "leave it out, scaler.step() unscales both"
-            )
-        perturbation = Perturbation(is_unscaled=grad_scale is not None)
-        if grad_scale is not None:
-            unscale(buckets, grad_scale)
-        perturbation.has_second_pass = needs_second_pass and self._wants_by_norm(buckets)
         try:
-            self._perturbation = perturbation
+            buckets = slots.buckets(groups)
+            slots.check_alone(buckets)
+            if not buckets:
+                raise RuntimeError(
+                    "first_step found no gradient: call loss.backward() before it, and leave out "
+                    "zero_grad() between the two"
+                )
+            perturbation = Perturbation(is_unscaled=grad_scale is not None)
+            if grad_scale is not None:
+                unscale(self, buckets, grad_scale)
+            perturbation.has_second_pass = needs_second_pass and self._wants_by_norm(buckets)
+            slots.hold(perturbation)
             begin(self, perturbation, buckets, all_ranks)
         except BaseException:
             self.restore()
             raise
+        finally:
+            slots.drop_gradients()
         return perturbation.has_second_pass
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -272,7 +261,7 @@ class SAM(Checkpointed):
             RuntimeError: first_step was not called, or no parameter has a gradient. The weights are
                 restored.
         """
-        if self._perturbation is None:
+        if self._slots.perturbation is None:
             raise RuntimeError(
                 "second_step was called without first_step: call first_step() before it"
             )
@@ -327,7 +316,7 @@ class SAM(Checkpointed):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
-            if self._perturbation is None:
+            if self._slots.perturbation is None:
                 if self._only_makes_state():
                     self._make_state()
                     return None
@@ -456,22 +445,22 @@ class SAM(Checkpointed):
         keep_out_of_graphs(type(self), KEPT_OUT)
 
     def _second_step(self) -> None:
-        perturbation = self._perturbation
+        slots = self._slots
+        perturbation = slots.perturbation
         if perturbation is None:
             raise RuntimeError(
                 "the closure made a step or a restore of its own: leave step(), second_step() and "
                 "restore() out of it"
             )
         perturbation.remove_hooks()
-        self._meets_scaler = self._of_scaler("found_inf") is not None
-        if self._meets_scaler:
-            self._scalers.look()
         try:
             finish(self, perturbation)
         except BaseException:
             self.restore()
             raise
-        self._perturbation = None
+        finally:
+            slots.drop_gradients()
+        slots.hold(None)
         self._count_step()
 
     @without_grad
@@ -482,6 +471,7 @@ class SAM(Checkpointed):
                 "the loop, and step() comes once, after it. The weights were restored."
             )
         sums.add(self._perturbation, gradients(self, self._perturbation))
+        self._slots.drop_gradients()
 
     @without_grad
     def _average(self, sums: PartSums) -> None:
