@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench import memory_floor
+from bench.names import PEER
 
 # Colours that stay apart for those who do not see red and green (Okabe and Ito).
 OURS_COLOUR, OTHERS_COLOUR, FLOOR_COLOUR = "#0072B2", "#B0B0B0", "#D55E00"
@@ -36,11 +37,18 @@ def _save(figure: Figure, path: Path) -> None:
 def in_turn(result: dict[str, Any], path: Path) -> None:
     """Bars of one SAM step."""
     rows = result["rows"][::-1]
+
+    def label(name: str) -> str:
+        """The name for readers who know nothing of backends and peers."""
+        if name == memory_floor.NAME:
+            return "what memory allows: three bare loops"
+        return name.removeprefix(PEER) if name.startswith(PEER) else f"samkernels, {name}"
+
     figure, axes = _figure(8, 0.45 * len(rows) + 1)
     colours = {"native": OURS_COLOUR, memory_floor.NAME: FLOOR_COLOUR}
     times = [row["median_ms"] for row in rows]
     bars = axes.barh(
-        [row["name"] for row in rows],
+        [label(row["name"]) for row in rows],
         times,
         color=[colours.get(row["name"], OTHERS_COLOUR) for row in rows],
         height=0.7,
