@@ -1,8 +1,8 @@
 """Fused kernels for Sharpness-Aware Minimization.
 
-`SAM`, `SAMDirection`, `SAMMagnitude` and `SGDHess` are optimizers in torch.optim's style;
-samkernels.ops has the operations on lists of tensors that they are made of. `python -m samkernels`
-tells what this installation can do.
+`SAM`, its variants and `SGDHess` are optimizers in torch.optim's style. samkernels.ops has the
+operations on lists of tensors that they are made of. `python -m samkernels` tells what this
+installation can do.
 """
 
 from samkernels import ops, optim

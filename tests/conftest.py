@@ -158,7 +158,7 @@ def markers_of(item: pytest.Item) -> set[str]:
     markers |= {FIXTURES[name] for name in FIXTURES if name in item.fixturenames}
     module = module_of(item.nodeid)
     markers |= MARKERS.get(module, set())
-    markers |= {mark.name for mark in item.iter_markers("frameworks")}
+    markers |= {mark.name for mark in item.iter_markers() if mark.name in LEFT_TO_TEST_ALL}
     return markers | ({"full"} if markers & LEFT_TO_TEST_ALL else set())
 
 

@@ -51,7 +51,7 @@ def norm_of(tensors: Sequence[Tensor]) -> Tensor:
 def mixture(
     magnitude: Sequence[Tensor], direction: Sequence[Tensor], granularity: str
 ) -> list[Tensor]:
-    """The direction of one with the magnitude of the other: README.md, Formulas."""
+    """The direction of one with the magnitude of the other: docs/concepts.md."""
     pairs = list(zip(magnitude, direction, strict=True))
     if granularity == "element":
         return [m.abs() * d.sign() for m, d in pairs]

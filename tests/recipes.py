@@ -63,7 +63,7 @@ def run(name: str, **replaced: Any) -> SimpleNamespace:
 
 
 def shared_namespace() -> dict[str, Any]:
-    namespace: dict[str, Any] = {"__name__": "recipe", "epochs": 1}  # README has epochs
+    namespace: dict[str, Any] = {"__name__": "recipe"}
     execute(SHARED, namespace)
     return namespace
 

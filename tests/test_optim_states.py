@@ -1,10 +1,10 @@
 """A state machine makes the calls of a training loop in any order: steps, exceptions, overflow,
 checkpoints, copies, new groups, other hyperparameters, frozen parameters, and misuse.
 
-The reference has nothing of samkernels: the formulas of README.md in float64, and PyTorch's own
-optimizer on float64 copies of the parameters. It is never saved, loaded, copied or interrupted, and
-gets its hyperparameters by hand. After every call: weights are where the formulas want them, and
-where they had to stay or to come back they have the old bits; state and hyperparameters are the
+The reference has nothing of samkernels: the formulas of docs/concepts.md in float64, and PyTorch's
+own optimizer on float64 copies of the parameters. It is never saved, loaded, copied or interrupted,
+and gets its hyperparameters by hand. After every call: weights are where the formulas want them,
+and where they had to stay or to come back they have the old bits; state and hyperparameters are the
 reference's; addresses are the same; nothing is saved but the base optimizer's state.
 
 The examples are the same each time, in every process (tests/examples.py). To look further, with

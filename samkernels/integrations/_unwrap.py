@@ -18,7 +18,7 @@ def sam_of(optimizer: Any) -> SAM:
         inner = getattr(inner, "optimizer", None) or getattr(inner, "opt", None)
         if inner is None:
             raise TypeError(
-                f"the optimizer is {type(optimizer).__name__}: give a SAM, SAMDirection or "
-                "SAMMagnitude, or leave this adapter out"
+                f"the optimizer is {type(optimizer).__name__}: give a SAM or a variant of it, "
+                "or leave this adapter out"
             )
     return inner

@@ -31,7 +31,7 @@ class TwoPasses:
         model, optimizer: as accelerator.prepare() returned them.
 
     Raises:
-        TypeError: the optimizer is no SAM, SAMDirection or SAMMagnitude.
+        TypeError: the optimizer is neither SAM nor a variant of it.
     """
 
     def __init__(self, accelerator: Any, model: nn.Module, optimizer: Any) -> None:

@@ -18,9 +18,10 @@ from samkernels.optim import SAM, SAMDirection, SAMMagnitude
 
 
 class ExplicitOptions:
-    """Gives a subclass of SAM, SAMDirection or SAMMagnitude the signature that it has with one base
-    optimizer: the arguments of the class and, in the place of **base_options, those of the base
-    with their types and defaults; by keyword, all but params. In all else it is the class that it
+    """Gives a subclass of SAM or of a variant the signature that it has with one base optimizer.
+
+    It has the arguments of the class and, in the place of **base_options, those of the base with
+    their types and defaults; all but params are keywords. In all else it is the class that it
     derives from.
 
     Usage:

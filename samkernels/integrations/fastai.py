@@ -13,7 +13,7 @@ from samkernels.optim._scalers import require_same_scale
 
 
 class SAMCallback(Callback):
-    """Makes a Learner that steps with SAM, SAMDirection or SAMMagnitude.
+    """Makes a Learner that steps with SAM or a variant of it.
 
     With GradientAccumulation, all batches of a step make their first pass as they come, and their
     second one before the step. GradientClip clips the second gradient. Whatever ends fit(), the
@@ -27,7 +27,8 @@ class SAMCallback(Callback):
     Raises:
         TypeError: at fit(): the optimizer is another one.
         ValueError: at fit(): MixedPrecision in float16 unscales the second gradient only, so that
-            SAMDirection and track_statistics would compare it with one of another scale.
+            track_statistics and variants that compare it with the first (SAMDirection, GSAM, ...)
+            would take gradients of two scales.
     """
 
     # GradientAccumulation has let the step through; nothing has unscaled or clipped gradients yet.
@@ -46,7 +47,7 @@ class SAMCallback(Callback):
                 raise ValueError(
                     "MixedPrecision in float16 unscales the second gradient only, and "
                     f"{type(sam).__name__} or its track_statistics compares it with the first: "
-                    "call learn.to_bf16(), or take SAM or SAMMagnitude without statistics"
+                    "call learn.to_bf16(), or take SAM without statistics"
                 ) from error
 
     def after_backward(self) -> None:

@@ -16,7 +16,7 @@ else:
 
 
 class SAMLightningMixin(Base):
-    """Makes a LightningModule that steps with SAM, SAMDirection or SAMMagnitude.
+    """Makes a LightningModule that steps with SAM or a variant of it.
 
     training_step is called twice for each batch, the second time at w + e(w), where batch norm
     leaves its statistics alone and log() does nothing; what else should not happen twice asks

@@ -15,7 +15,7 @@ else:
 
 
 class SAMTrainerMixin(Base):
-    """Makes a Trainer that steps with SAM, SAMDirection or SAMMagnitude.
+    """Makes a Trainer that steps with SAM or a variant of it.
 
     The micro-batches of a step make their first pass as they come; after the last of them, all make
     the second one. Then the Trainer goes on as ever: it clips (the second gradient), steps, and
