@@ -1,6 +1,7 @@
 """`python -m train.report DIR...`: the report's tables beside the published figures, and plots."""
 
 import csv
+import functools
 import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,10 +57,15 @@ NOTES = """\
 - mean ± standard deviation over the seeds, where there are several; - where nothing is."""
 
 
+@functools.cache
+def _published() -> Any:
+    return yaml.safe_load(PUBLISHED.read_text())
+
+
 def published_figures(figure: str, model: str, opt_name: str) -> Mapping[float, float | None]:
     """The report's cells by rho (SGD: 0); None for ??."""
     name = {"test_accuracy": "accuracy"}.get(figure, figure)
-    cells = yaml.safe_load(PUBLISHED.read_text())[name].get(model, {}).get(opt_name, {})
+    cells = _published()[name].get(model, {}).get(opt_name, {})
     return cells if isinstance(cells, dict) else {0.0: cells}
 
 
