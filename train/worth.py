@@ -289,7 +289,7 @@ def plot(parts: Sequence[Sequence[Group]], steps: Mapping[str, Mapping[str, floa
         for label, group in zip(short_labels(members, with_rho=False), members, strict=True)
     }
     marks, used = {}, Counter[str]()
-    for label in labels:
+    for label in sorted(labels, key=len):  # the plain one has the optimizer's own marker
         style = style_of(names[label])
         turn = used[names[label]]
         used[names[label]] += 1
