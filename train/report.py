@@ -267,6 +267,18 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
+def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run without the folders of the machine that it ran on; of data_root the name, which class
+    folders are known by."""
+    kept = dict(run)
+    for name in ("config", "settings"):
+        if name in run:
+            kept[name] = {k: v for k, v in run[name].items() if k != "output_dir"}
+            if "data_root" in kept[name]:
+                kept[name]["data_root"] = Path(kept[name]["data_root"]).name
+    return kept
+
+
 def _run_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     figures = list(dict.fromkeys(name for run in runs for name in run["figures"]))
     rows: list[list[Any]] = [["name", *FIELDS, *figures]]
@@ -342,8 +354,8 @@ def write_report(
         parts += ["## Conditions", "\n".join(_conditions(groups, runs))]
     results.write_text(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
     if not (folder / "result.json").exists():  # which says all of one run
-        results.write_text(folder / "runs.csv", _csv(_run_rows(runs)))
-        results.write_json_lines(folder / ALL_RUNS, [*runs, *lost])
+        results.write_text(folder / "runs.csv", _csv(_run_rows(list(map(_without_paths, runs)))))
+        results.write_json_lines(folder / ALL_RUNS, map(_without_paths, [*runs, *lost]))
         blocks = [_csv([[name], *rows]) for name, rows in tables.items()]
         results.write_text(folder / "tables.csv", "\n".join(blocks))
     return folder / "report.md"
