@@ -328,7 +328,7 @@ def terminated_at(
     monkeypatch: pytest.MonkeyPatch, config: Config, step: int, number: int = signal.SIGTERM
 ) -> BaseException:
     """Run, and be sent the signal in the step; what the run ended with."""
-    take = run.Training._step
+    take = run.Training.take_step
 
     def signalled(self: run.Training, *arguments: Any) -> Any:
         if self.done == step:
@@ -336,7 +336,7 @@ def terminated_at(
         return take(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.Training, "_step", signalled)
+        patch.setattr(run.Training, "take_step", signalled)
         # A shell has what it starts in the background ignore Ctrl-C.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

@@ -519,6 +519,18 @@ def test_visits_are_what_the_batches_go_through() -> None:
         assert torch.equal(dataset.train.labels[later], torch.cat(labels[2:]))
 
 
+def test_batches_from_a_later_one_on_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those before it are not augmented."""
+    dataset = image_set(padding=4, flip=True, cutout=8)
+    whole = list(data.train_batches(dataset, 24, 0, 1))
+    augment, made = data.augment, []
+    monkeypatch.setattr(data, "augment", lambda *of: made.append(1) or augment(*of))
+    later = list(data.train_batches(dataset, 24, 0, 1, first=2))
+    assert len(later) == len(made) == len(whole) - 2
+    for (images, labels), (same, own) in zip(whole[2:], later, strict=True):
+        assert torch.equal(images, same) and torch.equal(labels, own)
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
     content = header + array.astype(np.uint8).tobytes()

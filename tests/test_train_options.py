@@ -54,7 +54,7 @@ def outputs_of(training: run.Training) -> set[torch.dtype]:
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(lambda _m, _i, output: seen.add(output.dtype))
     images, labels = next(run.train_batches(training.dataset, 250, 0, 1))
-    training._step(images, labels, 250, False, [])
+    training.take_step(images, labels, 250, False, [])
     return seen
 
 

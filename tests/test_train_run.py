@@ -1,5 +1,6 @@
 """Runs from end to end, on the digits, a few steps each."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -239,7 +240,7 @@ def test_statistics_move_in_the_first_pass_only(tmp_path: Path) -> None:
     training = run.Training(small(tmp_path))
     twin = run.Training(small(tmp_path))
     images, labels = next(run.train_batches(training.dataset, 100, 0, 1))
-    training._step(images, labels, 100, False, [])
+    training.take_step(images, labels, 100, False, [])
     twin.model(images)
     buffers = dict(twin.model.named_buffers())
     assert buffers
@@ -260,7 +261,7 @@ def test_weights_are_restored_when_the_second_pass_fails(tmp_path: Path) -> None
 
     training.model.register_forward_pre_hook(fail_second)
     with pytest.raises(MemoryError):
-        training._step(images, labels, 100, False, [])
+        training.take_step(images, labels, 100, False, [])
     pairs = zip(training.model.parameters(), before, strict=True)
     assert all(torch.equal(p, old) for p, old in pairs)
 
@@ -323,3 +324,26 @@ def test_last_batch_of_one_image_is_refused(tmp_path: Path) -> None:
     config = Config(dataset="digits", model="resnet_small", batch_size=27, output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="batch_size=27 leaves a last batch of one image"):
         run.Training(config)
+    # With one image there is no batch size that would do.
+    config = dataclasses.replace(config, train_samples=1)
+    with pytest.raises(ConfigError, match=r"train_samples=1 leaves 1 image.*allowed 0 .* 2$"):
+        run.Training(config)
+
+
+@pytest.mark.parametrize("best", [1, 3])
+def test_the_test_images_are_looked_at_once_for_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int
+) -> None:
+    evaluate, tested = run.Training.evaluate, []
+
+    def counting(self: run.Training, split: Any, *others: Any) -> tuple[float, ...]:
+        found = evaluate(self, split, *others)
+        if split is self.dataset.test:
+            tested.append(found[1])
+            return found
+        return (found[0], 1.0 if len(self.history) + 1 == best else 0.5)
+
+    monkeypatch.setattr(run.Training, "evaluate", counting)
+    figures = run.run(small(tmp_path, "sgd", epochs=3, sharpness_samples=0), quiet())["figures"]
+    assert figures["best_epoch"] == best and len(tested) == (1 if best == 3 else 2)
+    assert (figures["last_test_accuracy"], figures["test_accuracy"]) == (tested[0], tested[-1])

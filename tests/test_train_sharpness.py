@@ -16,9 +16,10 @@ from torch.func import functional_call
 
 from tests.train_helpers import quiet
 from train import run, sharpness
+from train.checkpoint import locked
 from train.config import Config
 from train.data import load_dataset
-from train.errors import CheckpointError, ConfigError, NumericsError
+from train.errors import CheckpointError, ConfigError, InUseError, NumericsError
 from train.hessian import Batch, Hessian
 from train.lanczos import extreme_eigenvalues
 from train.sharpness import eigenvalues, lambda_max, report_sharpness
@@ -358,6 +359,14 @@ def test_command_line(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     model.load_state_dict(torch.load(trained / "best.pt", weights_only=True)["model"])
     fixed = (dataset.normalise(dataset.train.images[:8]), dataset.train.labels[:8])
     assert found["lambda_max"] == pytest.approx(lambda_max(model, [fixed]), rel=1e-3)
+
+
+def test_the_folder_of_a_run_under_way_is_left_alone(trained: Path, tmp_path: Path) -> None:
+    flags = ["--sharpness_batches=0", "--sharpness_samples=8", f"--output_dir={tmp_path}"]
+    with locked(tmp_path), pytest.raises(InUseError, match="in use by process"):
+        sharpness.main([str(trained / "best.pt"), *flags])
+    assert not list(tmp_path.iterdir())
+    assert sharpness.main([str(trained / "best.pt"), *flags]) == 0
 
 
 @pytest.mark.parametrize(

@@ -350,7 +350,8 @@ def test_plots_and_later_measurements(tmp_path: Path) -> None:
 def test_a_report_can_be_made_again_from_what_it_left(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         write_run(tmp_path / "a", 0.8 + seed / 100, 60.0 + seed, opt_name="sam", rho=0.1, seed=seed)
-        write_run(tmp_path / "a", 0.79, 200.0 + seed**2, seed=seed)
+        write_run(tmp_path / "a", 0.79, 200.0 + seed**2, seed=seed, data_root="/of/this/machine",
+                  output_dir="/of/this/too")  # fmt: skip
     report.main([str(tmp_path / "a")])
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -358,6 +359,7 @@ def test_a_report_can_be_made_again_from_what_it_left(tmp_path: Path) -> None:
     report.main([str(kept)])
     for name in ("report.md", "tables.csv", "runs.csv", "runs.jsonl"):
         assert (kept / name).read_text() == (tmp_path / "a" / name).read_text()
+        assert "/of/this" not in (kept / name).read_text()
     assert sorted(p.name for p in kept.glob("*.png")) == sorted(
         p.name for p in (tmp_path / "a").glob("*.png")
     )
@@ -471,6 +473,19 @@ def test_all_claims_have_their_tests(tmp_path: Path) -> None:
     by_claim = {row[0]: row for row in reversed(rows)}  # the first of each
     assert by_claim["2"][-1] == "confirmed" and by_claim["4"][1] == "distance to SAM, rho 0.1"
     assert by_claim["4"][-1] == "confirmed" and by_claim["6"][-1] == "confirmed"
+    # Runs of the report's optimizers with options that it does not have say nothing of it.
+    told = len(rows)
+    for seed in (0, 1):
+        for keys in (
+            {"adaptive": True}, {"subset": "norm"}, {"norm": "tensor"}, {"when": "periodic:5"},
+            {"scaling": "tensor"}, {"base": "adamw"},
+        ):  # fmt: skip
+            write_run(tmp_path, 0.3, 900.0, opt_name="sam", rho=0.1, seed=seed, **keys)
+    report.main([str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert len(table_of(text, "The report's claims: CIFAR-100, ResNet-18")[2:]) == told
+    accuracy = table_of(text, "CIFAR-100 accuracy, %: ResNet-18, ours and published")
+    assert [row[0] for row in accuracy].count("SAM") == 1 and "tensor" not in str(accuracy)
     # The same conditions only: SGD of another weight decay is no baseline.
     write_run(tmp_path, 0.9, opt_name="sam", rho=0.1, wd=0.0005, seed=0)
     report.main([str(tmp_path)])

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train import verify
 from train.config import Config
-from train.errors import DivergedError, VerificationError
+from train.errors import ConfigError, DivergedError, VerificationError
 from train.models import build_model
 from train.optimizers import build_optimizer, names_of_norms
 from train.verify import TOLERANCE, Lockstep, relative_deviation
@@ -240,3 +241,16 @@ def test_relative_deviation() -> None:
     assert relative_deviation(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == 0.1
     assert relative_deviation(torch.tensor([0.0, 2.0]), torch.zeros(2)) == 2.0
     assert relative_deviation(torch.zeros(2), torch.zeros(2)) == 0.0
+
+
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first steps of a run, also over the end of an epoch."""
+    flags = ["--dataset=digits", "--model=mlp", "--batch_size=500", "--device=cpu"]
+    assert verify.main([*flags, "--opt_name=sam", "--rho=0.1", "--verify_steps=3"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("MLP, sam-rho0.1: 3 steps of 500 images by ")
+    assert "largest relative deviation" in said and "(allowed 1e-05)" in said
+    for more in (["--opt_name=sgd"], ["--opt_name=sam", "--verify_steps=0"]):
+        with pytest.raises(ConfigError, match="compares nothing"):
+            verify.main([*flags, *more])
+    assert verify.main(["--help"]) == 0

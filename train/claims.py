@@ -113,7 +113,8 @@ def tests_of(groups: Sequence[Group]) -> list[Test]:
                     _distance(scale(direction.by_seed(figure)), target),
                     -1,
                 )
-    for group in [g for g in groups if g.at_epoch("share_second_larger", -1)]:
+    shown = (g for g in groups if g.is_of_the_report and g.at_epoch("share_second_larger", -1))
+    for group in shown:
         last, first = (
             {seed: 100 * value for seed, value in group.at_epoch("share_second_larger", i).items()}
             for i in (-1, 0)
@@ -155,7 +156,7 @@ def interval(comparison: Comparison) -> str:
     return f"{mean} [{comparison.low:+.2f}, {comparison.high:+.2f}]"
 
 
-def _p(value: float) -> str:
+def p_in_words(value: float) -> str:
     return "-" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -169,7 +170,9 @@ def claims_table(groups: Sequence[Group]) -> list[list[str]]:
         for test, p in zip(alike, adjusted, strict=True):
             said = verdict(test.comparison, p, test.expected)
             number = str(test.comparison.number)
-            rows.append([claim, test.compared, interval(test.comparison), number, _p(p), said])
+            rows.append(
+                [claim, test.compared, interval(test.comparison), number, p_in_words(p), said]
+            )
     return [["claim", "compared", "difference", "n", "p", "verdict"], *rows] if rows else []
 
 
@@ -185,7 +188,13 @@ def against_sgd_table(groups: Sequence[Group]) -> list[list[str]]:
             found.append((group.label, comparison))
     adjusted = holm([comparison.p for _, comparison in found])
     rows = [
-        [label, interval(comparison), str(comparison.number), _p(p), verdict(comparison, p, 0)]
+        [
+            label,
+            interval(comparison),
+            str(comparison.number),
+            p_in_words(p),
+            verdict(comparison, p, 0),
+        ]
         for (label, comparison), p in zip(found, adjusted, strict=True)
     ]
     return [["optimizer", "points more than SGD", "n", "p", "verdict"], *rows] if rows else []

@@ -1,6 +1,7 @@
 """What runs will cost, before they start: gradient evaluations, and time by measured steps."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from train.config import Config
 from train.data import Dataset, load_dataset
 from train.models import build_model
 from train.progress import duration
+from train.registry import OPTIMIZERS
 from train.run import pick_device, set_numerics
 
 # Products until five eigenvalues of a batch, or one of the fixed set, have converged, and what such
@@ -40,9 +42,18 @@ class Cost:
         return Cost(*(a + b for a, b in pairs))
 
 
+def passes(config: Config, steps: int) -> float:
+    """Gradients of the model's loss that a step takes, on the average of so many steps."""
+    name, number = config.policy or ("always", 0.0)
+    if name == "from" and OPTIMIZERS[config.opt_name].step == "two passes":
+        return 1 + max(0.0, steps - number) / steps
+    return config.passes
+
+
 def evaluations(config: Config, train_images: int) -> tuple[float, float]:
     """Gradient evaluations of one image: of the training, and about those of the sharpness."""
-    training = float(config.passes * config.epochs * train_images)
+    steps = config.epochs * math.ceil(train_images / config.batch_size)
+    training = float(passes(config, steps) * config.epochs * train_images)
     fixed = min(config.sharpness_samples, train_images)
     products = config.sharpness_batches * config.sharpness_batch_size * PRODUCTS["batch"]
     lambda_min = PRODUCTS["fixed set"] if config.density_steps else 0

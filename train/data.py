@@ -178,16 +178,22 @@ def _within(span: Tensor, start: Tensor, length: int) -> Tensor:
 
 
 def train_batches(
-    dataset: Dataset, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1
+    dataset: Dataset,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The augmented batches of an epoch; the last one may be smaller.
+    """The augmented batches of an epoch, from batch `first` on; the last one may be smaller.
 
     Args:
         rank, world: of each batch, the process `rank` of `world` gets its share: together they see
             what one process would. The shares differ by one image at most.
     """
     draws = draw_epoch(dataset, seed, epoch)
-    for start, stop in _shares(len(dataset.train), batch_size, rank, world):
+    for start, stop in list(_shares(len(dataset.train), batch_size, rank, world))[first:]:
         part = draws.slice(start, stop)
         images = dataset.train.images[part.order]
         yield augment(dataset, images, part), dataset.train.labels[part.order]

@@ -18,6 +18,10 @@ TITLES = {name: entry.title for name, entry in {**OPTIMIZERS, **MODELS, **DATASE
 TESTED_ON = {"cifar100": (100, 10_000), "digits": (10, 500)}
 # Up to rounding, nothing depends on them.
 ROUNDING = ("backend", "channels_last", "compile", "cuda_graph")
+# Of the report's optimizers; it has none of them.
+OPTIONS = (
+    "base", "adaptive", "scaling", "eta", "subset", "norm", "when", "granularity", "perturbation",
+)  # fmt: skip
 CONFIDENCE = 0.95
 ALL_RUNS = "runs.jsonl"
 
@@ -52,11 +56,13 @@ class Group:
 
     @property
     def is_of_the_report(self) -> bool:
-        """Whether its optimizer is one of the report's, neither adaptive nor by norms."""
+        """Whether its optimizer is one of the report's, as the report has it: over SGD, perturbing
+        all parameters in every step, by one norm and unscaled."""
         config = self.config
-        is_adaptive = config.uses("adaptive") and config.adaptive
-        by_norms = config.uses("granularity") and config.granularity != "element"
-        return not (is_adaptive or by_norms)
+        is_known = config.opt_name in ("sgd", "sgdhess", "sam", "samdirection", "sammagnitude")
+        return is_known and all(
+            getattr(config, name) == config.usual(name) or not config.uses(name) for name in OPTIONS
+        )
 
     @property
     def optimizer(self) -> str:
@@ -85,7 +91,7 @@ class Group:
             elif name == "train_samples":
                 parts.append(f"{value:,} images")
             else:
-                parts.append(_in_words(name, value))
+                parts.append(in_words(name, value))
         return ", ".join([*parts, title_of(self.config.model)])
 
     @property
@@ -142,7 +148,7 @@ def _is_task(name: str) -> bool:
     return name == "model" or (FIELDS[name].metadata["section"] == "data" and name != "batch_size")
 
 
-def _in_words(name: str, value: Any) -> str:
+def in_words(name: str, value: Any) -> str:
     short = FIELDS[name].metadata["short"]
     short = name if short is None else short
     if isinstance(value, bool):
@@ -296,7 +302,7 @@ def _label(groups: Sequence[Group]) -> None:
             # Numbers always; of switches and choices, what is not the default.
             is_number = FIELDS[name].type in (int, float) and name in group.recipe
             if is_number or value != group.config.usual(name):
-                parts.append(_in_words(name, value))
+                parts.append(in_words(name, value))
         group.label = ", ".join(parts)
 
 

@@ -1,6 +1,7 @@
 """`python -m train.report DIR...`: the report's tables beside the published figures, and plots."""
 
 import csv
+import functools
 import io
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,10 +57,15 @@ NOTES = """\
 - mean ± standard deviation over the seeds, where there are several; - where nothing is."""
 
 
+@functools.cache
+def _published() -> Any:
+    return yaml.safe_load(PUBLISHED.read_text())
+
+
 def published_figures(figure: str, model: str, opt_name: str) -> Mapping[float, float | None]:
     """The report's cells by rho (SGD: 0); None for ??."""
     name = {"test_accuracy": "accuracy"}.get(figure, figure)
-    cells = yaml.safe_load(PUBLISHED.read_text())[name].get(model, {}).get(opt_name, {})
+    cells = _published()[name].get(model, {}).get(opt_name, {})
     return cells if isinstance(cells, dict) else {0.0: cells}
 
 
@@ -261,6 +267,18 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
+def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run without the folders of the machine that it ran on; of data_root the name, which class
+    folders are known by."""
+    kept = dict(run)
+    for name in ("config", "settings"):
+        if name in run:
+            kept[name] = {k: v for k, v in run[name].items() if k != "output_dir"}
+            if "data_root" in kept[name]:
+                kept[name]["data_root"] = Path(kept[name]["data_root"]).name
+    return kept
+
+
 def _run_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     figures = list(dict.fromkeys(name for run in runs for name in run["figures"]))
     rows: list[list[Any]] = [["name", *FIELDS, *figures]]
@@ -336,8 +354,8 @@ def write_report(
         parts += ["## Conditions", "\n".join(_conditions(groups, runs))]
     results.write_text(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
     if not (folder / "result.json").exists():  # which says all of one run
-        results.write_text(folder / "runs.csv", _csv(_run_rows(runs)))
-        results.write_json_lines(folder / ALL_RUNS, [*runs, *lost])
+        results.write_text(folder / "runs.csv", _csv(_run_rows(list(map(_without_paths, runs)))))
+        results.write_json_lines(folder / ALL_RUNS, map(_without_paths, [*runs, *lost]))
         blocks = [_csv([[name], *rows]) for name, rows in tables.items()]
         results.write_text(folder / "tables.csv", "\n".join(blocks))
     return folder / "report.md"

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -398,14 +397,14 @@ class Training:
             number,
             self.processes.rank,
             self.processes.world,
+            begin,
         )
-        batches = itertools.islice(batches, begin, None)
         for step in range(begin + 1, self.steps_per_epoch + 1):
             observing = config.statistics_every > 0 and self.done % config.statistics_every == 0
             count = min(config.batch_size, len(self.dataset.train) - seen)
             with self.timer.step(self._counted(number) and not observing):
                 images, labels = next(batches)
-                taken, predicted = self._step(images, labels, count, observing, observed)
+                taken, predicted = self.take_step(images, labels, count, observing, observed)
             losses.append(torch.stack(taken))
             weighted += losses[-1][0] * count
             right += (predicted == labels).sum()
@@ -528,9 +527,15 @@ class Training:
             return images
         return images.contiguous(memory_format=torch.channels_last)
 
-    def _step(
+    def take_step(
         self, images: Tensor, labels: Tensor, count: int, observing: bool, observed: list[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
+        """A step with a batch. Returns the losses of its passes, and the predicted classes.
+
+        Args:
+            count: images of the batch, in all processes together.
+            observing: whether to append STATISTICS to `observed`.
+        """
         images = self._laid_out(images)
         # The first steps make what a recording may not: buffers, and the libraries' workspaces.
         whole = count == self.config.batch_size and self.done >= GRAPH_AFTER
@@ -623,6 +628,11 @@ class Training:
     def _check_batches(self) -> None:
         size, world = self.config.batch_size, self.processes.world
         count = len(self.dataset.train)
+        if count < max(2, world):
+            raise ConfigError(
+                f"train_samples={self.config.train_samples} leaves {count} image(s) to train with: "
+                f"allowed 0 (all) and at least {max(2, world)}"
+            )
         rest = count % size or min(size, count)
         # Batch normalisation needs two images, and every process at least one.
         if rest < max(2, world):
@@ -832,7 +842,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             if not processes.writes:
                 console = make_console(quiet=True)
             training, tracker = _train(config, console, processes, termination, closed_last)
-            test_loss, test_accuracy = training.evaluate(training.dataset.test)
+            if training.best is training.history[-1]:
+                test_loss, test_accuracy = training.last_test
+            else:
+                test_loss, test_accuracy = training.evaluate(training.dataset.test)
             if not processes.writes:  # the rest is for one
                 return {"name": config.run_name, "figures": {"test_accuracy": test_accuracy}}
         result = _result(training, test_loss, test_accuracy, begun)

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from train import results
-from train.checkpoint import load_checkpoint
+from train.checkpoint import load_checkpoint, locked
 from train.config import Config, check_keys, known_keys, make_config, parse_flags
 from train.data import Dataset, load_dataset, plain_batches, train_batches
 from train.errors import CheckpointError, ConfigError
@@ -323,6 +323,13 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"{name} is settled by the checkpoint: allowed {', '.join(ALLOWED)}")
     config, dataset, model, epoch = restored(path, HERE, flags)
     console = make_console()
+    with locked(Path(config.output_dir)):  # which may be the folder of a run that is under way
+        return _write(path, config, dataset, model, epoch, console)
+
+
+def _write(
+    path: Path, config: Config, dataset: Dataset, model: nn.Module, epoch: int, console: Console
+) -> int:
     found = measure(model, dataset, config, console)
     found |= {"checkpoint": str(path), "epoch": epoch, "name": config.run_name}
     found |= {
