@@ -215,6 +215,20 @@ def test_every_variant_on_a_subset(row: Row, adaptive: bool) -> None:
     assert_same(weights_of(model, optimizer), by_rule(row, is_moved=is_moved, adaptive=adaptive))
 
 
+def test_asam_scales_what_is_called_a_weight() -> None:
+    model = Network()
+    named = {p: (name, p) for name, p in model.named_parameters()}
+    row = Row(samkernels.ASAM, family.sam)
+    groups = groups_of(row, "SGD", model)
+    for group in groups:
+        group["params"] = [named[p] for p in group["params"]]
+    optimizer = samkernels.ASAM(groups, torch.optim.SGD, backend="reference", **SGD[1])
+    take_steps(model, optimizer, range(STEPS))
+    is_scaled = ["weight" in name for name, _ in named.values()]
+    expected = by_rule(row, is_scaled=is_scaled, scaling="elementwise", eta=0.01)
+    assert_same(model, expected)
+
+
 @each_row
 def test_every_variant_with_a_mask(row: Row) -> None:
     model = Network()
@@ -523,6 +537,17 @@ def test_bar_equals_its_formula(kind: str, by_name: bool) -> None:
         optimizer.step()
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("a", [0.5, 1.3])
+def test_xsam_of_gradients_in_one_direction_is_sam(a: float) -> None:
+    """The angle is 0, which nothing can be divided by the sine of."""
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = samkernels.XSAM([p], lr=1.0, a=a)
+    for factor in (1.0, 2.0):
+        p.grad = factor * torch.tensor([3.0, -4.0], dtype=torch.float64)
+        (optimizer.first_step if factor == 1 else optimizer.second_step)()
+    torch.testing.assert_close(p.detach(), torch.tensor([-6.0, 8.0], dtype=torch.float64))
 
 
 # -- what does not compose -------------------------------------------------------------------------
