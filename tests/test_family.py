@@ -229,6 +229,31 @@ def test_asam_scales_what_is_called_a_weight() -> None:
     assert_same(model, expected)
 
 
+def test_one_tensor_that_is_not_finite_lets_none_move() -> None:
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = SAM(params, lr=0.1, norm="tensor", momentum=0.9)
+    for make_step in (optimizer.first_step, optimizer.second_step):
+        for p, grad in zip(params, (1.0, float("inf")), strict=True):
+            p.grad = torch.full((2,), grad)
+        make_step()
+        assert all(p.eq(1).all() for p in params)
+
+
+def test_norm_parameters_are_those_of_every_kind_of_normalisation() -> None:
+    class OwnNorm(torch.nn.LayerNorm):
+        pass
+
+    norms = [
+        torch.nn.BatchNorm1d(2), torch.nn.LayerNorm(2), torch.nn.GroupNorm(1, 2), OwnNorm(2),
+        torch.nn.InstanceNorm1d(2, affine=True),
+    ]  # fmt: skip
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), *norms)
+    found = samkernels.norm_parameters(model)
+    assert [id(p) for p in found] == [id(p) for norm in norms for p in norm.parameters()]
+    with pytest.raises(ValueError, match="no normalisation layer"):
+        samkernels.norm_parameters(model[0])
+
+
 @each_row
 def test_every_variant_with_a_mask(row: Row) -> None:
     model = Network()
@@ -304,6 +329,18 @@ def test_the_norm_policy_by_hand() -> None:
     # mean 3.5, variance 0.25 + 0.5 * 0.25 = 0.375, c = 0
     assert policy.wants(2, 4.0, memory)
     assert policy.wants(2, float("inf"), memory) and memory["mean"] == 3.5
+
+
+@pytest.mark.parametrize(
+    ("square", "step", "wants"),
+    # (s - 3) / 2 >= c * sqrt(1 + (s - 3)^2 / 8), c = step / 10 - 1, from step 20 on 1
+    [(1.0, 1, True), (1.0, 2, False), (5.0, 18, True), (5.0, 19, False), (13.0, 60, True)],
+)
+def test_the_norm_policy_goes_from_l2_to_l1(square: float, step: int, wants: bool) -> None:
+    policy = GradientNormPolicy(l1=1.0, l2=-1.0, steps=20, decay=0.5)
+    memory = {"mean": 3.0, "variance": 2.0}
+    assert policy.wants(step, square, memory) is wants
+    assert memory["variance"] == pytest.approx(1 + (square - 3) ** 2 / 8)
 
 
 def test_the_norm_policy_begins_with_a_second_pass_whatever_rounds() -> None:
@@ -778,6 +815,14 @@ def test_a_radius_follows_the_learning_rate_within_its_limits() -> None:
     assert [schedule.value(lr) for lr in (0.1, 0.2, 0.3, 0.4, 0.5)] == pytest.approx(
         [0.5, 0.5, 0.75, 1.0, 1.0]
     )
+    one = samkernels.ProportionScheduler(max_lr=0.3, min_lr=0.3, max_value=1.0, min_value=0.5)
+    assert one.value(0.1) == one.value(0.3) == 1.0
+    groups = [{"params": [torch.zeros(1)], "lr": 0.3}, {"params": [torch.zeros(1)]}]
+    of_lr = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(groups, lr=0.4), lambda _: 1.0)
+    schedule.pytorch_lr_scheduler = of_lr
+    assert schedule.step() == pytest.approx(0.75)  # of the first group, as the authors have it
+    with pytest.raises(RuntimeError, match="without pytorch_lr_scheduler"):
+        one.step()
     model = Network()
     optimizer = samkernels.GSAM(model.parameters(), torch.optim.SGD, schedule, lr=0.3)
     loss(model, 0).backward()
