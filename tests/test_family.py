@@ -528,6 +528,42 @@ def saved_outside(row: Row) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
+@pytest.mark.parametrize("policy", ["periodic", "late"])
+def test_msam_is_perturbed_in_the_steps_that_a_policy_says(policy: str) -> None:
+    row = row_of(samkernels.MSAM)
+    when, wants = POLICIES[policy]
+    expected = by_rule(row, steps=20, rule=lambda step: row.rule if wants(step) else family.plain)
+    model, optimizer = copies(row, when=when)
+    for step in range(20):
+        take_steps(model, optimizer, range(step, step + 1))
+        assert optimizer.is_perturbed is wants(step + 1)
+        with optimizer.unperturbed():
+            pass
+        optimizer.perturb()  # not in a step that is to have none
+        assert optimizer.is_perturbed is wants(step + 1)
+    assert_same(weights_of(model, optimizer), expected)
+
+
+def test_nothing_perturbs_in_unperturbed() -> None:
+    model, optimizer = copies(row_of(samkernels.MSAM))
+    take_steps(model, optimizer, range(3))
+    with optimizer.unperturbed():
+        w = snapshot(model.parameters())
+        optimizer.perturb()
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert unchanged(model.parameters(), w)
+    assert not unchanged(model.parameters(), w)
+
+
+def test_what_is_written_to_perturbed_parameters_counts_as_w() -> None:
+    model, optimizer = copies(row_of(samkernels.MSAM))
+    take_steps(model, optimizer, range(3))
+    other = Network()
+    model.load_state_dict(other.state_dict())
+    with optimizer.unperturbed():
+        assert unchanged(model.parameters(), list(other.parameters()))
+
+
 def test_msam_refuses_the_protocol_of_two_passes() -> None:
     row = row_of(samkernels.MSAM)
     model, optimizer = copies(row)
@@ -634,6 +670,19 @@ def test_a_grad_scaler_changes_nothing(row: Row) -> None:
         scaler.step(optimizer)
         optimizer.zero_grad()
     assert_same(weights_of(model, optimizer), by_rule(row, steps=12))
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_step_that_a_scaler_skips_balances_nothing(base: Any) -> None:
+    model = Lora()
+    options: dict[str, Any] = {"alpha": 0.3, "lr": 0.1}
+    if base is torch.optim.RMSprop:  # which has an alpha of its own
+        base, options = base(model.parameters(), lr=0.1), {"alpha": 0.3}
+    optimizer = samkernels.BAR(model.named_parameters(), base, **options)
+    before = snapshot(model.parameters())
+    loss(model, 0).backward()
+    Scaler(8.0).step(optimizer, overflows=True)
+    assert unchanged(model.parameters(), before)
 
 
 @pytest.mark.parametrize("row", WITH_STATE_OF_THE_DIRECTION, ids=str)
@@ -856,7 +905,7 @@ def test_a_model_that_is_loaded_counts_as_w() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("cls", [samkernels.MSAM, SAM])
+@pytest.mark.parametrize("cls", [samkernels.MSAM, SAM, samkernels.WSAM])
 def test_to_maximize_is_to_minimize_the_negative(cls: type[SAM]) -> None:
     found = []
     for sign in (1, -1):
