@@ -217,6 +217,45 @@ def test_every_variant_on_a_subset(row: Row, adaptive: bool) -> None:
     assert_same(weights_of(model, optimizer), by_rule(row, is_moved=is_moved, adaptive=adaptive))
 
 
+def test_asam_scales_what_is_called_a_weight() -> None:
+    model = Network()
+    named = {p: (name, p) for name, p in model.named_parameters()}
+    row = Row(samkernels.ASAM, family.sam)
+    groups = groups_of(row, "SGD", model)
+    for group in groups:
+        group["params"] = [named[p] for p in group["params"]]
+    optimizer = samkernels.ASAM(groups, torch.optim.SGD, backend="reference", **SGD[1])
+    take_steps(model, optimizer, range(STEPS))
+    is_scaled = ["weight" in name for name, _ in named.values()]
+    expected = by_rule(row, is_scaled=is_scaled, scaling="elementwise", eta=0.01)
+    assert_same(model, expected)
+
+
+def test_one_tensor_that_is_not_finite_lets_none_move() -> None:
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = SAM(params, lr=0.1, norm="tensor", momentum=0.9)
+    for make_step in (optimizer.first_step, optimizer.second_step):
+        for p, grad in zip(params, (1.0, float("inf")), strict=True):
+            p.grad = torch.full((2,), grad)
+        make_step()
+        assert all(p.eq(1).all() for p in params)
+
+
+def test_norm_parameters_are_those_of_every_kind_of_normalisation() -> None:
+    class OwnNorm(torch.nn.LayerNorm):
+        pass
+
+    norms = [
+        torch.nn.BatchNorm1d(2), torch.nn.LayerNorm(2), torch.nn.GroupNorm(1, 2), OwnNorm(2),
+        torch.nn.InstanceNorm1d(2, affine=True),
+    ]  # fmt: skip
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), *norms)
+    found = samkernels.norm_parameters(model)
+    assert [id(p) for p in found] == [id(p) for norm in norms for p in norm.parameters()]
+    with pytest.raises(ValueError, match="no normalisation layer"):
+        samkernels.norm_parameters(model[0])
+
+
 @each_row
 def test_every_variant_with_a_mask(row: Row) -> None:
     model = Network()
@@ -292,6 +331,18 @@ def test_the_norm_policy_by_hand() -> None:
     # mean 3.5, variance 0.25 + 0.5 * 0.25 = 0.375, c = 0
     assert policy.wants(2, 4.0, memory)
     assert policy.wants(2, float("inf"), memory) and memory["mean"] == 3.5
+
+
+@pytest.mark.parametrize(
+    ("square", "step", "wants"),
+    # (s - 3) / 2 >= c * sqrt(1 + (s - 3)^2 / 8), c = step / 10 - 1, from step 20 on 1
+    [(1.0, 1, True), (1.0, 2, False), (5.0, 18, True), (5.0, 19, False), (13.0, 60, True)],
+)
+def test_the_norm_policy_goes_from_l2_to_l1(square: float, step: int, wants: bool) -> None:
+    policy = GradientNormPolicy(l1=1.0, l2=-1.0, steps=20, decay=0.5)
+    memory = {"mean": 3.0, "variance": 2.0}
+    assert policy.wants(step, square, memory) is wants
+    assert memory["variance"] == pytest.approx(1 + (square - 3) ** 2 / 8)
 
 
 def test_the_norm_policy_begins_with_a_second_pass_whatever_rounds() -> None:
@@ -479,6 +530,42 @@ def saved_outside(row: Row) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
+@pytest.mark.parametrize("policy", ["periodic", "late"])
+def test_msam_is_perturbed_in_the_steps_that_a_policy_says(policy: str) -> None:
+    row = row_of(samkernels.MSAM)
+    when, wants = POLICIES[policy]
+    expected = by_rule(row, steps=20, rule=lambda step: row.rule if wants(step) else family.plain)
+    model, optimizer = copies(row, when=when)
+    for step in range(20):
+        take_steps(model, optimizer, range(step, step + 1))
+        assert optimizer.is_perturbed is wants(step + 1)
+        with optimizer.unperturbed():
+            pass
+        optimizer.perturb()  # not in a step that is to have none
+        assert optimizer.is_perturbed is wants(step + 1)
+    assert_same(weights_of(model, optimizer), expected)
+
+
+def test_nothing_perturbs_in_unperturbed() -> None:
+    model, optimizer = copies(row_of(samkernels.MSAM))
+    take_steps(model, optimizer, range(3))
+    with optimizer.unperturbed():
+        w = snapshot(model.parameters())
+        optimizer.perturb()
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert unchanged(model.parameters(), w)
+    assert not unchanged(model.parameters(), w)
+
+
+def test_what_is_written_to_perturbed_parameters_counts_as_w() -> None:
+    model, optimizer = copies(row_of(samkernels.MSAM))
+    take_steps(model, optimizer, range(3))
+    other = Network()
+    model.load_state_dict(other.state_dict())
+    with optimizer.unperturbed():
+        assert unchanged(model.parameters(), list(other.parameters()))
+
+
 def test_msam_refuses_the_protocol_of_two_passes() -> None:
     row = row_of(samkernels.MSAM)
     model, optimizer = copies(row)
@@ -525,6 +612,17 @@ def test_bar_equals_its_formula(kind: str, by_name: bool) -> None:
         optimizer.step()
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("a", [0.5, 1.3])
+def test_xsam_of_gradients_in_one_direction_is_sam(a: float) -> None:
+    """The angle is 0, which nothing can be divided by the sine of."""
+    p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = samkernels.XSAM([p], lr=1.0, a=a)
+    for factor in (1.0, 2.0):
+        p.grad = factor * torch.tensor([3.0, -4.0], dtype=torch.float64)
+        (optimizer.first_step if factor == 1 else optimizer.second_step)()
+    torch.testing.assert_close(p.detach(), torch.tensor([-6.0, 8.0], dtype=torch.float64))
 
 
 # -- what does not compose -------------------------------------------------------------------------
@@ -574,6 +672,19 @@ def test_a_grad_scaler_changes_nothing(row: Row) -> None:
         scaler.step(optimizer)
         optimizer.zero_grad()
     assert_same(weights_of(model, optimizer), by_rule(row, steps=12))
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_step_that_a_scaler_skips_balances_nothing(base: Any) -> None:
+    model = Lora()
+    options: dict[str, Any] = {"alpha": 0.3, "lr": 0.1}
+    if base is torch.optim.RMSprop:  # which has an alpha of its own
+        base, options = base(model.parameters(), lr=0.1), {"alpha": 0.3}
+    optimizer = samkernels.BAR(model.named_parameters(), base, **options)
+    before = snapshot(model.parameters())
+    loss(model, 0).backward()
+    Scaler(8.0).step(optimizer, overflows=True)
+    assert unchanged(model.parameters(), before)
 
 
 @pytest.mark.parametrize("row", WITH_STATE_OF_THE_DIRECTION, ids=str)
@@ -755,6 +866,14 @@ def test_a_radius_follows_the_learning_rate_within_its_limits() -> None:
     assert [schedule.value(lr) for lr in (0.1, 0.2, 0.3, 0.4, 0.5)] == pytest.approx(
         [0.5, 0.5, 0.75, 1.0, 1.0]
     )
+    one = samkernels.ProportionScheduler(max_lr=0.3, min_lr=0.3, max_value=1.0, min_value=0.5)
+    assert one.value(0.1) == one.value(0.3) == 1.0
+    groups = [{"params": [torch.zeros(1)], "lr": 0.3}, {"params": [torch.zeros(1)]}]
+    of_lr = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(groups, lr=0.4), lambda _: 1.0)
+    schedule.pytorch_lr_scheduler = of_lr
+    assert schedule.step() == pytest.approx(0.75)  # of the first group, as the authors have it
+    with pytest.raises(RuntimeError, match="without pytorch_lr_scheduler"):
+        one.step()
     model = Network()
     optimizer = samkernels.GSAM(model.parameters(), torch.optim.SGD, schedule, lr=0.3)
     loss(model, 0).backward()
@@ -788,7 +907,7 @@ def test_a_model_that_is_loaded_counts_as_w() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("cls", [samkernels.MSAM, SAM])
+@pytest.mark.parametrize("cls", [samkernels.MSAM, SAM, samkernels.WSAM])
 def test_to_maximize_is_to_minimize_the_negative(cls: type[SAM]) -> None:
     found = []
     for sign in (1, -1):
