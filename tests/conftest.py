@@ -12,9 +12,11 @@ occurs, or `full`, of which it has none.
 from __future__ import annotations
 
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +84,16 @@ def one_thread() -> Iterator[None]:
 def threads(request: pytest.FixtureRequest, one_thread: None) -> int:
     torch.set_num_threads(request.param)
     return request.param
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In a folder for what is saved; and what the frameworks leave behind is undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+    before = signal.getsignal(signal.SIGINT)  # Lightning ignores it once it was interrupted
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from samkernels import backends
 from samkernels.backends import native
+from tests.stand_ins import load_module
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "emulation"
@@ -70,13 +70,13 @@ def why_missing() -> str | None:
 
 def load(path: Path) -> Any:
     """Import what was built."""
-    return _load("samkernels._emulated", path)
+    return load_module("samkernels._emulated", path)
 
 
 def backend(core: Any, cuda: bool = True) -> ModuleType:
     """Another instance of the native backend, over this core, that serves CPU tensors: with the
     emulated CUDA kernels, or with those for the CPU."""
-    module = _load("samkernels.backends.emulated", Path(native.__file__))
+    module = load_module("samkernels.backends.emulated", Path(native.__file__))
 
     def run_on_the_emulated_device(first: Tensor, function: Any, *args: Any) -> None:
         assert first.is_cpu
@@ -102,14 +102,6 @@ def add(name: str, module: Any) -> None:
     """Make a backend known to samkernels, behind all others."""
     backends._MODULES[name] = module
     backends.BACKENDS = (*backends.BACKENDS, name)
-
-
-def _load(name: str, path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +18,14 @@ from triton.runtime import interpreter
 
 from samkernels import backends
 from samkernels.backends import triton
+from tests.stand_ins import load_module
 
 
 def backend() -> ModuleType:
     """A second instance of the Triton backend. The one that everybody else imports is compiled, and
     never sees TRITON_INTERPRET."""
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        module = _load("samkernels.backends.interpreted", Path(triton.__file__))
+        module = load_module("samkernels.backends.interpreted", Path(triton.__file__))
         kernels = module.availability.load_kernels()
     assert kernels.INTERPRETED
     run = module.launching.run
@@ -106,14 +105,3 @@ def _rounded_to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(values), bits >> 16 | 0x40, rounded).astype(np.uint16)
-
-
-def _load(name: str, path: Path) -> ModuleType:
-    """The package at `path` under another name, with modules of its own."""
-    spec = importlib.util.spec_from_file_location(
-        name, path, submodule_search_locations=[str(path.parent)]
-    )
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

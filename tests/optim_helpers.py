@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samkernels import SAM
+from samkernels import SAM, SGDHess
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -81,9 +81,22 @@ def set_gradients(params: Iterable[Tensor], seed: int, scale: float = 1.0) -> li
     return copies
 
 
-def take_step(optimizer: SAM, seed: int) -> None:
-    """A whole SAM step with random gradients for all parameters."""
+def backward(optimizer: SAM | SGDHess, loss: Tensor) -> None:
+    optimizer.backward(loss) if isinstance(optimizer, SGDHess) else loss.backward()
+
+
+def take_step(optimizer: SAM | SGDHess, seed: int) -> None:
+    """A whole step with random gradients for all parameters."""
     params = parameters_of(optimizer)
+    if isinstance(optimizer, SGDHess):
+        factors = [factor.detach() for factor in set_gradients(params, seed)]
+        optimizer.zero_grad()
+        # Random numbers and w for a gradient, v for a Hessian-vector product.
+        losses = [(p * (f + p / 2)).sum() for p, f in zip(params, factors, strict=True)]
+        optimizer.backward(torch.stack([loss.double() for loss in losses]).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+        return
     set_gradients(params, 2 * seed)
     optimizer.first_step()
     set_gradients(params, 2 * seed + 1)

@@ -1,5 +1,6 @@
 """The optimizers and base optimizers, as tables that the tests of all of them go through, like
-torch's OptimizerInfo: a new optimizer is one row of OPTIMIZER_TABLE."""
+torch's OptimizerInfo: a new optimizer that wraps a base optimizer is one row of OPTIMIZER_TABLE,
+one that makes its own step is one of STAND_ALONE."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from samkernels import SAM, SAMDirection, SAMMagnitude
+from samkernels import SAM, SAMDirection, SAMMagnitude, SGDHess
 from samkernels.optim.samdirection import GRANULARITIES
 
 BACKENDS = ("native", "foreach", "reference")
@@ -74,6 +75,30 @@ OPTIMIZER_TABLE = (
         SAMMagnitude, lambda g1, g2, granularity: mixture(g2, g1, granularity), EACH_GRANULARITY
     ),
 )
+
+
+@dataclass(frozen=True)
+class StandAlone:
+    """One row: an optimizer without a base optimizer, whose step is like that of one in PyTorch,
+    with one backward pass: its own backward(loss).
+
+    Args:
+        like: whose options, state and checkpoints it has.
+        options: what it is built with, so that two of them take the same steps.
+    """
+
+    cls: type[SGDHess]
+    like: type[torch.optim.Optimizer]
+    options: dict[str, Any]
+
+    def __call__(self, params: Any, **options: Any) -> SGDHess:
+        return self.cls(params, **{**self.options, **options})
+
+    def __str__(self) -> str:
+        return self.cls.__name__
+
+
+STAND_ALONE = (StandAlone(SGDHess, torch.optim.SGD, {"rho": 0.5, "seed": 3}),)
 
 
 @dataclass(frozen=True)

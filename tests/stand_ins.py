@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +37,18 @@ def register() -> dict[str, str]:
             backends._MODULES[name] = _absent(missing[name])
             backends.BACKENDS = (*backends.BACKENDS, name)
     return missing
+
+
+def load_module(name: str, path: Path) -> Any:
+    """The module at `path` under another name; a package with modules of its own."""
+    folder = [str(path.parent)] if path.name == "__init__.py" else None
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folder)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    if folder is not None:  # or its modules would not find it
+        sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _module(name: str) -> Any:

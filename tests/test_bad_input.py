@@ -380,15 +380,14 @@ MAY_BE_TENSORS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "option"), NUMBERS)
-@pytest.mark.parametrize("value", [-1.0, -1e-12, -math.inf])
-def test_negative_numbers(name: str, option: str, value: float) -> None:
-    refuses(name, CALLS[name].arguments(**{option: value}), ValueError, f"{option}={value}")
-
-
-@pytest.mark.parametrize(("name", "option"), [*NUMBERS, *SIGNED])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_not_finite(name: str, option: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        *((*of, value) for of in NUMBERS for value in (-1.0, -1e-12, -math.inf)),
+        *((*of, value) for of in (*NUMBERS, *SIGNED) for value in (math.nan, math.inf)),
+    ],
+)
+def test_numbers_out_of_range(name: str, option: str, value: float) -> None:
     refuses(name, CALLS[name].arguments(**{option: value}), ValueError, f"{option}={value}")
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true"),
     pytest.mark.filterwarnings("ignore:`training_step` returned `None`"),
     pytest.mark.filterwarnings("ignore:numpy.core is deprecated"),
+    pytest.mark.usefixtures("alone"),
 ]
 
 BF16 = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -43,15 +43,6 @@ default_sam = partial(SAM, rho=0.05, lr=0.1, momentum=0.9)
 
 
 Batch = tuple[Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
-    before = signal.getsignal(signal.SIGINT)  # Lightning ignores it once it was interrupted
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def batched(items: list[Any], n: int) -> list[list[Any]]:

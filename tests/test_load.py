@@ -30,7 +30,7 @@ from tests.optim_helpers import (
     take_step,
     unchanged,
 )
-from tests.optimizers import ALL_VARIANTS, OPTIMIZER_TABLE, Variant
+from tests.optimizers import ALL_VARIANTS, OPTIMIZER_TABLE, STAND_ALONE, StandAlone, Variant
 
 # -- 10,000 steps ----------------------------------------------------------------------------------
 
@@ -113,6 +113,22 @@ def test_thousands_of_steps_take_no_more_memory_than_some(
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@linux
+@pytest.mark.parametrize("row", STAND_ALONE, ids=str)
+def test_thousands_of_steps_of_one_pass_take_no_more_memory_than_some(row: StandAlone) -> None:
+    model = linear()
+    optimizer = row(model.parameters(), lr=1e-4, momentum=0.9)
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        optimizer.backward(model(x).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert_no_growth(growth(step, 3_000))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 class KeepsATensor(SAM):
     """Of each step, in a list that nobody clears."""
 
@@ -140,10 +156,13 @@ SLOTS = [Slot((i % 9,), offset=i % 4) for i in range(2000)]
 
 @pytest.mark.parametrize(
     ("backend", "variant"),
-    [*(("native", variant) for variant in ALL_VARIANTS), ("emulated", ALL_VARIANTS[0])],
+    [
+        *(("native", variant) for variant in (*ALL_VARIANTS, *STAND_ALONE)),
+        ("emulated", ALL_VARIANTS[0]),
+    ],
     ids=str,
 )
-def test_two_thousand_tensors(backend: str, variant: Variant) -> None:
+def test_two_thousand_tensors(backend: str, variant: Variant | StandAlone) -> None:
     results = []
     for name in (backend, "reference"):
         memory = make_list(SLOTS, torch.float32)

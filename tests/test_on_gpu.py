@@ -492,9 +492,7 @@ def test_takes_long():
 """
 
 
-def test_tests_that_ran_before_the_cap_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tests_that_ran_before_the_cap_are_counted(tmp_path: Path) -> None:
     (tmp_path / "test_a.py").write_text(TESTS)
     lines, started = tmp_path / "tests_a.jsonl", tmp_path / "started"
     pytest_ = (sys.executable, "-m", "pytest", "-p", "bench.gpu.outcomes", "-p", "no:cacheprovider")

@@ -52,7 +52,6 @@ from tests import examples  # noqa: F401
 
 EXAMPLES = int(os.environ.get("SAMKERNELS_STATES", "0"))
 SETTINGS = settings(
-    max_examples=EXAMPLES or 120,
     stateful_step_count=40,
     deadline=None,
     derandomize=EXAMPLES == 0,
@@ -777,8 +776,10 @@ class Optimizers(RuleBasedStateMachine):
             assert optimizer.state_dict().keys() == {"state", "param_groups"}
 
 
-def test_calls_in_any_order() -> None:
-    run_state_machine_as_test(Optimizers, settings=SETTINGS)
+@pytest.mark.parametrize("number", [30, pytest.param(120, marks=pytest.mark.full)])
+def test_calls_in_any_order(number: int) -> None:
+    few = settings(SETTINGS, max_examples=EXAMPLES or number)
+    run_state_machine_as_test(Optimizers, settings=few)
 
 
 # -- the machine notices wrong optimizers ----------------------------------------------------------

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -512,19 +511,8 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:.*assuming the intent is to (save|load) in a single process"
     ),
+    pytest.mark.usefixtures("alone", "fresh_accelerate"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None
-) -> Iterator[None]:
-    """In a folder for what a snippet saves; and what the frameworks leave behind is undone."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
-    before = signal.getsignal(signal.SIGINT)  # Lightning ignores it once it was interrupted
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

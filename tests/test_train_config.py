@@ -342,7 +342,7 @@ def named(name: str) -> dict[str, Any]:
     return read_yaml(STUDIES / f"{name}.yaml")
 
 
-def test_sections_and_paths(tmp_path: Path) -> None:
+def test_sections_and_paths() -> None:
     config = from_command_line(
         ["--set", "optimizer.rho=0.3", "--set=run.seed=4", "--set", "lr=0.2", "--set",
          "run.verify=7", "--opt_name=sam"]

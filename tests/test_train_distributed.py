@@ -143,12 +143,19 @@ TERMINATED = (
 )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = finish([*TORCHRUN, *command(folder, verify_steps=0, batch_size=250)])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize("end", [DYING, TERMINATED], ids=["killed", "terminated"])
-def test_two_processes_resume(tmp_path: Path, end: str) -> None:
+def test_two_processes_resume(tmp_path: Path, whole: Path, end: str) -> None:
     """Killed after the first epoch, or one of them told to end within the second: resumed, they do
     bit for bit what two processes do without a break."""
-    done = finish([*TORCHRUN, *command(tmp_path / "whole", verify_steps=0, batch_size=250)])
-    assert done.returncode == 0, done.stderr
     script = (
         "import os, signal, sys, train.run as run\n"
         f"from train.__main__ import main\n{end}main(sys.argv[1:])\n"
@@ -167,15 +174,15 @@ def test_two_processes_resume(tmp_path: Path, end: str) -> None:
     done = finish([*TORCHRUN, *again])
     assert done.returncode == 0, done.stderr
     histories = [
-        json.loads((tmp_path / n / "result.json").read_text())["history"]
-        for n in ("whole", "parts")
+        json.loads((folder / "result.json").read_text())["history"]
+        for folder in (whole, tmp_path / "parts")
     ]
     for entry in [*histories[0], *histories[1]]:
         del entry["seconds"]
     assert histories[0] == histories[1]
 
 
-def test_a_batch_for_fewer_than_all_processes_is_refused(tmp_path: Path) -> None:
+def test_a_batch_for_fewer_than_all_processes_is_refused() -> None:
     config = Config(dataset="digits", model="resnet_small", batch_size=333, device="cpu")
     run.Training(Config(**{**vars(config), "batch_size": 332}))  # 1000 = 3 * 332 + 4
     with pytest.raises(ConfigError, match="batch_size=333 leaves a last batch of one image"):

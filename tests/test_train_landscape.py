@@ -58,7 +58,7 @@ def test_weights_are_put_back_whatever_happens() -> None:
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), before, strict=True))
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(tmp_path: Path) -> None:
     paths = []
     for seed in (0, 1):
         config = Config(

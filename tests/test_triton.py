@@ -311,7 +311,7 @@ def test_the_journal_is_written_by_the_launch_itself() -> None:
         assert one is other or one == other
 
 
-def test_the_journal_stays_empty_if_there_is_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_journal_stays_empty_if_there_is_no_launch() -> None:
     lists, journal = Lists(torch.float32), []
     lists.w[1].untyped_storage().resize_(0)
     with compiled.gpu(90) as gpu, pytest.raises(ValueError, match=r"params\[1\] has no memory"):

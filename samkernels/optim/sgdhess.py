@@ -362,6 +362,7 @@ class SGDHess(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which PyTorch puts there
         self.__dict__.setdefault("_is_constructed", True)
         self.__dict__.setdefault("_slots", Slots(self._backend, {}, {}))
         self.__dict__.setdefault("_products", {})
