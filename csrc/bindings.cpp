@@ -1,4 +1,4 @@
-// The Python module samkernels._C. Only this file and python_tensors.cpp know pybind11.
+// Defines the Python module samkernels._C. Only this file and python_tensors.cpp know pybind11.
 //
 // Lists arrive as TensorList. Whoever calls has checked what is said about tensors in
 // samkernels/ops.py; here it is checked that lists agree and have memory, since what follows walks
@@ -41,7 +41,7 @@ const OpTable& TableFor(bool cuda) {
 #endif
 }
 
-// The call's place: a table of ops, and the stream or the threads to run it with.
+// Holds where a call runs: a table of ops, and the stream or the threads.
 struct Target {
   const OpTable* ops;
   Execution execution;
@@ -53,7 +53,7 @@ Target CudaTarget(std::uintptr_t stream) {
   return {&TableFor(true), {reinterpret_cast<void*>(stream), 1}};
 }
 
-// The shapes of an op, and the check that lists go together.
+// Holds the shapes of an op, and checks that its lists go together.
 class Shapes {
  public:
   Shapes(const char* name, const TensorList& list, const OpTable& ops)
@@ -90,7 +90,7 @@ class Shapes {
     return addresses;
   }
 
-  // Of a list of numbers, one for each tensor: which are float64; the others are float32.
+  // Says of a list of numbers, one for each tensor, which are float64; the others are float32.
   std::unique_ptr<bool[]> AreDouble(const char* name, const TensorList& numbers) const {
     if (numbers.size() != list_.size()) {
       throw std::invalid_argument(std::string(name) + " has " + std::to_string(numbers.size()) +
@@ -125,7 +125,7 @@ class Shapes {
  private:
   const char* name_;
   const TensorList& list_;
-  // What tensors_ points into, whatever else happens to the list during the call.
+  // Keeps what tensors_ points into, whatever happens to the list during the call.
   std::shared_ptr<const Layout> layout_;
   std::shared_ptr<const ChunkPlan> plan_;
   Tensors tensors_;
@@ -142,7 +142,7 @@ T* Required(const char* name, std::uintptr_t address) {
   return Pointer<T>(address);
 }
 
-// Room for the sums of an op: the caller's, or of host ops that get none, memory of the core's own.
+// Holds the room for the sums of an op: the caller's, or the core's own for host ops that get none.
 class Workspace {
  public:
   Workspace(const Target& target, const Shapes& shapes, int num_sums, std::uintptr_t address)
@@ -160,12 +160,12 @@ class Workspace {
   void* address_;
 };
 
-// A number that Python gave, or float32 in the memory that the op works on.
+// Makes a Scalar of a number that Python gave, or of float32 in the memory that the op works on.
 Scalar ScalarOf(float value, std::uintptr_t address, int64_t stride = 0) {
   return {value, Pointer<const float>(address), stride};
 }
 
-// The Python side of Mix.
+// Holds the Python side of Mix.
 struct PyMix {
   std::shared_ptr<TensorList> x;
   std::shared_ptr<TensorList> y;  // or null

@@ -1,4 +1,4 @@
-// How a list of tensors is cut into chunks. Host only.
+// Cuts a list of tensors into chunks, on the host.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ class ChunkPlan {
   int64_t total_numel_ = 0;
 };
 
-// The tensor that holds `chunk`: the last i with first_chunk[i] <= chunk.
+// Returns the tensor that holds `chunk`: the last i with first_chunk[i] <= chunk.
 int64_t TensorOfChunk(const int64_t* first_chunk, int64_t num_tensors, int64_t chunk);
 
 }  // namespace samkernels

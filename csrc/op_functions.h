@@ -1,5 +1,5 @@
-// The ops of one implementation, and their table. Included by the sources of each: in those of
-// csrc/cuda the namespace is cuda; those of csrc/cpu are compiled once per instruction set, with
+// Declares the ops of one implementation, and their table. The sources of each include it: in those
+// of csrc/cuda the namespace is cuda; those of csrc/cpu are compiled once per instruction set, with
 // SAMKERNELS_CPU_VARIANT (baseline, avx2) as its name.
 #pragma once
 

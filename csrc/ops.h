@@ -27,19 +27,19 @@ struct Tensors {
   int64_t total_numel;
 };
 
-// Room for the partial sums of an op that reduces num_sums values at once.
+// Returns the bytes of workspace that an op needs for the partial sums of num_sums values.
 constexpr int64_t WorkspaceBytes(int64_t num_chunks, int64_t num_tensors, int num_sums) {
   return 8 * (num_sums * (num_chunks + num_tensors) + num_tensors + 1);
 }
 
-// Where and how an op runs.
+// Says where and how an op runs.
 struct Execution {
   void* stream = nullptr;  // cudaStream_t; unused on the host
   int num_threads = 1;     // threads on the host; unused on a device
 };
 
-// A number, or an address in the op's memory where it lies and may change without the host (CUDA
-// graphs): one for all tensors, or one for each.
+// Holds a number, or the address in the op's memory where it lies and may change without the host
+// (CUDA graphs). There is one number for all tensors, or one for each.
 struct Scalar {
   float value;
   const float* address;  // or null
@@ -48,7 +48,7 @@ struct Scalar {
 
 constexpr int kMaxDots = 6;
 
-// How many sums Dots makes of so many lists.
+// Returns the number of sums that Dots makes of num_lists lists.
 constexpr int NumDots(int num_lists, bool weighted) {
   return weighted ? 2 : num_lists == 1 ? 1 : num_lists == 2 ? 3 : kMaxDots;
 }
@@ -92,7 +92,7 @@ struct RestoreArgs {
   ReadOnlyList old_params;  // [in]
 };
 
-// What u is of one element.
+// Names the function that makes u from the elements of x and y.
 enum class Function : int {
   kLinear,   // a * x + b * y;  a * x without y
   kSign,     // a * |x| * sign(y)
@@ -101,7 +101,7 @@ enum class Function : int {
 };
 constexpr int kFunctions = 4;
 
-// What takes the gradient's place: u, divided by `divisor` if that is given.
+// Describes u, which takes the gradient's place. It is divided by `divisor` if that is given.
 struct Mix {
   ReadOnlyList x;  // [in]
   ReadOnlyList y;  // [in] or null: then the function is linear
@@ -148,8 +148,8 @@ struct SgdArgs {
   SgdOptions options;
 };
 
-// How a tensor lies around its spatial positions: [..][count][stride] in memory. The positions of
-// a convolution's kernel have stride 1 if contiguous, the number of input channels in
+// Says how a tensor lies around its spatial positions: [..][count][stride] in memory. The positions
+// of a convolution's kernel have stride 1 if contiguous, the number of input channels in
 // channels_last; a tensor without spatial dimensions has one position.
 struct Positions {  // both below 2^31
   int64_t count;
@@ -169,13 +169,13 @@ struct SgdHessArgs {
   SgdOptions options;
 };
 
-// How many steps were made with each tensor.
+// Holds the number of steps that were made with each tensor.
 struct StepCounts {
   MutableList address;    // [in, out] whole numbers in float32 or float64
   const bool* is_double;  // [num_tensors]
 };
 
-// For t steps: 1 - beta1^t and sqrt(1 - beta2^t).
+// Holds 1 - beta1^t and sqrt(1 - beta2^t) of a tensor with t steps.
 struct BiasCorrections {
   float first;
   float second_sqrt;
@@ -212,7 +212,7 @@ struct AdamArgs {
   AdamOptions options;
 };
 
-// One implementation of every op.
+// Holds one implementation of every op.
 struct OpTable {
   const char* name;
   int64_t chunk_size;  // elements; the Tensors given to an op are planned with it
@@ -225,12 +225,12 @@ struct OpTable {
   void (*adam)(const AdamArgs&, const Execution&);
 };
 
-// The widest instruction set that was compiled and that this processor has.
+// Returns the ops for the widest instruction set that was compiled and that this processor has.
 const OpTable& CpuOps();
 
 #ifdef SAMKERNELS_WITH_CUDA
 const OpTable& CudaOps();
-// nullptr if a kernel can be launched, else why not.
+// Returns nullptr if a kernel can be launched, else the reason why not.
 const char* WhyNoCuda();
 #endif
 

@@ -9,8 +9,8 @@ namespace py = pybind11;
 namespace samkernels {
 namespace {
 
-// The part of DLPack's binary interface that is used here (dmlc/dlpack, include/dlpack/dlpack.h,
-// major version 1).
+// Declares the part of DLPack's binary interface that is used here (dmlc/dlpack,
+// include/dlpack/dlpack.h, major version 1).
 namespace dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
@@ -53,7 +53,7 @@ struct ExchangeApi {
 
 }  // namespace dlpack
 
-// What reads tensors of this type, or null.
+// Returns what reads tensors of this type, or null.
 const dlpack::ExchangeApi* ExchangeApiOf(py::handle type) {
   const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
@@ -92,14 +92,14 @@ bool Read(const dlpack::ExchangeApi* api, py::handle tensor, View* view) {
   return true;
 }
 
-// The addresses of tensors that are laid out as those of another list.
+// Collects the addresses of tensors that are laid out as those of another list.
 class AlikeReader {
  public:
   explicit AlikeReader(const TensorList& like) : layout_(like.layout()) {
     addresses_.reserve(like.size());
   }
 
-  // False if the next tensor is not as the next one of the other list; then it is over.
+  // Returns false if the next tensor is not as the next one of the other list; then it is over.
   bool Add(const dlpack::ExchangeApi* api, py::handle tensor) {
     View view;
     if (!Read(api, tensor, &view)) {
@@ -131,7 +131,7 @@ class AlikeReader {
   size_t dims_read_ = 0;
 };
 
-// A layout and its addresses while tensors are added to it.
+// Builds a layout and its addresses, tensor by tensor.
 struct ListBuilder {
   std::vector<void*> addresses;
   std::shared_ptr<Layout> layout = std::make_shared<Layout>();

@@ -14,7 +14,7 @@
 
 namespace samkernels {
 
-// What lists that are alike have in common: everything but the addresses.
+// Holds what lists that are alike have in common: everything but the addresses.
 struct Layout {
   struct Kind {
     static constexpr uint8_t kUnknown = 255;  // a dtype or device that equals nothing
@@ -35,13 +35,13 @@ struct Layout {
 
   std::vector<int64_t> numel;
   std::vector<Kind> kinds;
-  // Of all tensors: ndim, then size and stride of each dimension. A stride that is never walked
-  // (size 1, or no elements) stands as 0.
+  // Holds, of all tensors, ndim, then size and stride of each dimension. A stride that is never
+  // walked (size 1, or no elements) stands as 0.
   std::vector<int64_t> dims;
 };
 
-// What the core needs to know of a list of tensors, as they were when it was made: it neither owns
-// nor watches them.
+// Holds what the core needs to know of a list of tensors, as they were when it was made. It neither
+// owns nor watches them.
 class TensorList {
  public:
   // Throws what PyTorch raises if something is no tensor with memory of its own.
@@ -54,14 +54,15 @@ class TensorList {
   const std::vector<int64_t>& numel() const { return layout_->numel; }
   const std::shared_ptr<const Layout>& layout() const { return layout_; }
 
-  // The dtype of all tensors. Throws TypeError if they differ or the core has no kernels for it.
+  // Returns the dtype of all tensors. Throws TypeError if they differ or the core has no kernels
+  // for it.
   DType dtype() const;
 
-  // Whether tensor i of both lists has the same dtype, device, shape and order in memory. Lists
-  // that are share one layout from then on, so that the next comparison is quick.
+  // Says whether tensor i of both lists has the same dtype, device, shape and order in memory. Such
+  // lists share one layout from then on, so that the next comparison is quick.
   bool IsAlike(const TensorList& other) const;
 
-  // Kept for the next call with the same chunk size.
+  // Keeps the plan for the next call with the same chunk size.
   std::shared_ptr<const ChunkPlan> Plan(int64_t chunk_size) const;
 
   // Throws ValueError if two of the tensors overlap: an element of both would be written twice.
@@ -81,14 +82,14 @@ class TensorReader {
  public:
   TensorReader(pybind11::type tensor, pybind11::type parameter);
 
-  // The gradients of `params`, and what the core needs to know of both:
+  // Returns the gradients of `params`, and what the core needs to know of both:
   // (list of gradients, TensorList of gradients, TensorList of params). `known` is the last of
-  // these from the last step, and is returned where no parameter has other memory now. None, too,
-  // unless `params` are exactly those of `candidates` that have a gradient.
+  // these from the last step, and is returned where no parameter has other memory now. Returns
+  // None, too, unless `params` are exactly those of `candidates` that have a gradient.
   pybind11::object Gradients(pybind11::handle candidates, const pybind11::list& params,
                              const std::shared_ptr<TensorList>& known) const;
 
-  // state[p][name] of every p in params, state being a dict as torch.optim keeps it:
+  // Returns state[p][name] of every p in params, where state is a dict as torch.optim keeps it:
   // (list of tensors, TensorList). They have to be laid out as `like`; or, if they are numbers, to
   // be float32 or float64 of shape () on its device.
   // `seen`: what this returned in the last step, or None; it is not negated, and not asked again.
@@ -102,13 +103,14 @@ class TensorReader {
     return type == tensor_.ptr() || type == parameter_.ptr();
   }
 
-  // A dict, or torch.optim's defaultdict: a class of somebody else may look up in its own way.
+  // Says whether it is a dict, or torch.optim's defaultdict: a class of somebody else may look up
+  // in its own way.
   bool IsPlainDict(pybind11::handle state) const {
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(state.ptr()));
     return PyDict_CheckExact(state.ptr()) || type == default_dict_.ptr();
   }
 
-  // Whether PyTorch negates it when it reads it: its memory holds the opposite then.
+  // Says whether PyTorch negates it when it reads it: its memory holds the opposite then.
   bool IsNegated(pybind11::handle tensor) const;
 
   pybind11::type tensor_, parameter_;

@@ -1,6 +1,6 @@
-// The arithmetic of perturb, mix and update, per element, in fp32. Written once: the CPU and
-// the CUDA ops call these functions. Contraction into fused multiply-adds is switched off in the
-// build, so that both give the same bits from the same inputs.
+// Does the arithmetic of perturb, mix and update, per element, in fp32. It is written once: the CPU
+// and the CUDA ops call these functions. Contraction into fused multiply-adds is switched off in
+// the build, so that both give the same bits from the same inputs.
 //
 // `static`: the CPU ops are compiled once per instruction set, and an inline function shared
 // between those objects would let the linker pick the version that the processor at hand does not
@@ -42,7 +42,7 @@ static inline SAMKERNELS_HOST_DEVICE bool IsFinite(float x) {
   return x >= -kLargestFloat && x <= kLargestFloat;
 }
 
-// As torch.sign: 0 for 0 and for nan.
+// Returns what torch.sign does: 0 for 0 and for nan.
 static inline SAMKERNELS_HOST_DEVICE float Sign(float x) {
   return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f);
 }
@@ -55,31 +55,31 @@ static inline SAMKERNELS_HOST_DEVICE float NormOf(double square) {
   return static_cast<float>(sqrt(square));
 }
 
-// Whether NormOf(square) is finite. A root is far dearer: this is where roots begin that round to
-// infinity, (2^128 - 2^103)^2.
+// Says whether NormOf(square) is finite, without the root, which is far dearer: roots round to
+// infinity from (2^128 - 2^103)^2 on.
 static inline SAMKERNELS_HOST_DEVICE bool HasFiniteRoot(double square) {
   return square >= 0.0 && square < 1.1579208233556995e+77;
 }
 
-// 0 stands for "perturb nothing": without a gradient there is no direction, and a gradient that is
-// not finite would put nan into every weight.
+// Returns the scale of e(w). 0 stands for "perturb nothing": without a gradient there is no
+// direction, and a gradient that is not finite would put nan into every weight.
 static inline SAMKERNELS_HOST_DEVICE float PerturbScale(float norm, float rho, float eps) {
   return norm > 0.0f && norm <= kLargestFloat ? rho / (norm + eps) : 0.0f;
 }
 
-// T of one weight.
+// Returns T of one weight.
 static inline SAMKERNELS_HOST_DEVICE float WeightScale(float w, float eta) {
   return fabsf(w) + eta;
 }
 
-// w + e(w), e(w) = scale * T^2 * d; where scale is 0, it is not to be used.
+// Returns w + e(w), e(w) = scale * T^2 * d. Where scale is 0, it is not to be used.
 static inline SAMKERNELS_HOST_DEVICE float Perturbed(float w, float d, float scale, bool scaled,
                                                      float eta) {
   const float t = WeightScale(w, eta);
   return w + scale * (scaled ? t * t * d : d);
 }
 
-// Random bits from a number: a bijection (C. Wellons, "lowbias32").
+// Makes random bits from a number, by a bijection (C. Wellons, "lowbias32").
 static inline SAMKERNELS_HOST_DEVICE uint32_t Scrambled(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
@@ -88,22 +88,22 @@ static inline SAMKERNELS_HOST_DEVICE uint32_t Scrambled(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// Where the random numbers of a tensor's rounding start. The norm is another one in every step, so
+// Returns where the random numbers of a tensor's rounding start. The norm differs in every step, so
 // no state is kept, and the same inputs give the same bits.
 static inline SAMKERNELS_HOST_DEVICE uint32_t RoundingKey(float norm, int64_t tensor) {
   return Scrambled(BitsOf(norm) ^ Scrambled(static_cast<uint32_t>(tensor)));
 }
 
-// x rounded to a bfloat16, up or down at random, so that it is x on average: nearest rounding would
-// lose a perturbation that is smaller than half a step of the weight.
-// place: of the element in its tensor's memory.
+// Rounds x to a bfloat16, up or down at random, so that it is x on average: nearest rounding would
+// lose a perturbation that is smaller than half a step of the weight. `place` is that of the
+// element in its tensor's memory.
 static inline SAMKERNELS_HOST_DEVICE float RoundedAtRandom(float x, uint32_t key, int64_t place) {
   if (!IsFinite(x)) return x;
   const uint32_t random = Scrambled(key + static_cast<uint32_t>(place));
   return FromBits((BitsOf(x) + (random & 0xffffu)) & 0xffff0000u);
 }
 
-// What all elements of a tensor share in a mix.
+// Holds what all elements of a tensor share in a mix.
 struct MixScalars {
   float a;
   float b;
@@ -122,7 +122,7 @@ static inline SAMKERNELS_HOST_DEVICE bool IsSkipped(const Mix& mix) {
          (mix.found_inf != nullptr && *mix.found_inf != 0.0f);
 }
 
-// 0 < x / d < 1 as floats, where the quotient may round to 0 but never up to 1.
+// Says whether 0 < x / d < 1 as floats, where the quotient may round to 0 but never up to 1.
 static inline SAMKERNELS_HOST_DEVICE bool IsProperFraction(float x, float d) {
   const float along = d < 0.0f ? -x : x;
   const float size = fabsf(d);
@@ -130,7 +130,8 @@ static inline SAMKERNELS_HOST_DEVICE bool IsProperFraction(float x, float d) {
   return along > 0.0f && along < size && along * 0x1p75f > size * 0x1p-75f;
 }
 
-// u of one element. One multiplication for all functions, and no branch: the loops stay short.
+// Returns u of one element. All functions share one multiplication, without a branch: the loops
+// stay short.
 template <bool kHasY>
 static inline SAMKERNELS_HOST_DEVICE float Mixed(Function function, const MixScalars& s, float x,
                                                  float y) {
@@ -143,7 +144,7 @@ static inline SAMKERNELS_HOST_DEVICE float Mixed(Function function, const MixSca
   return function == Function::kLinear ? u + s.b * y : u;
 }
 
-// What all elements share.
+// Holds what all elements share.
 struct SgdScalars {
   float lr;
   float one_minus_dampening;
@@ -153,7 +154,7 @@ static inline SAMKERNELS_HOST_DEVICE SgdScalars SgdScalarsOf(const SgdOptions& o
   return {Read(o.lr), Read(o.one_minus_dampening)};
 }
 
-// The new weight; buf becomes the new buffer if there is one.
+// Returns the new weight; buf becomes the new buffer if there is one.
 template <bool kHasBuffer>
 static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, const SgdScalars& s,
                                                       float w, float u, float& buf) {
@@ -166,13 +167,14 @@ static inline SAMKERNELS_HOST_DEVICE float SgdUpdated(const SgdOptions& o, const
   return w - s.lr * u;
 }
 
-// What SGDHess puts in the gradient's place: d is |Hv|, or its mean over the spatial positions.
+// Returns what SGDHess puts in the gradient's place: d is |Hv|, or its mean over the positions.
 static inline SAMKERNELS_HOST_DEVICE float ScaledByCurvature(float g, float rho, float d) {
   return g * (1.0f + rho * d);
 }
 
-// base^exponent, 0 <= base < 1, for a whole number; 1 for what is below 1 or nan. By squaring, in
-// an order that every backend keeps: the pow of one library gives other bits than that of the next.
+// Returns base^exponent, 0 <= base < 1, for a whole number; 1 for what is below 1 or nan. It
+// squares in an order that every backend keeps: the pow of one library gives other bits than that
+// of the next.
 static inline SAMKERNELS_HOST_DEVICE double Power(double base, double exponent) {
   const double largest = 4611686018427387904.0;  // 2^62: no integer holds much more
   int64_t rest = 0;
@@ -185,14 +187,14 @@ static inline SAMKERNELS_HOST_DEVICE double Power(double base, double exponent) 
   return power;
 }
 
-// For t steps.
+// Returns the corrections for t steps.
 static inline SAMKERNELS_HOST_DEVICE BiasCorrections BiasCorrectionsOf(const AdamOptions& o,
                                                                        double t) {
   return {static_cast<float>(1.0 - Power(o.exact_beta1, t)),
           static_cast<float>(sqrt(1.0 - Power(o.exact_beta2, t)))};
 }
 
-// Adds this step to the count at `address`, unless it is skipped. How many there are with it.
+// Adds this step to the count at `address`, unless it is skipped, and returns the new count.
 static inline SAMKERNELS_HOST_DEVICE double Counted(void* address, bool is_double, bool skipped) {
   double* in_double = static_cast<double*>(address);
   float* in_float = static_cast<float*>(address);
@@ -202,7 +204,7 @@ static inline SAMKERNELS_HOST_DEVICE double Counted(void* address, bool is_doubl
   return t;
 }
 
-// What all elements of a tensor share.
+// Holds what all elements of a tensor share.
 struct AdamScalars {
   float step_size;
   float shrink;  // of the weight, if the decay is decoupled
@@ -215,12 +217,12 @@ static inline SAMKERNELS_HOST_DEVICE AdamScalars AdamScalarsOf(const AdamOptions
   return {lr / corrections.first, 1.0f - lr * o.weight_decay, corrections.second_sqrt};
 }
 
-// Which of the two arithmetics: without weight decay either.
+// Says whether weight decay changes the gradient, and not the weight; without any, either is right.
 static inline SAMKERNELS_HOST_DEVICE bool DecaysGradient(const AdamOptions& o) {
   return !o.decoupled && o.weight_decay != 0.0f;
 }
 
-// The new weight; m and v are updated.
+// Returns the new weight, and updates m and v.
 static inline SAMKERNELS_HOST_DEVICE float AdamUpdated(const AdamOptions& o, const AdamScalars& s,
                                                        bool decays_gradient, float w, float u,
                                                        float& m, float& v) {

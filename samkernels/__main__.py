@@ -1,4 +1,4 @@
-"""`python -m samkernels`: versions, how the core was built, and what each backend can do here."""
+"""Print versions, how the core was built, and what each backend can do: `python -m samkernels`."""
 
 from __future__ import annotations
 

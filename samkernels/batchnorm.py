@@ -1,4 +1,4 @@
-"""Batch normalisation in the second pass of SAM."""
+"""Keep the statistics of batch normalisation out of the second pass of SAM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 # These ask track_running_stats whether there is anything to be updated.
 MINDS_SWITCH = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
-Kept = list[tuple[nn.Module, str, Tensor, Tensor]]  # whose buffer, its name, itself, a copy
+Kept = list[tuple[nn.Module, str, Tensor, Tensor]]  # module, name of its buffer, buffer, copy
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def frozen_batchnorm_stats(model: nn.Module) -> Iterator[None]:
     training mode still normalise with the statistics of the batch; layers in eval mode do what they
     did. Contexts may be nested, and exceptions leave the layers as they were found.
 
-    Frozen are:
+    What is frozen:
 
     - PyTorch's BatchNorm1d, 2d, 3d and SyncBatchNorm, and what inherits their forward: they are
       told not to track.

@@ -1,5 +1,5 @@
-"""What is checked of arguments before anything is written. Errors name the argument, the tensor's
-index and what to do."""
+"""Check arguments before anything is written. Errors name the argument, the tensor's index and what
+to do."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def check_adam_options(
 
 
 def signed_rho(rho: float | Tensor, maximize: bool, *, like: Tensor) -> float | Tensor:
-    """rho as backends take it: negative to go against the gradient. Raises as `hyperparameter`."""
+    """Return rho as backends take it: negative to go against the gradient. Raise as
+    `hyperparameter` does."""
     rho = hyperparameter("rho", rho, like)
     return -rho if maximize else rho
 
@@ -75,7 +76,7 @@ def signed_rho(rho: float | Tensor, maximize: bool, *, like: Tensor) -> float | 
 def hyperparameter(
     name: str, value: float | Tensor, like: Tensor, *, signed: bool = False
 ) -> float | Tensor:
-    """As backends take it: a float, or a tensor of shape () beside `like`."""
+    """Return a number as backends take it: a float, or a tensor of shape () beside `like`."""
     check_hyperparameter(name, value, signed=signed)
     if not isinstance(value, Tensor):
         _check_range(name, value, like)
@@ -178,7 +179,7 @@ def check_scalar(
 
 
 def lists_of(mix: Mix) -> dict[str, TensorList]:
-    """The lists of a mix by name. Raises TypeError or ValueError if it is none or lacks one."""
+    """Return the lists of a mix by name. Raise TypeError or ValueError if it lacks one."""
     if not isinstance(mix, Mix):
         raise TypeError(f"mix is {type(mix).__name__}: give samkernels.ops.Mix(gradients)")
     check_choice("mix.function", mix.function, FUNCTIONS)
@@ -309,11 +310,11 @@ def check_matches(name: str, tensor: Tensor, other_name: str, other: Tensor) -> 
 
 
 def _check_overlap(lists: Mapping[str, TensorList], written: Sequence[str]) -> None:
-    """No tensor that is written may share memory with another one.
+    """Raise ValueError if a tensor that is written shares memory with another one.
 
-    One that is read may be the very tensor at the same index of a list that is written. Tensors
-    with gaps (slices)
-    are told apart by their first address only: their ranges may interleave.
+    A tensor that is read may be the very tensor at the same index of a list that is written.
+    Tensors with gaps (slices) are told apart by their first address only: their ranges may
+    interleave.
     """
     ranges: dict[tuple[int, int, int], tuple[str, bool]] = {}
     for list_name, tensors in lists.items():
@@ -350,7 +351,7 @@ def _raise_overlap(name: str, other_name: str, tensor: Tensor) -> None:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two of its elements share memory."""
+    """Say whether two of its elements share memory."""
     if tensor.is_contiguous() or tensor.numel() == 0:
         return False
     reach = 0
@@ -363,8 +364,11 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def has_address(tensor: Tensor) -> bool:
-    """Whether its elements lie where data_ptr() says. Not so for meta and fake tensors, which have
-    no elements, and for wrappers such as DTensor, whose elements lie in the tensors they wrap."""
+    """Say whether its elements lie where data_ptr() says.
+
+    They do not in meta and fake tensors, which have none, nor in wrappers such as DTensor, whose
+    elements lie in the tensors they wrap.
+    """
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return tensor.device.type != "meta"
     if is_traceable_wrapper_subclass(tensor) or tensor.untyped_storage().device.type == "meta":
@@ -373,10 +377,10 @@ def has_address(tensor: Tensor) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlap, in whatever order of
+    """Say whether the elements fill their memory without gaps or overlap, in whatever order of
     dimensions.
 
-    Not so for tensors without address, and for views that PyTorch negates when it reads them.
+    Tensors without address do not, nor do views that PyTorch negates when it reads them.
     """
     if tensor.is_neg() or not has_address(tensor):
         return False
@@ -393,8 +397,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of equal shape keep their elements in the same order; strides of size-1
-    dims are moot."""
+    """Say whether two tensors of equal shape keep their elements in the same order. The strides of
+    dimensions of size 1 are moot."""
     if a.stride() == b.stride() or a.numel() == 0:
         return True
     pairs = zip(a.stride(), b.stride(), a.shape, strict=True)

@@ -1,4 +1,4 @@
-"""The ops of the SAM family on lists of tensors: validated, and handed to one backend.
+"""Check lists of tensors, and hand the ops of the SAM family to one backend.
 
 Lists that go together have equal length; tensor i of each has the same shape, dtype, device and
 dense layout (strides). All tensors of a call share one device and one dtype out of float32,
@@ -6,8 +6,8 @@ bfloat16, float16 and float64. Arithmetic is in float32 (float64 for float64 ten
 when it is stored; norms are float32 (float64). Nothing here makes the host wait for the device.
 
 Every function takes `backend`: "auto" (the fastest that can serve), "native", "triton", "foreach"
-or "reference". Checks and a backend is all that an op is: whoever has checked lists may go to a
-backend straight, as the optimizers do.
+or "reference". An op is its checks and a backend, and nothing else: a caller that has checked its
+lists may call a backend, as the optimizers do.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ __all__ = [
 
 ROUNDINGS = ("nearest", "stochastic")
 
-EPS = 1e-12  # added to norms that divide, unless another one is given
+EPS = 1e-12  # is added to norms that divide, unless another number is given
 
 _REPLACED = {
     "norms": "dots(tensors), whose roots they are",
@@ -86,7 +86,7 @@ def __getattr__(name: str) -> NoReturn:
 
 
 class GradientStatistics(NamedTuple):
-    """How g1 and g2 compare over all elements; tensors of shape () on the device.
+    """Holds how g1 and g2 compare over all elements, in tensors of shape () on the device.
 
     Attributes:
         first_grad_norm: ||g1||_2
@@ -112,7 +112,7 @@ def dots(
     eta: float = 0.0,
     backend: str = "auto",
 ) -> Dots:
-    """Inner products, over all elements, of one to three lists, each read once.
+    """Add up inner products, over all elements, of one to three lists, each read once.
 
         lists            sums
         x                x.x
@@ -128,8 +128,8 @@ def dots(
         eta: >= 0; needs weights.
 
     Returns:
-        float64 sums over all tensors, shape (s,), and of each one, shape (n, s); not finite if an
-        element is not.
+        Sums in float64: those over all tensors, shape (s,), and those of each one, shape (n, s).
+        They are not finite if an element is not.
 
     Raises:
         TypeError, ValueError: see `perturb_`; also for another number of lists, or weights with
@@ -149,13 +149,13 @@ def dots(
 
 
 def total_of(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of sums over parts: of squares, that of everything.
+    """Add up sums over parts: of squares, this gives that of everything.
 
     Args:
         parts: tensors of one shape; they may be on several devices.
 
     Returns:
-        on parts[0].device.
+        A tensor on parts[0].device.
 
     Raises:
         ValueError: parts is empty.
@@ -171,7 +171,7 @@ def total_of(parts: Sequence[Tensor]) -> Tensor:
 def pack(
     tensors: Sequence[Tensor | None], likes: TensorList, *, divisor: float = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """tensors / divisor in few blocks of memory, so that few messages carry them; 0 for None.
+    """Put tensors / divisor into few blocks of memory, for few messages; None becomes 0.
 
     Args:
         tensors, likes: lists of n; the sizes of the blocks depend on `likes` alone.
@@ -213,20 +213,20 @@ def pack(
 
 
 def sums_of(tensors: TensorList) -> list[Tensor]:
-    """Copies in float32 (float64 for float64), for add_."""
+    """Copy tensors in float32 (float64 for float64), for add_."""
     return [t.to(torch.promote_types(t.dtype, torch.float32), copy=True).detach() for t in tensors]
 
 
 @torch.no_grad()
 def add_(sums: list[Tensor], tensors: TensorList) -> None:
-    """sums += tensors, of which the former are what sums_of returned."""
+    """Compute sums += tensors, where sums_of returned the sums."""
     if sums:
         torch._foreach_add_(sums, list(tensors))
 
 
 @torch.no_grad()
 def means_of(sums: list[Tensor], count: int, likes: TensorList) -> list[Tensor]:
-    """sums / count in the dtypes of `likes`. The sums are used up."""
+    """Return sums / count in the dtypes of `likes`. The sums are used up."""
     if sums:
         torch._foreach_div_(sums, count)
     return [total.to(like.dtype) for total, like in zip(sums, likes, strict=True)]
@@ -234,7 +234,7 @@ def means_of(sums: list[Tensor], count: int, likes: TensorList) -> list[Tensor]:
 
 @torch.no_grad()
 def all_reduce(measured: Sequence[Dots], process_groups: Sequence[tuple[Any, ...]]) -> list[Dots]:
-    """Dots of whole tensors, from those of the shards that lie here: they are added up.
+    """Add up the Dots of shards over processes, which gives those of whole tensors.
 
     All processes get the same bits, and none may stay away, not even one whose shards are empty.
 
@@ -363,7 +363,7 @@ def restore_(
     *,
     backend: str = "auto",
 ) -> None:
-    """params = old_params, bit for bit, in place.
+    """Set params = old_params, bit for bit, in place.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `perturb_`.
@@ -374,7 +374,7 @@ def restore_(
 
 @torch.no_grad()
 def mix_(out: TensorList, mix: Mix, *, keeps: bool = False, backend: str = "auto") -> None:
-    """out = u, which takes the gradient's place in a base optimizer; 0 where the step is skipped.
+    """Set out = u, which takes the gradient's place; 0 where the step is skipped.
 
         function     u
         "linear"     a * x + b * y;  a * x without y
@@ -416,7 +416,7 @@ def sgd_(
     init_momentum: bool = False,
     backend: str = "auto",
 ) -> None:
-    """Restore, mix and update in one pass: torch.optim.SGD from w with u for its gradient.
+    """Restore, mix and update in one pass, as torch.optim.SGD does from w with the gradient u.
 
         u as in mix_;  u = -u if maximize;  u += weight_decay * w
         buf = u if init_momentum, else momentum * buf + (1 - dampening) * u
@@ -485,7 +485,7 @@ def sgd_hess_(
     init_momentum: bool = False,
     backend: str = "auto",
 ) -> None:
-    """torch.optim.SGD with each gradient scaled by the curvature there, in one pass.
+    """Step as torch.optim.SGD, with each gradient scaled by the curvature there, in one pass.
 
         D = |Hv|; for 4-D tensors the mean of |Hv| over the two last dimensions
         u = g * (1 + rho * D);  u = -u if maximize;  u += weight_decay * w
@@ -552,7 +552,7 @@ def sgd_hess_with(
     options: SgdOptions,
     journal: list[bool] | None = None,
 ) -> None:
-    """`sgd_hess_` by a backend, without checks; what backends do not take goes to the reference."""
+    """Do `sgd_hess_` by a backend, without checks; the reference does what backends do not take."""
     odd = [i for i, p in enumerate(params) if positions_of(p) is None]
     if not odd:
         chosen.sgd_hess_(params, grads, hessian_products, momentum_buffers, rho, options, journal)
@@ -586,8 +586,8 @@ def adam_(
     maximize: bool = False,
     backend: str = "auto",
 ) -> None:
-    """Restore, mix and update in one pass: torch.optim.Adam from w with u for its gradient,
-    or torch.optim.AdamW with decoupled_weight_decay.
+    """Restore, mix and update in one pass, as torch.optim.Adam does from w with the gradient u, or
+    torch.optim.AdamW with decoupled_weight_decay.
 
         u as in mix_;  u = -u if maximize
         u += weight_decay * w, or w *= 1 - lr * weight_decay if decoupled_weight_decay
@@ -641,8 +641,8 @@ def adam_(
 def gradient_statistics(
     measured: Sequence[Dots], numel: int, grad_scale: Tensor | None = None
 ) -> GradientStatistics:
-    """Statistics over several lists, from what dots(g1, g2, w) gave for each; of gradients divided
-    by grad_scale if that is given.
+    """Return statistics over several lists, from what dots(g1, g2, w) gave for each. They are those
+    of gradients divided by grad_scale, if that is given.
 
     Args:
         numel: elements of all lists together, in all processes.

@@ -628,7 +628,7 @@ def test_xsam_of_gradients_in_one_direction_is_sam(a: float) -> None:
 # -- what does not compose -------------------------------------------------------------------------
 
 WITH_STATE_OF_THE_DIRECTION = [
-    row for row in FAMILY if row.cls in (samkernels.FriendlySAM, samkernels.VaSSO)
+    row for row in FAMILY if row.cls.own_state and "direction" in vars(row.cls)
 ]
 
 
@@ -657,7 +657,13 @@ class Scaler:
                 vars(optimizer).pop(name, None)
 
 
-@each_row
+# A direction with state needs g1 without the scale, and a mix with g1 needs both gradients with it.
+GO_WITH_SCALERS = [
+    row for row in FAMILY if row not in WITH_STATE_OF_THE_DIRECTION or not row.cls.keeps_g1
+]
+
+
+@pytest.mark.parametrize("row", GO_WITH_SCALERS, ids=str)
 def test_a_grad_scaler_changes_nothing(row: Row) -> None:
     scaler = Scaler(1024.0)
     needs_it = row in WITH_STATE_OF_THE_DIRECTION

@@ -3,8 +3,8 @@
 
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 
-// u becomes the new weight. By value and __restrict: otherwise the compiler must expect that a
-// store changes the options, or what is read next.
+// Turns u into the new weight. The arguments come by value and __restrict: otherwise the compiler
+// must expect that a store changes the options, or what is read next.
 template <bool kDecaysGradient, typename N>
 static inline void AdamBlock(const AdamOptions options, const AdamScalars scalars, N n,
                              const float* __restrict w, float* __restrict u,

@@ -1,4 +1,4 @@
-// How the CPU ops walk their lists: chunks are shared out among threads; within a chunk, updates go
+// Walks the lists of the CPU ops: chunks are shared out among threads; within a chunk, updates go
 // from vector to vector and sums from block to block. What is loaded becomes fp32, and is stored in
 // the tensors' dtype again; the ops themselves see only fp32.
 #pragma once
@@ -30,7 +30,7 @@ static inline bool IsStreaming(const Tensors& tensors, int num_lists) {
   return tensors.total_numel * num_lists * SizeOf(tensors.dtype) >= kStreamingBytes;
 }
 
-// How far ahead memory is asked for, where a loop only reads and where it also writes: the
+// The loops ask for memory this far ahead, where they only read and where they also write: the
 // processor's own prefetching stops at page boundaries.
 constexpr int64_t kReadAheadBytes = 2048;
 constexpr int64_t kUpdateAheadBytes = 512;
@@ -43,7 +43,7 @@ static inline void Prefetch(int64_t i, const T*... lists) {
    ...);
 }
 
-// A number of elements that the compiler knows.
+// Names a number of elements that the compiler knows.
 template <int64_t kCount>
 struct Count {
   constexpr operator int64_t() const { return kCount; }
@@ -53,7 +53,7 @@ static inline void StoreBytes(void* target, const void* source, int64_t bytes, b
   std::memcpy(target, source, bytes);
 }
 
-// What a streaming store writes at once; its target is aligned to that.
+// A streaming store writes this at once, and its target is aligned to that.
 #if defined(__AVX__)
 using Stream = __m256i;
 static inline void StoreStream(Stream* target, const Stream* source) {
@@ -69,7 +69,7 @@ using Stream = char;
 static inline void StoreStream(Stream* target, const Stream* source) { *target = *source; }
 #endif
 
-// Past the caches if `streaming`.
+// Stores past the caches if `streaming`.
 template <int64_t kBytes>
 static inline void StoreBytes(void* target, const void* source, Count<kBytes>, bool streaming) {
   static_assert(kBytes % sizeof(Stream) == 0, "the last store would go beyond, and be unaligned");
@@ -99,8 +99,8 @@ static inline T* At(const void* const* list, int64_t tensor, int64_t offset) {
   return static_cast<T*>(const_cast<void*>(list[tensor])) + offset;
 }
 
-// body(chunk, tensor, begin, n) for the chunks first .. last - 1: elements begin .. begin + n - 1
-// of `tensor`. Not inlined: one copy, which both calls below share.
+// Calls body(chunk, tensor, begin, n) for the chunks first .. last - 1: elements begin ..
+// begin + n - 1 of `tensor`. It is not inlined, so that both calls below share one copy.
 template <typename Body>
 static SAMKERNELS_NOINLINE void RunChunks(const Tensors& tensors, int64_t first, int64_t last,
                                           const Body& body) {
@@ -114,7 +114,7 @@ static SAMKERNELS_NOINLINE void RunChunks(const Tensors& tensors, int64_t first,
   FinishStreaming();
 }
 
-// The same for every chunk, shared out among threads.
+// Does the same for every chunk, shared out among threads.
 template <typename Body>
 static inline void ForEachChunk(const Tensors& tensors, int num_threads, const Body& body) {
   const int64_t num_chunks = tensors.first_chunk[tensors.num_tensors];
@@ -127,8 +127,8 @@ static inline void ForEachChunk(const Tensors& tensors, int num_threads, const B
   }
 }
 
-// body(offset, count) for every vector of a chunk, and for what is left. With a count that the
-// compiler knows, what the body stages stays in registers, and loads, arithmetic and stores of
+// Calls body(offset, count) for every vector of a chunk, and for what is left. With a count that
+// the compiler knows, what the body stages stays in registers, and loads, arithmetic and stores of
 // neighbouring vectors overlap.
 template <int64_t kSize = kVectorSize, typename Body>
 static inline void ForEachVector(int64_t n, const Body& body) {
@@ -137,7 +137,7 @@ static inline void ForEachVector(int64_t n, const Body& body) {
   if (offset < n) body(offset, n - offset);
 }
 
-// body(offset, n) for every block of a chunk.
+// Calls body(offset, n) for every block of a chunk.
 template <typename Body>
 static inline void ForEachBlock(int64_t n, const Body& body) {
   for (int64_t offset = 0; offset < n; offset += kBlockSize) {
@@ -145,8 +145,8 @@ static inline void ForEachBlock(int64_t n, const Body& body) {
   }
 }
 
-// The n elements from `source` on as fp32: where they are, or converted into `staging`. N: int64_t
-// or a Count.
+// Returns the n elements from `source` on as fp32: where they are, or converted into `staging`. N
+// is int64_t or a Count.
 template <typename N>
 static inline const float* LoadBlock(const float* source, float*, N) {
   return source;
@@ -207,7 +207,7 @@ static inline void StoreBlock(Float16* target, const float* values, N n, bool st
 }
 #endif
 
-// f(T{}) with the C++ type of `dtype`.
+// Calls f(T{}) with the C++ type of `dtype`.
 template <typename F>
 static inline void DispatchDType(DType dtype, const F& f) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// What compilers and operating systems spell in different ways, and nothing else.
+// Holds what compilers and operating systems spell in different ways, and nothing else.
 #pragma once
 
 // MSVC has no macros for what x86-64 always has and for what comes with AVX2.
@@ -31,8 +31,8 @@
 #define SAMKERNELS_PREFETCH(address) static_cast<void>(address)
 #endif
 
-// Threads: OpenMP's or, on macOS, those of the system's own library. A wheel with an OpenMP runtime
-// of its own would be the second one in a process with PyTorch, which may end it.
+// The threads are OpenMP's or, on macOS, those of the system's own library. A wheel with an OpenMP
+// runtime of its own would be the second one in a process with PyTorch, which may end it.
 #if defined(_OPENMP)
 #include <omp.h>
 #elif defined(__APPLE__)
@@ -41,7 +41,7 @@
 
 namespace samkernels::cpu {
 
-// part(thread, threads) for each of at most `num_threads` threads, at once.
+// Calls part(thread, threads) for each of at most `num_threads` threads, at once.
 template <typename Part>
 static inline void InParallel(int num_threads, const Part& part) {
 #if defined(_OPENMP)

@@ -21,7 +21,8 @@ extern const OpTable kOps;
 #endif
 
 #ifdef SAMKERNELS_WITH_AVX2
-// AVX2 and F16C, of the processor and of the system, which has to save the wider registers.
+// Says whether AVX2 and F16C are there, in the processor and in the system, which has to save the
+// wider registers.
 static bool HasAvx2() {
 #ifdef _MSC_VER
   int registers[4];  // eax, ebx, ecx, edx

@@ -1,4 +1,4 @@
-// bfloat16 and float16 in host memory: loads and stores with rounding to nearest even.
+// Loads and stores bfloat16 and float16 in host memory, with rounding to nearest even.
 #pragma once
 
 #include <cstdint>

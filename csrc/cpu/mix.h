@@ -1,4 +1,4 @@
-// u (ops.h: Mix) of one chunk, shared by mix and the fused updates.
+// Computes u (ops.h: Mix) of one chunk, for mix and for the fused updates.
 #pragma once
 
 #include "../update_math.h"
@@ -20,14 +20,14 @@ struct ChunkMix {
         function(mix.function),
         scalars(MixScalarsOf(mix, tensor)) {}
 
-  // u[0 .. n - 1] from the elements `offset` and on. N: int64_t or a Count.
+  // Makes u[0 .. n - 1] from the elements `offset` and on. N is int64_t or a Count.
   template <typename N>
   void Block(int64_t offset, N n, float* __restrict u) const {
     float staging[2][kVectorSize];
     const float* xs = LoadBlock(x + offset, staging[0], n);
     const float* ys = y ? LoadBlock(y + offset, staging[1], n) : xs;
     const MixScalars s = scalars;
-    // A loop for each, with the function known: they are vectorised better.
+    // Each function has a loop of its own, which is vectorised better.
     const auto fill = [&](Function known) {
       for (int64_t i = 0; i < n; ++i) u[i] = Mixed<true>(known, s, xs[i], ys[i]);
     };

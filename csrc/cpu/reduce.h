@@ -1,5 +1,5 @@
-// Sums in double, in an order that depends on the tensors only: not on the number of threads, nor
-// on the instruction set. Elements go round kLanes accumulators, lanes are added in order, then
+// Adds up in double, in an order that depends on the tensors only: not on the number of threads,
+// nor on the instruction set. Elements go round kLanes accumulators, lanes are added in order, then
 // chunks, then tensors.
 #pragma once
 
@@ -33,7 +33,7 @@ static inline double SumLanes(const double* lanes) {
   return sum;
 }
 
-// The sum of one tensor's chunks: partials[chunk * stride + k].
+// Returns the sum of one tensor's chunks: partials[chunk * stride + k].
 static inline double SumOfTensor(const Tensors& tensors, const double* partials, int64_t tensor,
                                  int stride, int k) {
   double sum = 0.0;

@@ -35,7 +35,7 @@ static void SgdOf(const SgdArgs& args, const Execution& execution) {
                });
 }
 
-// A skipped step: the weights come back, the momentum stays (or starts at 0).
+// Makes a skipped step: the weights come back, the momentum stays (or starts at 0).
 static void RestoreOnly(const SgdArgs& args, const Execution& execution) {
   Restore({args.tensors, args.params, args.old_params}, execution);
   if (!args.options.has_momentum || !args.options.init_momentum) return;

@@ -1,4 +1,4 @@
-// SGD's update of one vector (ops.h: SgdOptions), shared by all ops that end in it.
+// Updates one vector by SGD (ops.h: SgdOptions), for all ops that end in that.
 #pragma once
 
 #include "../update_math.h"
@@ -7,8 +7,8 @@
 // In the variant's namespace: what is in here must not be shared between instruction sets.
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 
-// What decides the shape of the inner loop, known to the compiler: with branches in it the loop is
-// not vectorised well.
+// Tells the compiler what decides the shape of the inner loop: with branches in it the loop is not
+// vectorised well.
 template <bool kHasBuffer_, bool kNesterov_, bool kDecay_>
 struct Variant {
   static constexpr bool kHasBuffer = kHasBuffer_;
@@ -16,8 +16,9 @@ struct Variant {
   static constexpr bool kDecay = kDecay_;
 };
 
-// u becomes the new weight, buf the new buffer. By value and __restrict: otherwise the compiler
-// must expect that a store changes the options, or what is read next.
+// Turns u into the new weight and buf into the new buffer. The arguments come by value and
+// __restrict: otherwise the compiler must expect that a store changes the options, or what is read
+// next.
 template <typename V, typename N>
 static inline void SgdBlock(SgdOptions options, SgdScalars scalars, N n, const float* __restrict w,
                             float* __restrict u, const float* __restrict old_buf,
@@ -32,7 +33,7 @@ static inline void SgdBlock(SgdOptions options, SgdScalars scalars, N n, const f
   }
 }
 
-// f(Variant<..>()) for the options at hand.
+// Calls f(Variant<..>()) for the options at hand.
 template <bool kHasBuffer, typename F>
 static void DispatchFlags(const SgdOptions& options, const F& f) {
   const bool decay = options.weight_decay != 0.0f;

@@ -6,7 +6,8 @@
 
 namespace samkernels::cpu::SAMKERNELS_CPU_VARIANT {
 
-// D of neighbouring columns: the mean of |product| over their positions, added up in their order.
+// Makes D of neighbouring columns: the mean of |product| over their positions, added up in their
+// order.
 template <typename T>
 static void Means(const T* products, Positions positions, int64_t columns,
                   float* __restrict means) {
@@ -28,7 +29,7 @@ static void Means(const T* products, Positions positions, int64_t columns,
   for (int64_t i = 0; i < columns; ++i) means[i] /= count;
 }
 
-// `rows` copies of a row.
+// Makes `rows` copies of a row.
 static inline void Repeat(const float* __restrict row, int64_t n, int64_t rows,
                           float* __restrict out) {
   if (n == 1) {
@@ -40,8 +41,8 @@ static inline void Repeat(const float* __restrict row, int64_t n, int64_t rows,
   }
 }
 
-// update(begin, n, d), with D of each element, for all positions of the columns first .. last - 1:
-// for at most kBlockSize elements at a time, side by side in memory.
+// Calls update(begin, n, d), with D of each element, for all positions of the columns first .. last
+// - 1: for at most kBlockSize elements at a time, side by side in memory.
 template <typename T, typename Update>
 static void ForEachTile(const T* products, Positions positions, int64_t first, int64_t last,
                         const Update& update) {

@@ -5,7 +5,7 @@
 
 namespace samkernels::cuda {
 
-// Lists: the step counts, and whether each is a double, as numbers.
+// Its lists are the step counts, and whether each is a double, as numbers.
 template <typename Table>
 __global__ void __launch_bounds__(kThreads)
     CountStepsKernel(const __grid_constant__ Table table, const __grid_constant__ Mix mix,
@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A launch of its own: of the chunks of a tensor, none may count while another still reads.
+// Counts in a launch of its own: of the chunks of a tensor, none may count while another still
+// reads.
 static void CountSteps(const AdamArgs& args, const Execution& execution) {
   std::vector<const void*> kinds;
   for (int64_t i = 0; i < args.tensors.num_tensors; ++i) {

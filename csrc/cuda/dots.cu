@@ -5,7 +5,7 @@
 
 namespace samkernels::cuda {
 
-// Lists: x, y, z, as many as there are; the weights in place of y if kWeighted.
+// Its lists are x, y, z, as many as there are; the weights take the place of y if kWeighted.
 template <typename T, int kLists, bool kWeighted>
 struct DotsFunctor {
   static constexpr int kSums = NumDots(kLists, kWeighted);

@@ -1,4 +1,4 @@
-// What mix and the fused updates share.
+// Holds what mix and the fused updates share.
 #pragma once
 
 #include "../update_math.h"
@@ -6,7 +6,7 @@
 
 namespace samkernels::cuda {
 
-// f(std::true_type()) if u is made of two lists, else f(std::false_type()).
+// Calls f(std::true_type()) if u is made of two lists, else f(std::false_type()).
 template <typename F>
 void DispatchHasY(const Mix& mix, const F& f) {
   if (mix.y) {

@@ -1,5 +1,5 @@
-// The one launcher: a kernel over a list of tensors, whose table travels in the kernel's
-// parameters. So a launch needs no copy to the device and no memory there.
+// Launches a kernel over a list of tensors, whose table travels in the kernel's parameters. So a
+// launch needs no copy to the device and no memory there.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +14,7 @@
 
 namespace samkernels::cuda {
 
-// What bench/gpu/prepare.py builds variants of.
+// bench/gpu/prepare.py builds variants of these.
 #ifndef SAMKERNELS_THREADS
 #define SAMKERNELS_THREADS 256
 #endif
@@ -28,14 +28,14 @@ namespace samkernels::cuda {
 #define SAMKERNELS_STREAMING 1
 #endif
 
-// cudaSuccess if the build holds code that the current device can run.
+// Returns cudaSuccess if the build holds code that the current device can run.
 cudaError_t KernelImageError();
 
 constexpr int kThreads = SAMKERNELS_THREADS;
 constexpr int64_t kChunkSize = SAMKERNELS_CHUNK_SIZE;
 
-// What the threads of a block share: `__shared__ Shared<float[8]> sums;`. The emulation puts its
-// own in place of it, which finds reads of what nobody wrote.
+// Names what the threads of a block share: `__shared__ Shared<float[8]> sums;`. The emulation puts
+// its own in place of it, which finds reads of what nobody wrote.
 template <typename T>
 using Shared = T;
 
@@ -46,10 +46,10 @@ constexpr int kLargeTableBytes = 32764;
 #else
 constexpr int kLargeTableBytes = kSmallTableBytes;
 #endif
-// Room for what a kernel takes beside the table.
+// This is left for what a kernel takes beside the table.
 constexpr int kOtherBytes = 256;
 
-// The part of a list of tensors that one launch works on.
+// Holds the part of a list of tensors that one launch works on.
 template <int kLists, int kBytes>
 struct TensorTable {
   static constexpr int kCapacity =
@@ -78,7 +78,7 @@ struct TensorTable {
   }
 };
 
-// Elements begin .. begin + n - 1 of a tensor in every list.
+// Names the elements begin .. begin + n - 1 of a tensor in every list.
 template <typename Table>
 struct Chunk {
   const Table& table;
@@ -98,7 +98,7 @@ struct Chunk {
     return static_cast<T*>(const_cast<void*>(table.address[list][tensor])) + begin;
   }
 
-  // Of a list that holds a number for each tensor, in place of addresses.
+  // Returns the number of this tensor, from a list of numbers in place of addresses.
   __device__ int64_t Number(int list) const {
     return reinterpret_cast<intptr_t>(table.address[list][tensor]);
   }
@@ -112,7 +112,7 @@ inline void Check(cudaError_t error) {
   }
 }
 
-// How many blocks of a kernel the current device holds at a time.
+// Returns the number of blocks of a kernel that the current device holds at a time.
 template <typename... Args>
 unsigned ResidentBlocks(void (*kernel)(Args...)) {
   constexpr int kMaxDevices = 64;
@@ -131,7 +131,8 @@ unsigned ResidentBlocks(void (*kernel)(Args...)) {
 }
 
 // Launches go through this function, not through <<<>>>, so that the host can stand in
-// (csrc/emulation). As many blocks as there is work for and as the device holds at a time.
+// (csrc/emulation). It launches as many blocks as there is work for and as the device holds at a
+// time.
 template <typename... Args>
 void Launch(void (*kernel)(Args...), unsigned num_chunks, void* stream, const Args&... args) {
   const unsigned resident = ResidentBlocks(kernel);
@@ -146,8 +147,8 @@ void Launch(void (*kernel)(Args...), unsigned num_chunks, void* stream, const Ar
 #endif
 }
 
-// launch(table, num_chunks, first_chunk, is_last) for as many tables as the list needs; at least
-// one.
+// Calls launch(table, num_chunks, first_chunk, is_last) for as many tables as the list needs, at
+// least one.
 template <typename Table, int kLists, typename LaunchTable>
 void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLists],
                   const LaunchTable& launch) {
@@ -183,7 +184,7 @@ inline bool DriverTakesLargeTables() {
   return version >= 12010;
 }
 
-// The same with the table that fits the list: `launch` is called with one of two types.
+// Does the same with the table that fits the list: `launch` is called with one of two types.
 template <int kLists, typename LaunchTable>
 void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLists],
                   const LaunchTable& launch) {
@@ -196,7 +197,7 @@ void ForEachTable(const Tensors& tensors, const void* const* const (&lists)[kLis
   }
 }
 
-// How many blocks a multiprocessor is to hold, at least. For functors that take so many registers
+// Asks for this many blocks in a multiprocessor, at least, for functors that take so many registers
 // that half of the warps would not have theirs.
 template <typename Functor>
 constexpr int kMinResidentBlocks = 0;
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kMinResidentBlocks<Functor>)
   }
 }
 
-// functor(chunk) for every chunk, from the last to the first if Functor::kReverse.
+// Calls functor(chunk) for every chunk, from the last to the first if Functor::kReverse.
 template <typename Functor, int kLists>
 void MultiTensorApply(const Tensors& tensors, const void* const* const (&lists)[kLists],
                       const Functor& functor, void* stream) {

@@ -1,4 +1,4 @@
-// Sums over lists of tensors in one launch per table. Blocks write the sums of each chunk; the
+// Adds up over lists of tensors in one launch per table. Blocks write the sums of each chunk; the
 // block that finishes the last chunk of a tensor adds them up, and the one that finishes the last
 // tensor adds up the tensors. The order of every addition is fixed, and only integers are counted
 // atomically, so the same inputs give the same bits.
@@ -10,8 +10,8 @@ namespace samkernels::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr int kWarps = kThreads / kWarpSize;
-// How many threads a multiprocessor is to hold, at least, and so how many registers each may have.
-// Without a word about it the compiler saves them, and loads a vector when the one before was used.
+// Asks for this many threads in a multiprocessor, at least, which says how many registers each may
+// have. Otherwise the compiler saves them, and loads a vector when the one before was used.
 template <int kSums>
 constexpr int kResidentThreads = kSums == 1 ? 1280 : 1024;
 static_assert(kThreads % kWarpSize == 0, "shuffles need whole warps");
@@ -28,9 +28,9 @@ struct ReduceBuffers {
   int num_with_elements;       // of these
 };
 
-// sum + a * b. The product of two floats is exact in double, so that the fused operation rounds as
-// two would: the same bits for half of the double-precision work, which bounds these kernels where
-// there is little of it.
+// Returns sum + a * b. The product of two floats is exact in double, so that the fused operation
+// rounds as two would: the same bits for half of the double-precision work, which bounds these
+// kernels where there is little of it.
 __device__ __forceinline__ double AddProduct(double sum, float a, float b) {
   return fma(static_cast<double>(a), static_cast<double>(b), sum);
 }
@@ -41,7 +41,7 @@ __device__ __forceinline__ double WarpSum(double x) {
   return x;
 }
 
-// The sums over all threads of a block, in thread 0.
+// Adds up over all threads of a block, into thread 0.
 template <int kSums>
 __device__ __forceinline__ void BlockSum(double (&sums)[kSums]) {
   __shared__ Shared<double[kWarps][kSums]> of_warps;
@@ -66,8 +66,8 @@ __device__ __forceinline__ void StoreSums(double* to, int64_t i, const double (&
   for (int k = 0; k < kSums; ++k) to[i * kSums + k] = sums[k];
 }
 
-// True in all threads of the block that is the last of `count` to come here; it sees what thread 0
-// of the others wrote before.
+// Returns true in all threads of the block that is the last of `count` to come here. That block
+// sees what thread 0 of the others wrote before.
 __device__ __forceinline__ bool IsLast(unsigned* arrived, unsigned count) {
   bool is_last = false;
   if (threadIdx.x == 0) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ bool IsLast(unsigned* arrived, unsigned count) {
   return __syncthreads_or(is_last);
 }
 
-// Functor: kSums; accumulate(chunk, sums) adds a thread's share of a chunk.
+// The functor has kSums, and accumulate(chunk, sums), which adds a thread's share of a chunk.
 template <typename Functor, typename Table>
 __global__ void __launch_bounds__(kThreads, kResidentThreads<Functor::kSums> / kThreads)
     ReduceKernel(const __grid_constant__ Table table, const __grid_constant__ Functor functor,

@@ -6,7 +6,7 @@
 
 namespace samkernels::cuda {
 
-// Elements whose means a block holds at a time.
+// A block holds the means of this many elements at a time.
 constexpr int kPart = kChunkSize < 8192 ? kChunkSize : 8192;
 
 __device__ __forceinline__ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -25,7 +25,7 @@ struct SgdHessFunctor {
   SgdOptions options;
   Scalar rho;
 
-  // Where a part of a tensor begins in each list.
+  // Holds where a part of a tensor begins in each list.
   struct Addresses {
     T* params;
     const T* grads;

@@ -1,5 +1,5 @@
-// Loads and stores of 16 bytes where all addresses allow it, of 4 or of single elements elsewhere,
-// several of them in flight; and the dtypes.
+// Loads and stores 16 bytes at a time where all addresses allow it, 4 or single elements elsewhere,
+// with several accesses in flight; and names the dtypes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,7 +17,7 @@ struct alignas(sizeof(T) * kWidth) Vector {
   T lane[kWidth];
 };
 
-// What a thread loads of kLists lists before it uses any of it.
+// Holds what a thread loads of kLists lists before it uses any of it.
 template <typename T, int kWidth, int kLists>
 struct Loaded {
   Vector<T, kWidth> of[kLists];
@@ -71,20 +71,21 @@ __device__ __forceinline__ T FromFloat(float x) {
   }
 }
 
-// How far addresses are behind multiples of 16, together: 0 if none is; a multiple of 4 if all are.
+// Returns how far addresses are behind multiples of 16, together: 0 if none is; a multiple of 4 if
+// all are.
 template <typename... T>
 __device__ __forceinline__ unsigned Misalignment(const T*... addresses) {
   return (static_cast<unsigned>(reinterpret_cast<uintptr_t>(addresses) % 16) | ...);
 }
 
-// std::integral_constant, for device code.
+// Stands for std::integral_constant in device code.
 template <int kWidth>
 struct Width {
   __host__ __device__ constexpr operator int() const { return kWidth; }
 };
 
-// use(i, load(i)) for i = first, first + step, .., below end. kUnroll loads are made before the
-// first one is used.
+// Calls use(i, load(i)) for i = first, first + step, .., below end. kUnroll loads are made before
+// the first one is used.
 template <int kUnroll, typename Index, typename LoadAt, typename Use>
 __device__ __forceinline__ void LoadsFirst(Index first, Index end, int step, const LoadAt& load,
                                            const Use& use) {
@@ -101,9 +102,10 @@ __device__ __forceinline__ void LoadsFirst(Index first, Index end, int step, con
   for (; i < end; i += step) use(i, load(i));
 }
 
-// use(i, load(i, Width<w>()), Width<w>()): elements i .. i + w - 1, for all elements of a chunk,
-// each one once and by one thread. kUnroll vectors of each list are in flight; where a list is
-// misaligned they are of 4 bytes, or of the 2 of one element, but as many as fit in the registers.
+// Calls use(i, load(i, Width<w>()), Width<w>()) for elements i .. i + w - 1, for all elements of a
+// chunk, each one once and by one thread. kUnroll vectors of each list are in flight; where a list
+// is misaligned they are of 4 bytes, or of the 2 of one element, but as many as fit in the
+// registers.
 template <typename T, int kUnroll, typename LoadLists, typename Use>
 __device__ __forceinline__ void ForEachVector(int n, unsigned misalignment, const LoadLists& load,
                                               const Use& use) {
@@ -125,7 +127,7 @@ __device__ __forceinline__ void ForEachVector(int n, unsigned misalignment, cons
   in_vectors_of(Width<1>(), Width<kNarrowUnroll>());
 }
 
-// f(T{}) with the C++ type of `dtype`.
+// Calls f(T{}) with the C++ type of `dtype`.
 template <typename F>
 void DispatchDType(DType dtype, const F& f) {
   switch (dtype) {

@@ -51,23 +51,23 @@ def check_name(backend: str) -> None:
 def why_unavailable(
     name: str, device: torch.device, dtype: torch.dtype = torch.float32, dense: bool = True
 ) -> str | None:
-    """Why a backend cannot serve tensors of this device, dtype and layout; None if it can."""
+    """Say why a backend cannot serve tensors of this device, dtype and layout; None if it can."""
     return get(name).why_unavailable(device, dtype, dense)
 
 
 def get(name: str) -> Backend:
-    """The module of a backend."""
+    """Return the module of a backend."""
     return cast(Backend, _MODULES[name])
 
 
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype = torch.float32, dense: bool = True
 ) -> tuple[str, Backend]:
-    """The name and the module of the backend that serves such tensors.
+    """Return the name and the module of the backend that serves such tensors.
 
     Raises:
-        ValueError: unknown name.
-        RuntimeError: the backend was named and cannot serve; says why.
+        ValueError: the name is unknown.
+        RuntimeError: the backend was named and cannot serve; the message says why.
     """
     check_name(backend)
     if backend == "auto":

@@ -1,4 +1,4 @@
-"""What a backend implements, the values that go in and out, and what most backends share.
+"""Define what a backend implements, the values that go in and out, and what most backends share.
 
 A backend is a module with the functions of `Backend`. Its lists are validated by samkernels.ops:
 tensor i of every list has the same shape, dtype, device and dense layout, and no two tensors that
@@ -16,12 +16,12 @@ from torch import Tensor
 TensorList = list[Tensor] | tuple[Tensor, ...]
 
 
-# What Mix computes of each element, see there.
+# The functions that Mix computes of each element.
 FUNCTIONS = ("linear", "sign", "damp", "product")
 
 
 class Dots(NamedTuple):
-    """Sums over all elements of one to three lists x, y, z: float64, on their device.
+    """Holds sums over all elements of one to three lists x, y, z: float64, on their device.
 
         x                  x.x
         x, with weights    |T x|^2, x.x                   T = |weights| + eta
@@ -31,8 +31,8 @@ class Dots(NamedTuple):
     Sums of the parts of a tensor that lie in several processes add up to those of the whole.
 
     Attributes:
-        total: shape (s,)
-        per_tensor: shape (n, s), of each tensor of the lists.
+        total: the sums over all tensors, shape (s,).
+        per_tensor: those of each tensor of the lists, shape (n, s).
     """
 
     total: Tensor
@@ -40,15 +40,15 @@ class Dots(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """A combination of one or two lists, such as what takes the gradient's place in an update.
+    """Describes a combination of one or two lists, such as what takes the gradient's place.
 
         "linear"     a * x + b * y;  a * x without y
         "sign"       a * |x| * sign(y),  sign(0) = 0
         "damp"       a * x where 0 < x / (y + 1e-8) < 1, else x
         "product"    a * x * y
 
-    It is divided by `divisor` if that is given. a and b are numbers, or tensors of shape () or
-    (n,), one for each tensor of the lists, in float32, or float64 for float64 lists. If
+    The result is divided by `divisor` if that is given. a and b are numbers, or tensors of shape ()
+    or (n,), one for each tensor of the lists, in float32, or float64 for float64 lists. If
     ascent_square is given and has no finite root in that dtype, or found_inf is given and not 0,
     the step is skipped.
     """
@@ -63,7 +63,7 @@ class Mix(NamedTuple):
     found_inf: Tensor | None = None  # of the dtype of a and b
 
     def takes_place(self) -> Tensor | None:
-        """Whether the step is not skipped, on the device; None if nothing can make it so."""
+        """Return on the device whether the step is made; None if nothing can skip it."""
         takes = None
         if self.ascent_square is not None:
             takes = norm_of(self.ascent_square, self.x[0].dtype).isfinite()
@@ -73,15 +73,15 @@ class Mix(NamedTuple):
 
 
 def norm_of(square: Tensor, dtype: torch.dtype) -> Tensor:
-    """The root of a sum of squares, as steps on lists of this dtype take it."""
+    """Return the root of a sum of squares, as steps on lists of this dtype take it."""
     return square.sqrt().to(torch.promote_types(dtype, torch.float32))
 
 
 class SgdOptions(NamedTuple):
-    """The hyperparameters of torch.optim.SGD.
+    """Holds the hyperparameters of torch.optim.SGD.
 
-    init_momentum: the buffers hold nothing yet. In a step that is skipped they become 0, which is a
-    first step again with 1 in the place of 1 - dampening.
+    init_momentum says that the buffers hold nothing yet. In a step that is skipped they become 0,
+    and the next step is a first one again, with 1 in the place of 1 - dampening.
     """
 
     # A tensor of shape () on the lists' device, float32 (float64), is read there.
@@ -96,7 +96,7 @@ class SgdOptions(NamedTuple):
 
 
 class AdamOptions(NamedTuple):
-    """The hyperparameters of torch.optim.Adam and AdamW."""
+    """Holds the hyperparameters of torch.optim.Adam and AdamW."""
 
     lr: float | Tensor  # as in SgdOptions
     beta1: float
@@ -108,40 +108,40 @@ class AdamOptions(NamedTuple):
 
 
 class Backend(Protocol):
-    """The functions of a backend module; samkernels.ops documents what each one computes."""
+    """Names the functions of a backend module; samkernels.ops says what each one computes."""
 
     def why_unavailable(
         self, device: torch.device, dtype: torch.dtype, dense: bool
     ) -> str | None: ...
 
     def prepare(self, tensors: TensorList) -> TensorList:
-        """The list in the form that this backend works with, for a list that several calls take.
-        Good for as long as no tensor in it gets other memory."""
+        """Return the list in the form that this backend works with, for several calls. It is good
+        for as long as no tensor in it gets other memory."""
 
     def are_alike(self, first: TensorList, *others: TensorList) -> bool:
-        """Whether tensor i of all lists has the same dtype, device, shape and order in memory.
+        """Say whether tensor i of all lists has the same dtype, device, shape and order in memory.
         False may also mean that strides differ where it does not matter."""
 
     def gradients_of(
         self, candidates: list[Tensor], params: TensorList
     ) -> tuple[TensorList, TensorList] | None:
-        """`params`, a prepared list of the last step, as it is now; and the gradients, prepared.
+        """Return `params`, a prepared list of the last step, as it is now; and its gradients.
 
-        None if anything but addresses may have changed: `params` are not just those of `candidates`
-        that have a gradient, a tensor is of a subclass, a gradient is laid out in another way than
-        its parameter. Whoever asks looks at each of them then."""
+        Returns None if anything but addresses may have changed: `params` are not just those of
+        `candidates` that have a gradient, a tensor is of a subclass, a gradient is laid out in
+        another way than its parameter. The caller looks at each of them then."""
 
     def state_of(
         self, state: dict[Tensor, Any], params: TensorList, name: str, *, numbers: bool = False
     ) -> TensorList | None:
-        """state[p][name] of all params, prepared; None if one is missing, of a subclass or laid out
-        in another way than its parameter: or, if they are numbers, not of shape (), not float32 or
-        float64 or on another device."""
+        """Return state[p][name] of all params, prepared. Return None if one is missing, of a
+        subclass or laid out in another way than its parameter; or, if they are numbers, if one is
+        not of shape (), not float32 or float64, or on another device."""
 
     def dots(
         self, lists: Sequence[TensorList], weights: TensorList | None = None, eta: float = 0.0
     ) -> Dots:
-        """Each list is read once. Weights come with one list only."""
+        """Read each list once. Weights come with one list only."""
 
     def perturb_(
         self,
@@ -157,20 +157,23 @@ class Backend(Protocol):
         journal: list[bool] | None,
         saves: bool = True,
     ) -> None:
-        """old_params = w;  params = w + rho / (sqrt(square) + eps) * T^2 * d. A square that is 0 or
-        has no finite root, as in Mix, moves nothing of its tensor. `direction` may be `old_params`.
+        """Set old_params = w and params = w + rho / (sqrt(square) + eps) * T^2 * d.
 
-        Unless it saves, w is what old_params holds, and what params holds is not read. It need not
-        tell autograd that old_params were written: optimizers keep them to themselves.
+        A square that is 0 or has no finite root, as in Mix, moves nothing of its tensor.
+        `direction` may be `old_params`. Unless the function `saves`, w is what old_params holds,
+        and what params holds is not read. The function need not tell autograd that old_params were
+        written: optimizers keep them to themselves.
 
-        Appends True to the journal when all of old_params holds w: before the first parameter
-        moves, or in one go with that. Whoever is interrupted knows then whether to restore."""
+        The function appends True to the journal when all of old_params holds w: before the first
+        parameter moves, or in one go with that. An interrupted caller knows then whether to
+        restore."""
 
     def restore_(self, params: TensorList, old_params: TensorList) -> None: ...
 
     def mix_(self, out: TensorList, mix: Mix, *, keeps: bool = False) -> None:
-        """out = u. Where the step is skipped: what it was if it `keeps`, as state of an optimizer
-        has to, else 0. `out` may be one of the lists that are read."""
+        """Set out = u. Where the step is skipped, out stays what it was if the function `keeps`, as
+        state of an optimizer has to, and else becomes 0. `out` may be one of the lists that are
+        read."""
 
     def sgd_(
         self,
@@ -181,9 +184,10 @@ class Backend(Protocol):
         options: SgdOptions,
         journal: list[bool] | None = None,
     ) -> None:
-        """Appends True to the journal when all is updated; in one go with that, or False before the
-        first list is written. Whoever is interrupted knows then whether nothing was (empty),
-        everything, or something (False alone). So in all updates."""
+        """Update the lists, as all updates do with a journal: append True to it when everything is
+        updated, in one go with that, or append False before the first list is written. An
+        interrupted caller knows then whether nothing was (it is empty), everything was (it ends
+        with True), or something (False alone)."""
 
     def sgd_hess_(
         self,
@@ -195,7 +199,7 @@ class Backend(Protocol):
         options: SgdOptions,
         journal: list[bool] | None = None,
     ) -> None:
-        """`positions_of` is not None for any of the tensors."""
+        """Update tensors of which `positions_of` is not None."""
 
     def adam_(
         self,
@@ -211,9 +215,9 @@ class Backend(Protocol):
 
 
 def positions_of(tensor: Tensor) -> tuple[int, int] | None:
-    """Of a 4-D tensor the number of its spatial positions, in dimensions 2 and 3, and the stride
-    from one to the next; (1, 1) of any other. None if there is no such stride, or if either number
-    is above int32."""
+    """Return the number of a 4-D tensor's spatial positions, in dimensions 2 and 3, and the stride
+    from one to the next; (1, 1) for any other tensor. Return None if there is no such stride, or if
+    either number is above int32."""
     if tensor.dim() != 4 or tensor.numel() == 0:
         return 1, 1
     height, width = tensor.shape[2:]
@@ -228,18 +232,18 @@ def positions_of(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def note(journal: list[bool] | None, is_done: bool) -> None:
-    """In the journal of an update that other instructions of Python may come between."""
+    """Append to the journal of an update that Python may interrupt between two instructions."""
     if journal is not None:
         journal.append(is_done)
 
 
 def prepare(tensors: TensorList) -> TensorList:
-    """Backend.prepare of a backend that takes lists as they are."""
+    """Implement Backend.prepare for a backend that takes lists as they are."""
     return tensors
 
 
 def are_alike(first: TensorList, *others: TensorList) -> bool:
-    """Backend.are_alike in Python."""
+    """Implement Backend.are_alike in Python."""
     layouts = [_layout(t) for t in first]
     return all(layouts == [_layout(t) for t in other] for other in others)
 
@@ -247,14 +251,14 @@ def are_alike(first: TensorList, *others: TensorList) -> bool:
 def gradients_of(
     candidates: list[Tensor], params: TensorList
 ) -> tuple[TensorList, TensorList] | None:
-    """Backend.gradients_of of a backend that has no quick way to read tensors."""
+    """Implement Backend.gradients_of for a backend that has no quick way to read tensors."""
     return None
 
 
 def state_of(
     state: dict[Tensor, Any], params: TensorList, name: str, *, numbers: bool = False
 ) -> TensorList | None:
-    """Backend.state_of, likewise."""
+    """Implement Backend.state_of for such a backend."""
     return None
 
 

@@ -1,4 +1,4 @@
-"""torch._foreach_*: a few launches per list on any device that PyTorch knows, nothing to compile.
+"""Call torch._foreach_*: a few launches per list on any device, with nothing to compile.
 
 Half-precision lists are computed on as float32 copies, so that results are rounded once, as in the
 reference.
@@ -29,7 +29,7 @@ from samkernels.backends.rounding import rounded_at_random
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
-    """None: the foreach functions fall back to a loop where a device has no fused kernel."""
+    """Return None: the foreach functions fall back to a loop where a device has no fused kernel."""
     return None
 
 
@@ -241,7 +241,7 @@ def _times(tensors: TensorList, factor: float | Tensor) -> TensorList:
 
 
 def _for_each(factor: Any) -> Any:
-    """A number for each tensor as a list of numbers."""
+    """Return a number for each tensor as a list of numbers."""
     return list(factor.unbind()) if isinstance(factor, Tensor) and factor.dim() == 1 else factor
 
 
@@ -255,7 +255,7 @@ def _unless_skipped(mix: Mix, updated: TensorList, kept: TensorList) -> TensorLi
 
 
 def _where(condition: Tensor, new: TensorList, kept: TensorList) -> TensorList:
-    """`new` if the condition holds, else `kept`, bit for bit; decided on the device.
+    """Return `new` if the condition holds, else `kept`, bit for bit; the device decides.
 
     There is no foreach version of torch.where, and a product with 0 would keep a nan: the bits are
     multiplied as integers instead.

@@ -1,4 +1,4 @@
-"""The compiled core, samkernels._C: C++ on the CPU, CUDA kernels on the GPU.
+"""Call the compiled core, samkernels._C: C++ on the CPU, CUDA kernels on the GPU.
 
 The core does not link PyTorch. This file does what libtorch would have done for it: the device
 guard, the current stream, workspaces from the caching allocator, and the version counters by which
@@ -31,7 +31,7 @@ from samkernels.backends.contract import (
 
 
 def _why_not_of_these_sources(core: Any) -> str | None:
-    """Why this core is not to be called, or None: its functions may have had other arguments."""
+    """Say why this core is not to be called, or None: its functions may have other arguments."""
     interface = Path(__file__).parents[1] / "_C.pyi"
     if not interface.exists():  # a frozen application may leave it out
         return None
@@ -66,7 +66,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
-    """Why the compiled core cannot serve such tensors, or None if it can."""
+    """Say why the compiled core cannot serve such tensors, or None if it can."""
     if IMPORT_ERROR is not None:
         return IMPORT_ERROR
     if device.type not in ("cpu", "cuda"):
@@ -79,7 +79,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
 
 
 def build_info() -> dict[str, str]:
-    """How the core was built: compiler, threads, cpu_variant (in use), cuda, cuda_archs."""
+    """Say how the core was built: compiler, threads, cpu_variant (in use), cuda, cuda_archs."""
     return _C.build_info()
 
 
@@ -94,7 +94,7 @@ def _why_no_cuda(device: torch.device) -> str | None:
 
 
 class PreparedList(list[Tensor]):
-    """A list of tensors that the core has read: good until one of them gets other memory."""
+    """Holds tensors that the core has read. It is good until one of them gets other memory."""
 
     __slots__ = ("core", "state")
     core: _C.TensorList
@@ -328,17 +328,17 @@ def _address(x: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
 
 
 def _stride(x: Tensor) -> int:
-    """Of numbers for each tensor; 0 of one for all."""
+    """Return the stride of numbers for each tensor; 0 for one number for all."""
     return x.stride(0) if x.dim() == 1 else 0
 
 
 def _scalar(x: float | Tensor) -> tuple[float, int, int]:
-    """A number as value, address and stride: on the device it is read there."""
+    """Return a number as value, address and stride. One on the device is read there."""
     return (0.0, _address(x), _stride(x)) if isinstance(x, Tensor) else (x, 0, 0)
 
 
 def _workspace(target: _C.Target, tensors: _C.TensorList, sums: Tensor) -> Tensor | None:
-    """Room for the sums of an op; None if it makes its own, as on the CPU."""
+    """Make room for the sums of an op; None if the op makes its own, as on the CPU."""
     num_bytes = _C.workspace_bytes(target, tensors, sums.numel())
     return torch.empty(num_bytes, dtype=torch.uint8, device=sums.device) if num_bytes else None
 

@@ -1,4 +1,4 @@
-"""The oracle: eager PyTorch, one tensor at a time, written to be read.
+"""Compute every op in eager PyTorch, one tensor at a time: the oracle, written to be read.
 
 Every other backend implements the same functions and is tested against these. Arithmetic is in
 float32 (float64 for float64 tensors), whatever the dtype of the tensors, and is rounded once, when
@@ -30,7 +30,7 @@ from samkernels.backends.rounding import rounded_at_random
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
-    """None: eager PyTorch serves every device, floating dtype and layout."""
+    """Return None: eager PyTorch serves every device, floating dtype and layout."""
     return None
 
 
@@ -196,7 +196,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _curvature(product: Tensor) -> Tensor:
-    """D = |Hv|, of 4-D tensors its mean over the last two dimensions, added up in their order."""
+    """Return D = |Hv|; of 4-D tensors, its mean over the last two dimensions, in their order."""
     absolute = product.abs()
     if product.dim() != 4:
         return absolute
@@ -209,14 +209,14 @@ def _curvature(product: Tensor) -> Tensor:
 
 
 def _root(x: Tensor) -> Tensor:
-    """Rounded correctly: PyTorch's square root of float32 may be an ulp off on the CPU."""
+    """Return the correctly rounded root: PyTorch's of float32 may be an ulp off on the CPU."""
     return x.double().sqrt().to(x.dtype)
 
 
 def _power(base: float, exponents: Tensor) -> Tensor:
-    """base ** exponents, 0 <= base < 1, by squaring, as csrc/update_math.h does it: the same bits
-    everywhere. Off by an ulp for every multiplication that the power stands for, at most: nothing
-    that float32 would show."""
+    """Return base ** exponents, 0 <= base < 1, by squaring, as csrc/update_math.h does it: the same
+    bits everywhere. They are off by at most an ulp for every multiplication that the power stands
+    for, which float32 would not show."""
     whole = exponents.nan_to_num(0.0).clamp(0.0, 2.0**62)  # no integer holds much more
     powers, rest = torch.ones_like(exponents), whole.long()
     while base > 0:
@@ -248,7 +248,7 @@ def _mixed(mix: Mix, i: int) -> Tensor:
 
 
 def _of_tensor(value: Any, i: int) -> Any:
-    """Of a number for each tensor, that of tensor i."""
+    """Return the number of tensor i, if there is one for each tensor."""
     return value[i] if isinstance(value, Tensor) and value.dim() == 1 else value
 
 

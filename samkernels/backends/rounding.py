@@ -1,5 +1,5 @@
-"""Rounding to bfloat16 up or down at random, for the backends that are written in PyTorch: as in
-csrc/update_math.h."""
+"""Round to bfloat16 up or down at random, as csrc/update_math.h does, for the backends that are
+written in PyTorch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ _BITS = 0xFFFFFFFF
 
 
 def rounded_at_random(values: Tensor, norm: Tensor, index: int, *, like: Tensor) -> Tensor:
-    """Each value rounded to one of the two bfloat16 beside it, so that it is itself on average.
+    """Round each value to one of the two bfloat16 beside it, so that it is itself on average.
 
     The random numbers are a function of the norm, of the tensor's index in its list, and of the
     element's place in memory. What is a bfloat16 already, or not finite, stays.
 
     Args:
-        values: float32; norm: float32, shape (); like: where the elements lie in memory.
+        values: float32 tensor to round.
+        norm: float32 tensor of shape ().
+        like: tensor whose elements lie in memory as those of the list do.
 
     Returns:
-        float32, of the shape of `values`.
+        A float32 tensor of the shape of `values`.
     """
     key = _mixed(_bits(norm) ^ _mixed(torch.full_like(norm, index, dtype=torch.int64)))
     random = _mixed((key + _places(like)) & _BITS)
@@ -32,7 +34,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Random bits from a number of 32 bits (C. Wellons, "lowbias32")."""
+    """Make random bits from a number of 32 bits (C. Wellons, "lowbias32")."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _BITS
     x = x ^ (x >> 15)
@@ -41,7 +43,7 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def _places(like: Tensor) -> Tensor:
-    """Of each element in memory; in a tensor with gaps or overlap, in the order of its indices."""
+    """Return the place of each element in memory; with gaps or overlap, that of its index."""
     places = torch.arange(like.numel(), device=like.device)
     packed = torch.empty_like(like, device="meta")  # keeps the strides of a dense tensor
     if packed.stride() == like.stride():

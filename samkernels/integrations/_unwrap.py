@@ -1,4 +1,4 @@
-"""The optimizer inside of what frameworks put around it."""
+"""Find the optimizer inside of what frameworks put around it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from samkernels.optim import SAM
 
 
 def sam_of(optimizer: Any) -> SAM:
-    """The SAM in the wrappers of Accelerate, fastai and others.
+    """Return the SAM in the wrappers of Accelerate, fastai and others.
 
     Raises:
         TypeError: there is none.

@@ -1,4 +1,4 @@
-"""Loops with Hugging Face Accelerate."""
+"""Adapt SAM to loops with Hugging Face Accelerate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from samkernels.integrations._unwrap import sam_of
 
 
 class TwoPasses:
-    """A loop's step with Accelerate: both passes, accumulation, the update.
+    """Makes a loop's step with Accelerate: both passes, accumulation, the update.
 
     The micro-batches of a step make their first pass as they come; after the last of them all make
     the second one, and the optimizer steps. Whatever fails, the weights are w again, and what was
@@ -42,7 +42,7 @@ class TwoPasses:
         self._micro_batches: list[tuple[Callable[..., Tensor], tuple[Any, ...]]] = []
 
     def step(self, compute_loss: Callable[..., Tensor], *args: Any) -> Tensor:
-        """One micro-batch: accelerator.accumulate(), backward(), optimizer.step(), zero_grad().
+        """Take one micro-batch: accumulate(), backward(), optimizer.step() and zero_grad().
 
         Args:
             compute_loss: called as compute_loss(*args) in each of the two passes.

@@ -1,5 +1,5 @@
-"""Optimizers whose signatures name the options of their base: for LightningCLI, jsonargparse, and
-whoever reads signatures.
+"""Make optimizers whose signatures name the options of their base, for LightningCLI, jsonargparse,
+and others who read signatures.
 
 SAM and its kin take those options as **base_options, which a parser of command lines cannot see
 into. A class for another base optimizer takes two lines: see ExplicitOptions.

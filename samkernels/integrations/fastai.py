@@ -1,4 +1,4 @@
-"""fastai's Learner."""
+"""Adapt SAM to fastai's Learner."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SAMCallback(Callback):
     run_valid = False
 
     def before_train(self) -> None:
-        """Checks the optimizer, and forgets what an earlier fit() left."""
+        """Check the optimizer, and forget what an earlier fit() left."""
         self._micro_batches: list[tuple[Any, Any]] = []
         sam = sam_of(self.opt)
         scaler = vars(self.learn).get("scaler")
@@ -51,12 +51,12 @@ class SAMCallback(Callback):
                 ) from error
 
     def after_backward(self) -> None:
-        """Keeps the batch for its second pass."""
+        """Keep the batch for its second pass."""
         if not sam_of(self.opt).is_perturbed:
             self._micro_batches.append((self.xb, self.yb))
 
     def before_step(self) -> None:
-        """The second pass and the step."""
+        """Make the second pass and the step."""
         learn: Any = self.learn
         micro_batches, self._micro_batches = self._micro_batches, []
         names = ("xb", "yb", "pred", "loss", "loss_grad")

@@ -1,4 +1,4 @@
-"""Lightning's automatic optimization. Manual optimization needs no adapter."""
+"""Adapt SAM to Lightning's automatic optimization. Manual optimization needs no adapter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SAMLightningMixin(Base):
     _micro_batches: tuple[Any, ...] = ()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-        """LightningModule.on_train_batch_start(); keeps the batch for its second pass."""
+        """Keep the batch for its second pass (LightningModule.on_train_batch_start)."""
         is_first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self._micro_batches = (*(() if is_first else self._micro_batches), (batch, batch_idx))
         return super().on_train_batch_start(batch, batch_idx)
@@ -53,7 +53,7 @@ class SAMLightningMixin(Base):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """LightningModule.optimizer_step(): the end of the first pass, the second, the step."""
+        """End the first pass, make the second and the step (LightningModule.optimizer_step)."""
         sam = sam_of(optimizer.optimizer)
         if not self._micro_batches or self._micro_batches[-1][1] != batch_idx:
             raise RuntimeError(
@@ -72,12 +72,12 @@ class SAMLightningMixin(Base):
             self._micro_batches = ()
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """LightningModule.log(), in the first pass."""
+        """Log in the first pass only (LightningModule.log)."""
         if not self.in_second_pass:
             super().log(*args, **kwargs)
 
     def _second_pass(self, optimizer: Any) -> Any:
-        """Returns the loss of the last micro-batch that has one."""
+        """Return the loss of the last micro-batch that has one."""
         strategy, loss = self.trainer.strategy, None
         takes_index = len(inspect.signature(self.training_step).parameters) > 1
         self.in_second_pass = True

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, and those that derive from it, as that of sentence-transformers."""
+"""Adapt SAM to Hugging Face's Trainer, and to those that derive from it."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ class SAMTrainerMixin(Base):
     _micro_batches: Any = ()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer.train(); the weights are w when it ends, however it does."""
+        """Train (Trainer.train); the weights are w when it ends, however it does."""
         try:
             return super().train(*args, **kwargs)
         finally:
             self._restore()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer.get_batch_samples(), at the beginning of a step: what it returns is kept."""
+        """Keep what Trainer.get_batch_samples() returns at the beginning of a step."""
         self._restore()  # auto_find_batch_size starts again within train()
         samples = super().get_batch_samples(*args, **kwargs)
         self._micro_batches = samples[0]
         return samples
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Trainer.training_step(); with the last micro-batch of a step, the second passes, too."""
+        """Make a first pass (Trainer.training_step); after the last one, the second passes, too."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.accelerator.sync_gradients:
             last = len(self._micro_batches) - 1

@@ -1,4 +1,4 @@
-"""Triton kernels on the GPU: one launch per op over all tensors of a list, nothing to build.
+"""Launch Triton kernels on the GPU: one launch per op over all tensors of a list.
 
 The kernels (kernels/) find their tensors through two tables on the device (tables.py): a plan of
 chunks, which depends on the sizes, and the addresses. Both are kept while sizes and addresses do
@@ -273,7 +273,7 @@ def tune(
 
 
 def _count_steps(steps: TensorList, mix: Mix, options: AdamOptions) -> Tensor:
-    """Count this step, unless it is skipped. The bias corrections, as the kernel takes them."""
+    """Count this step, unless it is skipped, and return the bias corrections for the kernel."""
     device = steps[0].device
     are_double = tuple(t.dtype is torch.float64 for t in steps)
     bias_corrections = torch.empty(len(steps), 2, dtype=torch.float32, device=device)
@@ -296,13 +296,13 @@ def _count_steps(steps: TensorList, mix: Mix, options: AdamOptions) -> Tensor:
 
 
 def _bits_of_minus(x: float) -> int:
-    """Those of -x in float64. Its sign is the highest bit: of whatever x, Triton makes an int64."""
+    """Return the bits of -x in float64. Its sign is the highest bit, so Triton makes an int64."""
     (bits,) = struct.unpack("<q", struct.pack("<d", -x))
     return bits
 
 
 def _scalars_of(mix: Mix) -> tuple[Any, ...]:
-    """What every kernel takes that mixes."""
+    """Return the arguments of every kernel that mixes."""
     numbers = (*_number_of(mix.a), *_number_of(mix.b))
     return *numbers, mix.divisor, mix.ascent_square, mix.found_inf
 
@@ -316,7 +316,7 @@ def _function_of(mix: Mix) -> str:
 
 
 def _sgd_scalars(options: SgdOptions) -> tuple[Any, ...]:
-    """What every kernel takes that ends in SGD's update."""
+    """Return the arguments of every kernel that ends in SGD's update."""
     undamped = options.one_minus_dampening
     return (
         _scalar(options.lr),
@@ -328,7 +328,7 @@ def _sgd_scalars(options: SgdOptions) -> tuple[Any, ...]:
 
 
 def _sgd_flags(momentum_buffers: TensorList | None, options: SgdOptions) -> dict[str, Any]:
-    """Their flags."""
+    """Return the flags of kernels that end in SGD's update."""
     if momentum_buffers is None:
         momentum = load_kernels().NO_MOMENTUM
     else:
@@ -347,12 +347,12 @@ def _sgd_flags(momentum_buffers: TensorList | None, options: SgdOptions) -> dict
 
 
 def _scalar(value: float | Tensor) -> float | Tensor:
-    """Not an int: Triton would compile a kernel for it."""
+    """Return a float or a tensor, and no int: Triton would compile a kernel for it."""
     return value if isinstance(value, Tensor) else float(value)
 
 
 def _number_of(value: float | Tensor) -> tuple[float | Tensor, int | None]:
-    """As `scalar_of` takes it."""
+    """Return a number and its stride, as `scalar_of` of the kernels takes them."""
     if not isinstance(value, Tensor):
         return float(value), None
     return value, value.stride(0) if value.dim() == 1 else 0

@@ -1,4 +1,4 @@
-"""Whether there is a Triton that can serve, and its kernels."""
+"""Find out whether a Triton can serve, and load its kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIN_VERSION = (3, 3)
 
 
 def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> str | None:
-    """Why the Triton kernels cannot serve such tensors, or None if they can."""
+    """Say why the Triton kernels cannot serve such tensors, or None if they can."""
     if device.type not in ("cpu", "cuda"):
         return f"there are no Triton kernels for {device.type} tensors"
     if dtype not in DTYPES:
@@ -32,8 +32,8 @@ def why_unavailable(device: torch.device, dtype: torch.dtype, dense: bool) -> st
 
 
 def is_interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, a debugger (it cuts float32 off to bfloat16,
-    where a GPU rounds). Does not import triton to say no."""
+    """Say whether the kernels run in Triton's interpreter, a debugger, which cuts float32 off to
+    bfloat16 where a GPU rounds. The function does not import triton to say no."""
     asked = bool(os.environ.get("TRITON_INTERPRET"))
     return asked and why_no_triton() is None and load_kernels().INTERPRETED
 
@@ -68,7 +68,7 @@ def why_no_gpu(device: torch.device) -> str | None:
 
 @lru_cache(maxsize=1)
 def load_kernels() -> ModuleType:
-    """Imported at the first use: triton takes a tenth of a second."""
+    """Import the kernels at the first use: triton takes a tenth of a second."""
     from . import kernels
 
     return kernels

@@ -1,4 +1,4 @@
-"""Block sizes and launches."""
+"""Choose block sizes, and launch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tables import Table, stream_of
 
 
 class Launch(NamedTuple):
-    """Elements per program, a power of two, and the warps that share them."""
+    """Names the elements per program, a power of two, and the warps that share them."""
 
     block: int
     warps: int
@@ -73,7 +73,7 @@ def seconds_on_device(function: Callable[[], None], repeats: int = 10) -> float:
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, and on its current stream."""
+    """Make the device current: Triton launches there, and on its current stream."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -85,7 +85,7 @@ def run_over(
     journal: list[bool] | None = None,
     **flags: Any,
 ) -> None:
-    """scalars, flags: in the order of the kernel's parameters."""
+    """Run a kernel over a table; scalars and flags are in the order of its parameters."""
     arguments = (table.plan, table.addresses, *scalars)
     constants = {**flags, "T": table.dtype, "BLOCK": launch.block}
     # Contraction into fused multiply-adds would change the bits.

@@ -1,4 +1,4 @@
-"""The tables through which kernels find their tensors, and how they get to the device."""
+"""Make the tables through which kernels find their tensors, and bring them to the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .availability import DTYPES, load_kernels
 
 
 class Table(NamedTuple):
-    """What a kernel needs to find its tensors (kernels/__init__.py)."""
+    """Holds what a kernel needs to find its tensors (kernels/__init__.py)."""
 
     plan: Tensor  # int64 [chunks, 5]
     addresses: Tensor  # int64 [tensors, lists and numbers]
@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
 
 def table_of(lists: dict[str, TensorList], chunk: int, *numbers: tuple[int, ...]) -> Table:
-    """numbers: one for each tensor, behind its addresses."""
+    """Make the table of lists. `numbers` has one for each tensor, which follows its addresses."""
     first = next(iter(lists.values()))
     of_chunks = _on_device(plan_of, first[0].device, tuple(map(Tensor.numel, first)), chunk)
     dtype = getattr(load_kernels().tl, DTYPES[first[0].dtype])
@@ -33,7 +33,7 @@ def table_of(lists: dict[str, TensorList], chunk: int, *numbers: tuple[int, ...]
 
 
 def addresses_of(lists: dict[str, TensorList], *numbers: tuple[int, ...]) -> Tensor:
-    """int64 [tensors, lists and numbers]."""
+    """Return the addresses as int64 [tensors, lists and numbers]."""
     columns = [list(map(Tensor.data_ptr, tensors)) for tensors in lists.values()]
     first = next(iter(lists.values()))
     for name, column in zip(lists, columns, strict=True):
@@ -44,7 +44,7 @@ def addresses_of(lists: dict[str, TensorList], *numbers: tuple[int, ...]) -> Ten
 
 
 def _on_device(make: Any, device: torch.device, *values: Any) -> Tensor:
-    """make(device, stream, *values), from its cache."""
+    """Return make(device, stream, *values), from its cache."""
     captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if captures:
         # A table of the cache could be freed while the graph needs it, and one that the graph
@@ -88,7 +88,7 @@ def place(device: torch.device, stream: int, addresses: tuple[int, ...]) -> Tens
 
 
 class CaptureStaging:
-    """Pinned memory for the copies that become part of a CUDA graph.
+    """Holds pinned memory for the copies that become part of a CUDA graph.
 
     No memory may be pinned during a capture, so it is held ready. A graph copies at every replay:
     what it copies from is never given back, nor written again.
@@ -112,7 +112,7 @@ class CaptureStaging:
             self.taken = 0
 
     def take(self, values: Tensor) -> Tensor:
-        """A copy of the values.
+        """Return a copy of the values.
 
         Raises:
             RuntimeError: there is no room.
@@ -130,7 +130,7 @@ capture_staging = CaptureStaging(min_room=2**16)
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for.
+    """Copy to the device, without the host waiting.
 
     Pinned memory must not be written while a copy from it is pending. None is written twice here:
     PyTorch takes it back when the copy is done.
