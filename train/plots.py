@@ -146,6 +146,8 @@ def _plot_histories(
     def draw(axes: Axes, metric: int, group: Group, line: Mapping[str, Any]) -> bool:
         name, _, factor = metrics[metric]
         rows = group.history(name)
+        if not rows:
+            return False  # and nothing in the legend
         epochs = list(rows)
         means = [factor * statistics.fmean(values) for values in rows.values()]
         spread = [
@@ -159,7 +161,7 @@ def _plot_histories(
             high = [mean + part for mean, part in zip(means, spread, strict=True)]
             axes.fill_between(epochs, low, high, color=line["color"], alpha=0.2, linewidth=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        return bool(rows)
+        return True
 
     several = any(len(group.runs) > 1 for group in groups)
     said = "; mean and standard deviation over the seeds" if several else ""

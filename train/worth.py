@@ -308,7 +308,7 @@ def plot(parts: Sequence[Sequence[Group]], steps: Mapping[str, Mapping[str, floa
                     mean = mean_interval(measures(group).get(name, {}))
                     if mean is None:
                         continue
-                    reach = 0.0 if math.isnan(mean.low) else mean.high - mean.mean
+                    reach = None if math.isnan(mean.low) else mean.high - mean.mean
                     line = axes.errorbar(
                         x, mean.mean, reach, **marks[label], linestyle="", capsize=2,
                         markersize=6, elinewidth=0.9, markerfacecolor=face,
