@@ -535,6 +535,39 @@ def test_styles_tell_any_number_of_radii_and_optimizers_apart(tmp_path: Path) ->
     assert len(legends["SAM"].get_texts()) == 9 + 1  # and SGD, for comparison
 
 
+def test_legends_name_what_is_there(tmp_path: Path) -> None:
+    """SGD has no second gradient: nothing of it in the plot that compares the two."""
+    write_run(tmp_path, 0.7, opt_name="sam", rho=0.1)
+    path = write_run(tmp_path, 0.7) / "result.json"
+    result = json.loads(path.read_text())
+    for entry in result["history"]:
+        del entry["share_second_larger"], entry["share_signs_agree"]
+    path.write_text(json.dumps(result))
+    groups, _ = report.grouped(report.load_runs([tmp_path]))
+    for figure, expected in (
+        (plots.plot_curves(groups, "t"), ["0.1", "SGD"]),
+        (plots.plot_magnitudes(groups, "t"), ["0.1"]),
+    ):  # fmt: skip
+        assert figure is not None
+        legend = figure.axes[0].get_legend()
+        assert legend is not None and [text.get_text() for text in legend.get_texts()] == expected
+
+
+def test_radii_are_plotted_where_an_optimizer_has_several(tmp_path: Path) -> None:
+    for i, opt_name in enumerate(("sam", "samdirection", "gsam")):
+        write_run(tmp_path, 0.7, opt_name=opt_name, rho=0.1 * (i + 1))
+    groups, _ = report.grouped(report.load_runs([tmp_path]))
+    title = "a task of many words, " * 6
+    assert plots.all_plots(groups, title, report._known_figures)["accuracy-rho"] is None
+    write_run(tmp_path, 0.7, opt_name="gsam", rho=0.1)
+    groups, _ = report.grouped(report.load_runs([tmp_path]))
+    figure = plots.all_plots(groups, title, report._known_figures)["accuracy-rho"]
+    assert figure is not None and figure._suptitle is not None  # type: ignore[attr-defined]
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    assert Bbox.intersection(figure._suptitle.get_window_extent(), legend) is None  # type: ignore[attr-defined]
+
+
 def test_bands_and_error_bars_are_those_of_the_seeds(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         for rho in (0.1, 0.2):

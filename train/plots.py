@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,8 +43,10 @@ def _by_optimizer(groups: Sequence[Group]) -> dict[str, list[Group]]:
     return found
 
 
-def _title(figure: Figure, title: str) -> None:
-    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+def _title(figure: Figure, title: str, beside: float = 0.0) -> None:
+    """Beside a legend of so many inches in lines of that width."""
+    letters = int(11 * (figure.get_figwidth() - beside))
+    figure.suptitle(textwrap.fill(title, letters), x=0.01, ha="left", fontsize="medium")
 
 
 def _plain_numbers(axis: Axis) -> None:
@@ -143,6 +146,8 @@ def _plot_histories(
     def draw(axes: Axes, metric: int, group: Group, line: Mapping[str, Any]) -> bool:
         name, _, factor = metrics[metric]
         rows = group.history(name)
+        if not rows:
+            return False  # and nothing in the legend
         epochs = list(rows)
         means = [factor * statistics.fmean(values) for values in rows.values()]
         spread = [
@@ -156,7 +161,7 @@ def _plot_histories(
             high = [mean + part for mean, part in zip(means, spread, strict=True)]
             axes.fill_between(epochs, low, high, color=line["color"], alpha=0.2, linewidth=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-        return bool(rows)
+        return True
 
     several = any(len(group.runs) > 1 for group in groups)
     said = "; mean and standard deviation over the seeds" if several else ""
@@ -246,6 +251,10 @@ def _error_bar(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def _without_rho(group: Group) -> str:
+    return group.variant.removeprefix(f"rho {group.config.rho:g}").removeprefix(", ")
+
+
 def _families(groups: Sequence[Group]) -> list[list[Group]]:
     """SGDHess apart: its rho is the weight of the curvature, and no radius."""
     known = [g for g in groups if g.config.uses("rho")]
@@ -263,11 +272,14 @@ def plot_against_rho(
     """A figure over rho, a line for each optimizer and variant; SGD as a level.
 
     Error bars and the band of SGD: one standard deviation over the seeds. Published figures are
-    hollow and dashed. None where there are not two rho to compare.
+    hollow and dashed. None where no optimizer has two rho to compare.
     """
     known = [g for g in groups if g.values(name)]
     families = _families(known)
-    if max((len({g.config.rho for g in family}) for family in families), default=0) < 2:
+    radii: dict[tuple[str, str], set[float]] = {}
+    for group in (g for family in families for g in family):
+        radii.setdefault((group.config.opt_name, _without_rho(group)), set()).add(group.config.rho)
+    if max(map(len, radii.values()), default=0) < 2:
         return None
     figure = Figure(figsize=(4.0 * len(families) + 2.0, 4.2), layout="constrained")
     panels = figure.subplots(1, len(families), squeeze=False, sharey=True)[0]
@@ -275,8 +287,7 @@ def plot_against_rho(
     for axes, family in zip(panels, families, strict=True):
         lines: dict[tuple[str, str], list[Group]] = {}
         for group in family:
-            rest = group.variant.removeprefix(f"rho {group.config.rho:g}").removeprefix(", ")
-            lines.setdefault((group.config.opt_name, rest), []).append(group)
+            lines.setdefault((group.config.opt_name, _without_rho(group)), []).append(group)
         per_optimizer: dict[str, int] = {}
         marks = {group.config.rho for group in family}
         is_log = min(marks) > 0
@@ -322,7 +333,7 @@ def plot_against_rho(
         list(handles.values()), list(handles), loc="outside right upper", fontsize="small",
         title="optimizer", title_fontsize="small", alignment="left",
     )  # fmt: skip
-    _title(figure, title)
+    _title(figure, title, beside=2.0)
     return figure
 
 

@@ -30,9 +30,10 @@ python -m train.worth DIR [DIR ...] [--time=true] [--output_dir=DIR]
 
 Of the runs below the folders: accuracy after the last epoch and at the best validation epoch,
 against gradient evaluations and against seconds, each optimizer against SGD, also against SGD that
-trained for longer; and of several radii, the one that validation chooses. Writes worth.md and
-worth.png into --output_dir (default: the first DIR). Seconds are steps times the time of a step,
-from steps.json in that folder: --time=true measures it, for which the data must be there.
+trained for longer, and against SAM; and of several radii, the one that validation chooses. Writes
+worth.md and worth.png into --output_dir (default: the first DIR). Seconds are steps times the time
+of a step, from steps.json in that folder: --time=true measures it, for which the data must be
+there.
 """
 STEPS = "steps.json"
 ROUNDS, STEPS_EACH = 8, 10  # of all optimizers in turn, so that a busy minute is everybody's
@@ -44,7 +45,7 @@ NOTES = f"""\
   that validation labels as wrong as those of training would choose. 95% intervals over the seeds.
 - gradients: of an image's loss with respect to the weights, in thousands; two for an image of a
   step with two passes. s: steps times the time of a step measured alone.
-- points more than SGD: mean over the seeds that both have, and its 95% interval, by a paired
+- points more: mean over the seeds that both have, and its 95% interval, by a paired
   t-test. Statements rest on the smallest of the differences in a row: "more" and "less" are said
   where its p, adjusted by Holm's method for the rows, is below {LEVEL}, and all have one sign."""
 
@@ -208,12 +209,12 @@ def smallest(differences: Iterable[Comparison]) -> tuple[Comparison, bool]:
     return found[0], all(other.mean * found[0].mean > 0 for other in found)
 
 
-def difference_table(members: Sequence[Group], sgd: Group) -> list[list[str]]:
-    """Every other group minus SGD, head first; [] where there is none."""
-    theirs = measures(sgd)
+def difference_table(members: Sequence[Group], plain: Group) -> list[list[str]]:
+    """Every other group minus this one, head first; [] where there is none."""
+    theirs = measures(plain)
     found = []
     for label, group in zip(short_labels(members), members, strict=True):
-        if group is sgd:
+        if group is plain:
             continue
         compared = {
             name: comparison
@@ -303,11 +304,11 @@ def plot(parts: Sequence[Sequence[Group]], steps: Mapping[str, Mapping[str, floa
         for axes, of_parts in zip(row, costs.values(), strict=True):
             places = _beside(of_parts[number])
             for label, group, x in zip(ours, members, places, strict=True):
-                for name, face in ((BEST, None), (LAST, "white")):
+                for name, face in ((BEST, None), (LAST, "none")):
                     mean = mean_interval(measures(group).get(name, {}))
                     if mean is None:
                         continue
-                    reach = 0.0 if math.isnan(mean.low) else mean.high - mean.mean
+                    reach = None if math.isnan(mean.low) else mean.high - mean.mean
                     line = axes.errorbar(
                         x, mean.mean, reach, **marks[label], linestyle="", capsize=2,
                         markersize=6, elinewidth=0.9, markerfacecolor=face,
@@ -359,10 +360,13 @@ def write_worth(
         parts += [f"## {members[0].task_title}", results.markdown(accuracy_table(members, known))]
         if radii := chosen(members):
             parts += ["Radii:", results.markdown(radii)]
-        plain = [group for group in members if group.config.opt_name == "sgd"]
-        for sgd in plain:
-            rows = difference_table(members, sgd)
-            label = short_labels(members)[members.index(sgd)]
+        for plain in members:
+            if plain.config.opt_name not in ("sgd", "sam") or not plain.is_of_the_report:
+                continue
+            rows = (
+                [] if plain.config.opt_name == "sam" and radii else difference_table(members, plain)
+            )
+            label = short_labels(members)[members.index(plain)]
             if rows:
                 parts += [f"Points more than {label}:", results.markdown(rows)]
     parts.append(NOTES)
