@@ -53,6 +53,10 @@ Target CudaTarget(std::uintptr_t stream) {
   return {&TableFor(true), {reinterpret_cast<void*>(stream), 1}};
 }
 
+// A list or None. For None in the place of a pointer pybind11 searches other modules, which takes a
+// few thousand instructions.
+using OptionalList = std::optional<std::shared_ptr<TensorList>>;
+
 // Holds the shapes of an op, and checks that its lists go together.
 class Shapes {
  public:
@@ -114,8 +118,8 @@ class Shapes {
     return are_double;
   }
 
-  MutableList Optional(const char* name, const TensorList* list) const {
-    return list ? List(name, *list) : nullptr;
+  MutableList Optional(const char* name, const OptionalList& list) const {
+    return list ? List(name, **list) : nullptr;
   }
 
   int64_t WorkspaceBytes(int num_sums) const {
@@ -168,13 +172,13 @@ Scalar ScalarOf(float value, std::uintptr_t address, int64_t stride = 0) {
 // Holds the Python side of Mix.
 struct PyMix {
   std::shared_ptr<TensorList> x;
-  std::shared_ptr<TensorList> y;  // or null
+  OptionalList y;
   Mix rest;
 
   Mix For(const Shapes& shapes) const {
     Mix mix = rest;
     mix.x = shapes.List("mix.x", *x);
-    mix.y = shapes.Optional("mix.y", y.get());
+    mix.y = shapes.Optional("mix.y", y);
     return mix;
   }
 };
@@ -230,7 +234,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
 
   py::class_<PyMix>(m, "Mix", py::module_local())
       .def(
-          py::init([](std::shared_ptr<TensorList> x, std::shared_ptr<TensorList> y, float a,
+          py::init([](std::shared_ptr<TensorList> x, OptionalList y, float a,
                       std::uintptr_t a_address, int64_t a_stride, float b, std::uintptr_t b_address,
                       int64_t b_stride, int function, std::uintptr_t divisor,
                       std::uintptr_t ascent_square, std::uintptr_t found_inf) {
@@ -296,15 +300,15 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   m.def("set_driver_version", [](int version) { emulation::driver_version = version; });
 #endif
 
-  m.def("dots", [](const Target& target, const TensorList& x, const TensorList* y,
-                   const TensorList* z, const TensorList* weights, float eta,
+  m.def("dots", [](const Target& target, const TensorList& x, const OptionalList& y,
+                   const OptionalList& z, const OptionalList& weights, float eta,
                    std::uintptr_t workspace, std::uintptr_t per_tensor, std::uintptr_t total) {
     if ((z && !y) || (y && weights)) {
       throw std::invalid_argument("dots: give x, y and z in their order, and weights with x alone");
     }
     const Shapes shapes("x", x, *target.ops);
-    const Workspace room(target, shapes, NumDots(1 + (y != nullptr) + (z != nullptr), weights),
-                         workspace);
+    const int num_sums = NumDots(1 + y.has_value() + z.has_value(), weights.has_value());
+    const Workspace room(target, shapes, num_sums, workspace);
     const DotsArgs args = {shapes.tensors(),
                            {shapes.List("x", x), shapes.Optional("y", y), shapes.Optional("z", z)},
                            shapes.Optional("weights", weights),
@@ -356,7 +360,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
     target.ops->mix(args, target.execution);
   });
   m.def("sgd", [](const Target& target, const PyMix& mix, const TensorList& params,
-                  const TensorList& old_params, const TensorList* momentum_buffers,
+                  const TensorList& old_params, const OptionalList& momentum_buffers,
                   const SgdOptions& options, std::optional<py::list> journal) {
     const Shapes shapes("params", params, *target.ops);
     const SgdArgs args = {shapes.tensors(),
@@ -376,7 +380,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
   });
   m.def("sgd_hess",
         [](const Target& target, const TensorList& params, const TensorList& grads,
-           const TensorList& hessian_products, const TensorList* momentum_buffers,
+           const TensorList& hessian_products, const OptionalList& momentum_buffers,
            const std::vector<std::pair<std::int64_t, std::int64_t>>& positions, float rho,
            std::uintptr_t rho_address, const SgdOptions& options, std::optional<py::list> journal) {
           const Shapes shapes("params", params, *target.ops);

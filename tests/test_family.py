@@ -6,6 +6,7 @@ import contextlib
 import copy
 import pickle
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 import samkernels
 from samkernels import SAM
+from samkernels.optim._rule import Option, options
 from samkernels.optim.when import Bernoulli, FromStep, GradientNormPolicy, Periodic
 from tests import family
 from tests.family import Network, Run, loss
@@ -974,3 +976,84 @@ def test_a_group_whose_momentum_is_zero_is_not_a_step_behind() -> None:
     (p.sum() + q.sum()).backward()
     optimizer.step()
     assert q.tolist() == pytest.approx([0.9, 0.9])
+
+
+class WithoutLr(torch.optim.Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: Any = None) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: samkernels.WSAM(p, WithoutLr),
+        lambda p: samkernels.WSAM(p, WithoutLr(p)),
+        lambda p: SAM(p, WithoutLr, samkernels.ProportionScheduler(max_lr=0.1, max_value=0.1)),
+    ],
+)
+def test_what_goes_with_lr_is_refused_where_there_is_none(make: Callable[..., SAM]) -> None:
+    with pytest.raises(ValueError, match=r"parameter group 0 of WithoutLr has no lr"):
+        make([torch.nn.Parameter(torch.ones(3))])
+    SAM([torch.nn.Parameter(torch.ones(3))], WithoutLr)
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"own_options": "rho"}, "own_options of Mine is str"),
+        ({"own_options": options(rho=Option(1.0))}, "has rho, which SAM itself has"),
+        ({"own_options": options(when=Option(1.0))}, "has when, which SAM itself has"),
+        ({"own_state": "m"}, r"own_state of Mine is a string: .* \('m',\)"),
+        ({"positional": "rho"}, r"positional of Mine is a string"),
+    ],
+)
+def test_a_variant_that_declares_nonsense_is_no_class(
+    declared: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        type("Mine", (SAM,), declared)
+
+
+@pytest.mark.parametrize(("key", "value"), [("scaling", "element"), ("eta", -1.0), ("rho", -1.0)])
+def test_an_option_that_somebody_has_spoiled_is_refused_before_weights_move(
+    key: str, value: Any
+) -> None:
+    params = [torch.nn.Parameter(torch.randn(3)) for _ in range(2)]
+    optimizer = SAM([{"params": [p]} for p in params], lr=0.1, adaptive=True)
+    weights = snapshot(params)
+    for spoiled in (value, 0.1 if key != "scaling" else None):
+        optimizer.param_groups[1][key] = spoiled
+        for p in params:
+            p.grad = torch.ones_like(p)
+        if spoiled is value:
+            with pytest.raises(ValueError, match=key):
+                optimizer.first_step()
+            assert unchanged(params, weights)
+    optimizer.first_step()
+    optimizer.restore()
+    assert unchanged(params, weights)
+
+
+def test_rho_may_be_a_number_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    for p, rho in zip(params, (0.5, numpy.float32(0.5)), strict=True):
+        p.grad = torch.ones(4)
+        SAM([p], rho=rho, lr=0.1).first_step()
+    assert torch.equal(*params)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_nobody_holds_gradients_between_the_halves_of_a_step(backend: str) -> None:
+    p = torch.nn.Parameter(torch.ones(4))
+    optimizer = SAM([p], lr=0.1, backend=backend)
+    halves = [optimizer.first_step, optimizer.second_step]
+    for half in (*halves, *halves):
+        p.grad = torch.ones(4)
+        gone = weakref.ref(p.grad)
+        half()
+        p.grad = None
+        assert gone() is None

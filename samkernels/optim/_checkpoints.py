@@ -21,7 +21,7 @@ from samkernels.optim._lists import laid_out_like
 from samkernels.optim._perturbation import Axes
 from samkernels.optim._ranks import Ranks
 from samkernels.optim._scalers import Scalers
-from samkernels.optim._variant import Variant
+from samkernels.optim._variant import COMMON_OPTIONS, Variant
 
 
 def read(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
@@ -255,7 +255,9 @@ class Checkpointed(Variant):
 
     def _without_own(self, state_dict: Any) -> tuple[Any, dict[Tensor, dict[str, Tensor]]]:
         """The part of the base optimizer, and the variant's own for each parameter; that of another
-        variant is left out, but for the weights, which its model may not have.
+        variant is left out, but for the weights, which its model may not have. (m of FriendlySAM and of
+        VaSSO is one quantity, a moving average of g1 that begins at g1: each goes on from the
+        other's.)
 
         Raises:
             ValueError: that does not fit the parameter.
@@ -338,7 +340,7 @@ class Checkpointed(Variant):
         own = state.get("_own", {})
         rest = {k: v for k, v in state.items() if k not in of_base and k != "_own"}
         super().__setstate__(rest)
-        known = {name: name for name in ("rho", "adaptive", "granularity") if name in self.defaults}
+        known = {name: name for name in ("rho", "granularity", *COMMON_OPTIONS)}
         self.__dict__.setdefault("_keys", known)  # of an optimizer pickled before there were others
         for name, default in _KEPT.items():
             if name not in self.__dict__:

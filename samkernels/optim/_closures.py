@@ -72,7 +72,14 @@ def _versions_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def step_with_closure(sam: SAM, closure: Callable[[], Any]) -> Any:
-    """A whole step; see SAM.step. The caller clears the gradients and restores in any case."""
+    """A step, or what is left of it; see SAM.step. The caller clears the gradients and restores in
+    any case."""
+    if sam._perturbation is not None:
+        if sam.is_perturbed:
+            with torch.enable_grad():
+                closure()
+        _finish(sam)
+        return None
     if sam._has_gradients:
         if not sam._closure_clears and _step_from_gradients(sam, closure):
             return None
@@ -82,12 +89,12 @@ def step_with_closure(sam: SAM, closure: Callable[[], Any]) -> Any:
     if sam._perturbation is None and _is_skipped(sam, loss):
         return loss
     if not sam.first_step():
-        sam._second_step()
+        _finish(sam)
         return loss
     with torch.enable_grad():
         second_loss = closure()
     if sam._perturbation is None or not _is_skipped(sam, second_loss):
-        sam._second_step()
+        _finish(sam)
     return loss
 
 
@@ -106,7 +113,7 @@ def _step_from_gradients(sam: SAM, closure: Callable[[], Any]) -> bool:
             sam.restore()
             return False
     if sam._perturbation is None or not _is_skipped(sam, loss):
-        sam._second_step()
+        _finish(sam)
     return True
 
 
@@ -122,3 +129,12 @@ def _is_skipped(sam: SAM, loss: Any) -> bool:
             stacklevel=2,
         )
     return True
+
+
+def _finish(sam: SAM) -> None:
+    if sam._perturbation is None:
+        raise RuntimeError(
+            "the closure made a step or a restore of its own: leave step(), second_step() and "
+            "restore() out of it"
+        )
+    sam._second_step()

@@ -399,7 +399,8 @@ class Slots:
                 if perturbation is not None and slot in perturbation.slots:
                     raise RuntimeError(
                         f"a parameter of shape {tuple(p.shape)} changed its shape, dtype, device "
-                        "or layout between first_step and second_step. The weights were restored."
+                        "or layout while it was at w + e(w): do that between whole steps, or in "
+                        "unperturbed() of a variant with one pass. The weights were restored."
                     )
                 refuse_capture()
                 name = f"params[{i}] of parameter group {index}"

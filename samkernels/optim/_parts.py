@@ -34,6 +34,20 @@ class Parts(Generic[T]):
         return next(self._begun)
 
 
+def check_parts(sam: SAM) -> None:
+    """Raise RuntimeError if parts would do by themselves what a step does once."""
+    if sam._direction_has_state:
+        raise RuntimeError(
+            f"parts(): each part would move the {', '.join(sam.own_state)} of "
+            f"{type(sam).__name__} by itself; make the two passes with the whole batch"
+        )
+    if getattr(sam._when, "needs_norm", False):
+        raise RuntimeError(
+            "parts(): each part would decide by its own norm whether there is a second pass; "
+            "make the passes with the whole batch, or take another when"
+        )
+
+
 class PartSums:
     """g1, where it is kept, and g2, added up over the parts of a batch."""
 

@@ -345,7 +345,7 @@ def restore(slots: dict[Slot, None], known: Slots) -> None:
     if lost:
         shape = tuple(lost[0].param.shape)
         raise RuntimeError(
-            f"a parameter of shape {shape} changed its shape or lost its memory between "
-            f"first_step and second_step: {len(lost)} parameters cannot be restored. All "
+            f"a parameter of shape {shape} changed its shape or lost its memory while it was at "
+            f"w + e(w): {len(lost)} parameters cannot be restored. All "
             "others were; if the memory comes back, call restore() again."
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import numbers
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
@@ -86,6 +87,7 @@ class Variant(Optimizer):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        _check_declarations(cls)
         cls.goes_along_g1 = cls.direction is Variant.direction
         cls.has_terms_beside = not (cls.before is Variant.before and cls.beside is Variant.beside)
         mixes = cls.mix is not Variant.mix or cls.mix_alone is not Variant.mix_alone
@@ -141,7 +143,7 @@ class Variant(Optimizer):
         self._schedule = options["rho"] if isinstance(options["rho"], ProportionScheduler) else None
         if self._schedule is not None:
             options["rho"] = self._schedule.max_value
-        self._keys = {name: name for name in (*options, *_COMMON)}
+        self._keys = {name: name for name in (*options, *COMMON_OPTIONS)}
         self._check_options(options, "")
         if isinstance(base_optimizer, Optimizer):
             if base_options:
@@ -184,12 +186,28 @@ class Variant(Optimizer):
         else:
             base = base_optimizer(groups, **base_options)
             self._refuse_collisions(base_optimizer, lambda _: base.defaults, base_options)
+        self._require_lr(base)
         if len(base.param_groups) == len(groups):
             _wrapping.write_options(base, groups, self._keys)
         self.base_optimizer = base
         self.defaults = {**base.defaults, **self.defaults}
         self._is_constructed = True
         self._check_selections()
+
+    def _require_lr(self, base: Optimizer) -> None:
+        """Raise ValueError if a group lacks the lr that a term or a schedule goes with."""
+        if not (self.has_terms_beside or self._schedule is not None):
+            return
+        for i, group in enumerate(base.param_groups):
+            if "lr" not in group:
+                needs = (
+                    "a ProportionScheduler" if self._schedule is not None else "a term of its own"
+                )
+                raise ValueError(
+                    f"parameter group {i} of {type(base).__name__} has no lr, and "
+                    f"{type(self).__name__} has {needs} that goes with lr: write one into the "
+                    'groups, group["lr"], and give the base optimizer as an instance'
+                )
 
     @property
     def _direction_has_state(self) -> bool:
@@ -235,11 +253,12 @@ class Variant(Optimizer):
                 self._check_rho(what, value)
             elif name in self.own_options:
                 self.own_options[name].check(what, value)
-            elif name in _COMMON:
-                _COMMON[name].check(what, value)
+            elif name in COMMON_OPTIONS:
+                COMMON_OPTIONS[name].check(what, value)
 
     def _check_rho(self, what: str, value: Any) -> None:
-        if not isinstance(value, (int, float, Tensor)):
+        is_known = isinstance(value, (numbers.Real, Tensor))
+        if not is_known:
             raise TypeError(
                 f"{what} is {type(value).__name__}: give a number, a tensor of one element or, to "
                 f"the constructor, a ProportionScheduler; {type(self).__name__}{_call(type(self))}"
@@ -448,11 +467,32 @@ class Variant(Optimizer):
 
 
 # Options of every variant, beside rho, in the groups.
-_COMMON: dict[str, Option] = {
+COMMON_OPTIONS: dict[str, Option] = {
     "adaptive": Option(False),
     "scaling": Option(None, choices=(None, *_axes.SCALINGS)),
     "eta": Option(0.0, 0, math.inf),
 }
+
+
+def _check_declarations(cls: type[Variant]) -> None:
+    """Raise TypeError if a class declares what cannot be meant."""
+    if not isinstance(cls.own_options, Mapping):
+        raise TypeError(
+            f"own_options of {cls.__name__} is {type(cls.own_options).__name__}: give options("
+            "NAME=Option(..))"
+        )
+    arguments = inspect.signature(Variant._init).parameters
+    taken = {"rho", *COMMON_OPTIONS, *arguments} & cls.own_options.keys()
+    if taken:
+        raise TypeError(
+            f"own_options of {cls.__name__} has {', '.join(sorted(taken))}, which SAM itself has: "
+            "give it another name"
+        )
+    for name in ("own_state", "own_attributes", "positional"):
+        if isinstance(value := getattr(cls, name), str):
+            raise TypeError(
+                f"{name} of {cls.__name__} is a string: give a tuple of names, ({value!r},)"
+            )
 
 
 def _arguments(cls: type[Variant]) -> list[inspect.Parameter]:

@@ -17,7 +17,7 @@ from samkernels.optim._closures import step_with_closure
 from samkernels.optim._compile import keep_out_of_graphs
 from samkernels.optim._first import begin
 from samkernels.optim._grad import without_grad
-from samkernels.optim._parts import Parts, PartSums, each_of
+from samkernels.optim._parts import Parts, PartSums, check_parts, each_of
 from samkernels.optim._perturbation import Perturbation, restore
 from samkernels.optim._scalers import unscale
 from samkernels.optim._update import finish, gradients, put_grad
@@ -48,10 +48,9 @@ class SAM(Checkpointed):
 
     An n that is zero perturbs nothing. An n that is not finite perturbs nothing either, and the
     step is skipped without the host noticing: the three leave weights, momentum, moments and step
-    counts as they were (which is why Adam's counts lie beside the parameters; and where there was
-    no momentum, it still begins with u, though its buffer is there and 0), other base optimizers
-    step with u = 0. With maximize=True the perturbation goes against g1, so that
-    maximizing f is minimizing -f.
+    counts as they were (which is why Adam's counts lie beside the parameters; a new momentum begins
+    with the next u), other base optimizers step with u = 0. With maximize=True the perturbation
+    goes against g1, so that maximizing f is minimizing -f.
 
     Usage:
 
@@ -63,8 +62,7 @@ class SAM(Checkpointed):
     With torch.amp.GradScaler, scale the loss of both passes and call scaler.step(optimizer) for the
     second step: u is unscaled in the update, and a step whose gradients overflowed is skipped. To
     clip g2, scaler.unscale_(optimizer) may come between first_step and step; before first_step it
-    is refused, since a scaler unscales once a step. (Scalers are looked for when the first step is
-    made; one that is made later is known from its first step on.)
+    is refused, since a scaler unscales once a step.
 
     In bfloat16 weights, whose precision is often coarser than the perturbation, w + e(w) is rounded
     up or down at random (ops.perturb_): right on average, and the same bits from the same inputs.
@@ -72,19 +70,17 @@ class SAM(Checkpointed):
 
     With DistributedDataParallel, `perturbation` says along which g1 a rank goes: "global", the mean
     over all ranks; "local", its own (m-sharpness); "group", the mean over the ranks of
-    process_group. u is made of the means over all ranks, whatever the perturbation, so all ranks
-    have the same weights after each step, bit for bit; a g1 that is not finite makes all of them
-    skip. With "local" and "group" the first pass goes into `first_pass`. `parts` is m-sharpness on
-    one device.
+    process_group. u is made of the means over all ranks in any case, so all ranks have the same
+    weights after each step, bit for bit; a g1 that is not finite makes all of them skip. With
+    "local" and "group" the first pass goes into `first_pass`. `parts` is m-sharpness on one device.
 
     Parameters that torch.distributed.fsdp.fully_shard has sharded (DTensors) are worked on where
-    they lie. Norms and statistics are those of whole tensors, by one all-reduce in each of the two
-    steps that needs them, so all processes have to make the same calls. FSDP2 must not hold
-    gathered parameters when a step is made: a backward before it lets go of them, unless
-    set_reshard_after_backward(False) or a later forward without a backward keeps them.
+    they lie. Norms and statistics are those of whole tensors, by one all-reduce in each half of a
+    step that needs them, so all processes have to make the same calls. FSDP2 must not hold gathered
+    parameters then: a backward lets go of them, unless set_reshard_after_backward(False) or a later
+    forward without a backward keeps them.
 
-    Memory: one copy of the parameters beside the base optimizer's state; of shards, where they are
-    sharded.
+    Memory: one copy of the parameters, or of the shards, beside the base optimizer's state.
 
     Args:
         params: parameters or parameter groups, as for any torch.optim optimizer; a group may set
@@ -95,13 +91,11 @@ class SAM(Checkpointed):
 
                 SAM(params, torch.optim.Adadelta(params, lr=1.0, rho=0.9), rho=0.05)
 
-            An instance keeps all options of its own. Where its groups have a key of the name of an
-            option of SAM, that of SAM stands there as sam_NAME: group["sam_rho"] in this example.
-            By class, such a base optimizer is refused.
+            An instance keeps its options; one of SAM that has the name of one of them stands in
+            the groups as sam_NAME: group["sam_rho"] here. By class, such a base is refused.
         rho: radius >= 0 of the neighbourhood, in units of ||w||_2; dimensionless if adaptive. Like
             lr, it may be a tensor of one element: on the parameters' device it is read there, and
-            a CUDA graph sees what is written to it.
-            A `ProportionScheduler` lets it follow lr.
+            a CUDA graph sees what is written to it. A `ProportionScheduler` lets it follow lr.
         adaptive: ASAM's perturbation, as in davda54/sam.
         scaling: T: "elementwise", |w| + eta; "tensor", ||w_l||_2 of each tensor; "none", 1. None:
             as adaptive says. Each group may set its own.
@@ -111,7 +105,7 @@ class SAM(Checkpointed):
         subset: which are perturbed, likewise: n is taken over these only, as in SAM-ON, where it is
             `norm_parameters(model)`. With rho=0 in a group n would span that, too.
         mask: from parameters to tensors of 0 and 1 (any numbers) that multiply e(w), after n was
-            taken: Sparse SAM. A parameter that is not in it is not masked.
+            taken: Sparse SAM. Parameters that are not in it are not masked.
         norm: "global"; "tensor": n of each tensor by itself, so that ||e|| = rho sqrt(number of
             tensors); None: e = rho * T^2 * g1, as in USAM, where a loss that is scaled scales e.
         when: in which steps there is a second pass: `Periodic`, `FromStep`, `Bernoulli` or
@@ -191,8 +185,6 @@ class SAM(Checkpointed):
             perturbation=perturbation,
             process_group=process_group,
         )
-
-    # -- the step ----------------------------------------------------------------------------------
 
     @without_grad
     def first_step(
@@ -285,9 +277,8 @@ class SAM(Checkpointed):
 
                 Gradients that are there before: a closure that clears gradients, as closures of
                 torch.optim do, leaves no trace of them. For one that does not, they are g1, and it
-                is called once, at w + e(w), as davda54/sam has it. Which of the two it is shows
-                when it is called, at w + e(w), in the first such step; if it clears, that step is
-                made anew from w, with two more calls. The optimizer remembers, also in a copy.
+                is called once, at w + e(w), as davda54/sam has it. The first such step shows which
+                of the two it is; if it clears, the step is made anew from w, with two more calls.
 
         Returns:
             The loss at w if the closure was called there, else None. A step with a closure leaves
@@ -334,13 +325,7 @@ class SAM(Checkpointed):
             return None
 
         try:
-            if self._perturbation is None:
-                return step_with_closure(self, closure)
-            if self.is_perturbed:
-                with torch.enable_grad():
-                    closure()
-            self._second_step()
-            return None
+            return step_with_closure(self, closure)
         finally:
             # After a failure too: what the closure left would be taken for g1 by the next step.
             self.zero_grad()
@@ -391,9 +376,8 @@ class SAM(Checkpointed):
         g2 are the means over the parts: `.grad` has g2, which may be clipped, and step() makes the
         update. Like the ranks of perturbation="local", parts count alike: if they differ in size,
         weight their losses. A part whose g1 is not finite makes the step be skipped. If the body
-        raises or breaks off, the weights are restored and all parts dropped: at once in a for loop
-        over what this returns; when the iterator is dropped, where something else holds it, such as
-        a name of enumerate(optimizer.parts(..)). n1 and n2 are those of the means.
+        raises or breaks off, the weights are restored and all parts dropped, as soon as nobody
+        holds the iterator: at once in a for loop over what this returns.
 
         Usage:
 
@@ -412,16 +396,7 @@ class SAM(Checkpointed):
             RuntimeError: the body called no first_step or no backward after it, or it called
                 step(), second_step() or restore(). The weights are restored.
         """
-        if self._direction_has_state:
-            raise RuntimeError(
-                f"parts(): each part would move the {', '.join(self.own_state)} of "
-                f"{type(self).__name__} by itself; make the two passes with the whole batch"
-            )
-        if getattr(self._when, "needs_norm", False):
-            raise RuntimeError(
-                "parts(): each part would decide by its own norm whether there is a second pass; "
-                "make the passes with the whole batch, or take another when"
-            )
+        check_parts(self)
         return Parts(lambda: each_of(self, batches))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -430,15 +405,11 @@ class SAM(Checkpointed):
             self.base_optimizer.zero_grad(set_to_none)
         super().zero_grad(set_to_none)
 
-    # -- what can be asked -------------------------------------------------------------------------
-
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are at w + e(w): after a first_step that perturbs, before
         second_step."""
         return self._perturbation is not None and self._perturbation.has_second_pass
-
-    # -- private -----------------------------------------------------------------------------------
 
     def _patch_step_function(self) -> None:  # called by torch.optim when step gets its hooks
         super()._patch_step_function()
@@ -447,11 +418,7 @@ class SAM(Checkpointed):
     def _second_step(self) -> None:
         slots = self._slots
         perturbation = slots.perturbation
-        if perturbation is None:
-            raise RuntimeError(
-                "the closure made a step or a restore of its own: leave step(), second_step() and "
-                "restore() out of it"
-            )
+        assert perturbation is not None
         perturbation.remove_hooks()
         try:
             finish(self, perturbation)
