@@ -255,9 +255,9 @@ class Checkpointed(Variant):
 
     def _without_own(self, state_dict: Any) -> tuple[Any, dict[Tensor, dict[str, Tensor]]]:
         """The part of the base optimizer, and the variant's own for each parameter; that of another
-        variant is left out, but for the weights, which its model may not have. (m of FriendlySAM and of
-        VaSSO is one quantity, a moving average of g1 that begins at g1: each goes on from the
-        other's.)
+        variant is left out, but for the weights, which its model may not have. m of FriendlySAM and
+        of VaSSO is one quantity, a moving average of g1 that begins at g1: each goes on from the
+        other's.
 
         Raises:
             ValueError: that does not fit the parameter.
