@@ -204,6 +204,30 @@ def test_every_variant_with_every_scaling(row: Row, axes: dict[str, Any]) -> Non
     assert_same(weights_of(*trained(row, **axes)), by_rule(row, **axes))
 
 
+@pytest.mark.parametrize("decouple", [True, False])
+def test_wsam_clips_each_gradient_by_its_own_norm(decouple: bool) -> None:
+    max_norm = 0.6
+
+    def clipped(g: torch.Tensor) -> torch.Tensor:
+        norms.append(float(g.norm()))
+        return g * min(1.0, max_norm / (norms[-1] + 1e-6))
+
+    def rule(r: Run) -> None:
+        g1 = r.grad()
+        g2 = r.grad(r.up(g1))
+        g1, g2 = clipped(g1), clipped(g2)
+        alpha = r.option("gamma") / (1 - r.option("gamma"))
+        r.step(g1 if decouple else (1 - alpha) * g1 + alpha * g2)
+        if decouple:
+            r.set(r.w - r.option("lr") * alpha * (g2 - g1))
+
+    norms: list[float] = []
+    options = {"gamma": 0.6, "decouple": decouple, "max_norm": max_norm}
+    row = Row(samkernels.WSAM, rule, options, {"gamma": 0.4})
+    assert_same(trained(row, steps=12)[0], by_rule(row, steps=12))
+    assert min(norms) < max_norm < max(norms)
+
+
 @each_row
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_every_variant_on_a_subset(row: Row, adaptive: bool) -> None:
