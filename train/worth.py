@@ -36,7 +36,7 @@ of a step, from steps.json in that folder: --time=true measures it, for which th
 there.
 """
 STEPS = "steps.json"
-ROUNDS, STEPS_EACH = 8, 10  # of all optimizers in turn, so that a busy minute is everybody's
+ROUNDS, STEPS_EACH = 12, 10  # of all optimizers in turn, so that a busy minute is everybody's
 
 LAST, BEST, NOISY = "last epoch", "best epoch", "by wrong labels"
 NOTES = f"""\
@@ -88,9 +88,10 @@ def gradients(group: Group) -> float:
 
 
 def _key(group: Group) -> str:
-    """Of a time: what a step's depends on."""
+    """Of a time: what a step's depends on, which rho is not."""
     config = group.config
-    return f"{config.dataset}-{config.model}-batch{config.batch_size}-{config.run_name}"
+    name = config.run_name.replace(f"-rho{config.rho:g}", "", 1)
+    return f"{config.dataset}-{config.model}-batch{config.batch_size}-{name}"
 
 
 def seconds(group: Group, steps: Mapping[str, Mapping[str, float]]) -> float | None:
