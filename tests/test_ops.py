@@ -77,7 +77,10 @@ every_kernel = pytest.mark.parametrize("setting", KERNELS, ids=str)
 native_on_cpu = pytest.mark.parametrize(
     "setting", [s for s in NATIVE if s.device == "cpu"], ids=str
 )
-on_cuda = pytest.mark.parametrize("setting", [s for s in SETTINGS if s.device == "cuda"], ids=str)
+NO_GPU = pytest.param(None, marks=pytest.mark.skip("needs a GPU"))
+on_cuda = pytest.mark.parametrize(
+    "setting", [s for s in SETTINGS if s.device == "cuda"] or [NO_GPU], ids=str
+)
 # PyTorch says so whenever a test asks it to refuse synchronisation.
 may_debug_synchronisation = pytest.mark.filterwarnings(
     "ignore:Synchronization debug mode is a prototype:UserWarning"
