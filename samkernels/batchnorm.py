@@ -69,7 +69,7 @@ def _keep(modules: list[nn.Module]) -> Kept:
     kept = []
     for module in modules:
         buffers = [(name, b) for name, b in module._buffers.items() if b is not None]
-        # Both or none where one makes no sense without the other, such as a queue and its position.
+        # Keep both or none where one makes no sense without the other: a queue and its position.
         whole = isinstance(module, _NormBase) or all(_is_vector(b) for _, b in buffers)
         for name, buffer in buffers:
             is_statistic = name.startswith("running_") or name == "num_batches_tracked"
@@ -85,7 +85,7 @@ def _put_back(kept: Kept) -> None:
             setattr(module, name, buffer)
         if buffer.shape != copy.shape:  # observers start empty
             buffer.data = torch.empty_like(copy)
-    # Not buffer.copy_(): backward may come later, and would find what it saved overwritten.
+    # After buffer.copy_(), a later backward would find what it saved overwritten.
     _copy([(buffer.data, copy) for _, _, buffer, copy in kept])
 
 

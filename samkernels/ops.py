@@ -352,7 +352,7 @@ def perturb_(
         saves=saves,
     )
     if saves:
-        torch.autograd.graph.increment_version(old_params)  # left out by backends
+        torch.autograd.graph.increment_version(old_params)  # backends leave this out
     return square
 
 
@@ -662,8 +662,8 @@ def gradient_statistics(
 
 
 def clipping_divisor(norm: Tensor, max_norm: float, grad_scale: Tensor | None = None) -> Tensor:
-    """What u is to be divided by so that a gradient of this norm is clipped: as GradScaler's scale,
-    which is part of it.
+    """Return what u is to be divided by so that a gradient of this norm is clipped: GradScaler's
+    scale is part of it.
 
         max(1, (norm / grad_scale + 1e-6) / max_norm) * grad_scale
 
@@ -672,7 +672,7 @@ def clipping_divisor(norm: Tensor, max_norm: float, grad_scale: Tensor | None = 
         max_norm: > 0.
 
     Returns:
-        shape (), on the norm's device; not finite if the norm is not.
+        A tensor of shape (), on the norm's device; not finite if the norm is not.
 
     Raises:
         TypeError, ValueError: max_norm is not a finite number > 0.

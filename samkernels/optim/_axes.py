@@ -1,4 +1,4 @@
-"""What composes with every variant: how the perturbation is scaled, and what it moves."""
+"""Read what composes with every variant: how the perturbation is scaled, and what it moves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from samkernels.optim import _shards
 
 SCALINGS = ("none", "elementwise", "tensor")
 NORMS = ("global", "tensor", None)
-# What a variant that perturbs nothing has no use for.
+# A variant that perturbs nothing has no use for these.
 OF_PERTURBATIONS = (
     "rho", "adaptive", "scaling", "eta", "scaled", "subset", "mask", "norm", "perturb_eps",
     "perturbation", "process_group",
@@ -21,9 +21,9 @@ Selected = Callable[[str], bool] | Iterable[Tensor] | None
 
 
 class Ascent(NamedTuple):
-    """What the options of a group say of its perturbation."""
+    """Holds what the options of a group say of its perturbation."""
 
-    rho: float | Tensor  # as backends take it: negative against the direction
+    rho: float | Tensor  # as backends take rho: negative against the direction
     scaling: str
     eta: float
 
@@ -37,7 +37,7 @@ def ascent(
     *,
     like: Tensor,
 ) -> Ascent:
-    """Raises TypeError or ValueError if somebody has written a wrong option."""
+    """Make an Ascent of options. Raise TypeError or ValueError if one of them is wrong."""
     if scaling is None:
         scaling = "elementwise" if adaptive else "none"
     checks.check_choice("scaling", scaling, SCALINGS)
@@ -46,7 +46,7 @@ def ascent(
 
 
 class Selection:
-    """Some of the parameters: all for None, those in a list, or those that a function picks."""
+    """Holds a choice of parameters: all for None, a list, or those that a function picks."""
 
     def __init__(self, option: str, of: Selected) -> None:
         self.option = option
@@ -65,11 +65,11 @@ class Selection:
                 raise TypeError(f"{option}: give a list of parameters that is not empty")
 
     def __bool__(self) -> bool:
-        """Whether anything is left out."""
+        """Say whether anything is left out."""
         return self._picks is not None or self._params is not None
 
     def check(self, named: list[tuple[Tensor, str | None]]) -> None:
-        """Raise ValueError if none of these parameters is selected, or one that is not of them."""
+        """Raise ValueError if none of these parameters is selected, or one that is none of them."""
         chosen = [p for p, name in named if self.has(p, name)]
         if not chosen or (self._params is not None and len(chosen) < len(self._params)):
             raise ValueError(
@@ -99,19 +99,19 @@ def name_of(group: dict[str, Any], index: int) -> str | None:
 
 
 def named(groups: list[dict[str, Any]]) -> list[tuple[Tensor, str | None]]:
-    """The parameters of all groups, and their names where they have some."""
+    """Return the parameters of all groups, and their names where they have some."""
     return [(p, name_of(group, i)) for group in groups for i, p in enumerate(group["params"])]
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of all normalisation layers: `subset` of SAM-ON.
+    """Return the parameters of all normalisation layers: `subset` of SAM-ON.
 
-    They are those of modules whose class has "Norm" in its name, as of PyTorch's batch, layer,
-    group, instance and RMS normalisation and of most others'.
+    They belong to modules whose class has "Norm" in its name, as PyTorch's batch, layer, group,
+    instance and RMS normalisation have, and most others.
 
     Raises:
         TypeError: model is no torch.nn.Module.
-        ValueError: there are none.
+        ValueError: the model has none.
 
     Source: Mueller et al., arXiv:2306.04226.
     """
@@ -125,7 +125,7 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def check_mask(mask: Mapping[Tensor, Tensor] | None, params: Iterable[Tensor]) -> None:
-    """Raises TypeError or ValueError unless it maps parameters to tensors of their shapes."""
+    """Raise TypeError or ValueError unless a mask maps parameters to tensors of their shapes."""
     if mask is None:
         return
     if not isinstance(mask, Mapping):
@@ -154,14 +154,14 @@ def check_norm(norm: str | None) -> None:
 
 
 def partners(pairs: Any, groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
-    """From each parameter of a pair to the other one.
+    """Return a dict from each parameter of a pair to the other one.
 
     Args:
-        pairs: what dict() takes; None: each parameter whose name has lora_A, and that with lora_B
-            in its place.
+        pairs: what dict() takes; None: each parameter whose name has lora_A, and the one that has
+            lora_B in its place.
 
     Raises:
-        TypeError, ValueError: they are no pairs of parameters in the groups.
+        TypeError, ValueError: these are no pairs of parameters in the groups.
     """
     if pairs is None:
         found = _pairs_by_name(groups)

@@ -1,5 +1,5 @@
-"""The base optimizers whose update is one kernel together with restore and mix: when that
-kernel can serve, and what it is called with."""
+"""Serve base optimizers whose update is one kernel with restore and mix: say when that kernel can
+serve, and prepare its calls."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ State = dict[str, Any]  # of one parameter
 
 @dataclass
 class Update:
-    """A call of a fused op, not made yet: all that may be wrong with it has been found."""
+    """Holds the call of a fused op that is not made yet; every error in it has been found."""
 
     bucket: Bucket
-    op: str  # of the backend
-    lists: tuple[TensorList | None, ...]  # of the op, behind the weights
+    op: str  # name of the backend's function
+    lists: tuple[TensorList | None, ...]  # arguments of the op, after the weights
     options: SgdOptions | AdamOptions
     new_states: dict[Tensor, State]  # to be stored after the call
-    # Of momentum with dampening, on the device: whether the buffers still hold nothing after it.
+    # With dampening, it says on the device whether the buffers still hold nothing after the step.
     is_empty: Tensor | None = None
-    journal: list[bool] = field(default_factory=list)  # of the backend
+    journal: list[bool] = field(default_factory=list)  # the backend writes it
 
     def run(
         self,
@@ -40,10 +40,10 @@ class Update:
         state: dict[Tensor, State],
         out: TensorList | None = None,
     ) -> None:
-        """Called again after an interrupt, it does what was not done.
+        """Make the call; after an interrupt, do what was not done.
 
         Args:
-            out: where the new w goes; the parameters if None.
+            out: the lists that the new w goes to; None: the parameters.
         """
         bucket = self.bucket
         if not self.journal:
@@ -82,19 +82,19 @@ class FusedBase(Protocol):
     tensors: tuple[str, ...]  # in the state of a parameter, of its shape
 
     def needed(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """What a state that is not empty has to have."""
+        """Return the names that a state has to have if it is not empty."""
 
     def check_options(self, group: dict[str, Any], like: Tensor) -> None:
-        """Raise TypeError or ValueError if one of this group is wrong for parameters like this."""
+        """Raise TypeError or ValueError if an option is wrong for parameters like this one."""
 
     def serves(self, group: dict[str, Any]) -> bool:
-        """Whether the op can make the step of this group; if not, the base optimizer does."""
+        """Say whether the op can make the step of this group; if not, the base optimizer does."""
 
     def new_state(self, group: dict[str, Any], p: Tensor) -> State:
-        """Of a parameter that no step was made with."""
+        """Return the state of a parameter that no step was made with."""
 
     def updates(self, bucket: Bucket, state: dict[Tensor, State]) -> list[Update]:
-        """Raises TypeError or ValueError if a hyperparameter or a state is wrong."""
+        """Prepare calls. Raise TypeError or ValueError if a hyperparameter or a state is wrong."""
 
 
 def check_state(base: FusedBase, bucket: Bucket, state: dict[Tensor, State]) -> None:
@@ -138,7 +138,7 @@ class Sgd:
             if buffers is not None:
                 return [Update(bucket, "sgd_", (buffers,), options, {})]
 
-        # Parameters that have no momentum yet; those of which only the device knows; and the rest.
+        # Kinds: parameters without momentum; those of which only the device knows; and the rest.
         kinds = {slot: _momentum_of(slot, state) for slot in bucket.slots}
         updates = []
         for kind in dict.fromkeys(kinds.values()):
@@ -169,8 +169,8 @@ NONE, SOME = "none", "some"
 
 
 def _momentum_of(slot: Slot, state: dict[Tensor, State]) -> str | Tensor:
-    """NONE or SOME; or, on the device, whether the buffer still holds nothing."""
-    # Not state[..]: that would make a state.
+    """Return NONE or SOME; or, on the device, whether the buffer still holds nothing."""
+    # state[..] would make a state.
     buffer = state.get(slot.param, {}).get("momentum_buffer")
     if buffer is None:
         return NONE
@@ -180,7 +180,7 @@ def _momentum_of(slot: Slot, state: dict[Tensor, State]) -> str | Tensor:
 
 
 def _emptiness_of(part: Bucket, is_empty: Tensor) -> Tensor:
-    """What a step of this part may write: others may share it that are not in this step."""
+    """Return is_empty, or a copy if parameters that are not in this step share it."""
     shared_by = max(slot.empty_momentum.shared_by for slot in part.slots if slot.empty_momentum)
     if len(part.slots) == shared_by:
         return is_empty
@@ -201,8 +201,8 @@ def sgd_options(
     *,
     like: Tensor,
 ) -> SgdOptions:
-    """As backends take what a group says, for lists of tensors like one. Like torch.optim.SGD, a
-    step takes what schedules pass through: an lr below 0, nesterov where momentum is 0.
+    """Return options as backends take them, for tensors like one. Like torch.optim.SGD, a step
+    takes what schedules pass through: an lr below 0, nesterov where momentum is 0.
 
     Raises:
         TypeError, ValueError: an option is no hyperparameter of SGD.
@@ -230,7 +230,7 @@ class Adam:
     kept: tuple[str, ...] = ("exp_avg", "exp_avg_sq", "step")
 
     def __init__(self, decoupled_weight_decay: bool) -> None:
-        # Of groups that do not say, as before PyTorch 2.7.
+        # Groups that do not say take this, as before PyTorch 2.7.
         self._decoupled_weight_decay = decoupled_weight_decay
 
     def needed(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -260,7 +260,7 @@ class Adam:
         return [Update(bucket, "adam_", tuple(lists), options, new_states)]
 
     def _known(self, bucket: Bucket, state: dict[Tensor, State]) -> list[TensorList] | None:
-        """Moments and steps, if nothing about them is new."""
+        """Return moments and steps, if nothing about them is new."""
         lists: list[TensorList] = []
         for name in self.kept:
             found = bucket.ops.state_of(state, bucket.params, name, numbers=name == "step")
@@ -272,7 +272,7 @@ class Adam:
     def _states(
         self, bucket: Bucket, state: dict[Tensor, State]
     ) -> tuple[list[State], dict[Tensor, State]]:
-        """Of all parameters, with steps beside them; and of those that had none, by parameter."""
+        """Return the states of all parameters, with steps beside them; and those that are new."""
         states, new_states = [], {}
         for slot in bucket.slots:
             p = slot.param
@@ -285,8 +285,8 @@ class Adam:
                     f"the step of a parameter of shape {tuple(p.shape)} is {of_param['step']!r}: "
                     "load_state_dict makes a tensor of it"
                 )
-            # torch.optim keeps it on the host, unless capturable or fused. Here the device may skip
-            # a step, which must not count.
+            # torch.optim keeps steps on the host, unless capturable or fused. Here the device may
+            # skip a step, which must not count.
             step = of_param["step"]
             if step.device != bucket.place.device or step.is_neg():
                 step = of_param["step"] = step.to(bucket.place.device, copy=True).resolve_neg()
@@ -296,7 +296,7 @@ class Adam:
         return states, new_states
 
     def new_state(self, group: dict[str, Any], p: Tensor) -> State:
-        """Layout and order of torch.optim's."""
+        """Return a state in the layout and order of torch.optim's."""
         return {
             "step": torch.zeros((), dtype=torch.float32, device=p.device),
             "exp_avg": torch.zeros_like(p, requires_grad=False),
@@ -339,7 +339,7 @@ def _adam_options(
     )
 
 
-# By their exact class: a subclass may have changed anything.
+# The keys are exact classes: a subclass may have changed anything.
 FUSED_BASES: dict[type[Optimizer], FusedBase] = {
     torch.optim.SGD: Sgd(),
     torch.optim.Adam: Adam(decoupled_weight_decay=False),
@@ -348,8 +348,8 @@ FUSED_BASES: dict[type[Optimizer], FusedBase] = {
 
 
 def _are_on_device(values: Sequence[object]) -> bool:
-    """lr and rho may lie on the device. What else lies there is left to the base optimizer: reading
-    it here would make the host wait."""
+    """Say whether other values than lr and rho lie on the device. The base optimizer reads these:
+    here, that would make the host wait."""
     if _NUMBERS.issuperset(map(type, values)):
         return False
     return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
@@ -368,8 +368,8 @@ def _number(value: Any) -> Any:
 
 
 def _laid_out(bucket: Bucket, states: list[State], name: str) -> TensorList:
-    """One tensor of each state, local; those in another layout than their parameter, as of a
-    checkpoint, are replaced there."""
+    """Return one local tensor of each state. In the states, replace tensors in another layout than
+    their parameter's, such as those of a checkpoint."""
     tensors = []
     for slot, of_param in zip(bucket.slots, states, strict=True):
         tensor = of_param.get(name)

@@ -1,4 +1,4 @@
-"""What is asked of a state_dict, and how a load that fails is undone."""
+"""Check, load and make a state_dict, and undo a load that fails."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from samkernels.optim._variant import COMMON_OPTIONS, Variant
 
 
 def read(state_dict: Any) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
-    """Copies of its groups, and its state.
+    """Return copies of the groups of a state_dict, and its state.
 
     Raises:
-        ValueError: it is no optimizer's.
+        ValueError: the state_dict is no optimizer's.
     """
     try:
         groups = [dict(group) for group in state_dict["param_groups"]]
@@ -47,8 +47,8 @@ def check_options(
     """Raise TypeError or ValueError if a step with these groups would fail, or spoil the weights.
 
     Args:
-        groups: as loaded.
-        present: those that they took the place of.
+        groups: the groups that were loaded.
+        present: the groups that were there before.
     """
     for i, (group, current) in enumerate(zip(groups, present, strict=False)):
         like = next((p for p in group["params"] if p.is_floating_point()), torch.zeros(()))
@@ -68,14 +68,14 @@ def _check_options(
         if len(expected) > 1 and len(values) != len(expected):
             raise ValueError(f"{name}={group[name]!r}: give {len(expected)} numbers")
         for value in values:
-            # Others than torch's may mean something by an infinity.
+            # Optimizers of others may mean something by an infinity.
             if math.isnan(value) or (is_torchs and not abs(value) <= limit):
                 raise ValueError(f"{name}={group[name]!r}: give finite numbers for {like.dtype}")
     fused = FUSED_BASES.get(type(base))
     if fused is not None:
         fused.check_options(group, like)
     elif is_torchs:
-        # Its constructor knows; of an lr below zero, which a schedule may end with, not.
+        # The constructor checks them, but refuses an lr below zero, which a schedule may end with.
         known = inspect.signature(type(base).__init__).parameters.keys() & base.defaults.keys()
         options = {name: _plain(group[name]) for name in known if _numbers(group.get(name))}
         if options.get("lr", 0) < 0:
@@ -84,7 +84,7 @@ def _check_options(
 
 
 def _numbers(value: Any) -> list[float]:
-    """Of an option that is a number, or several."""
+    """Return the numbers of an option that is one, or several."""
     values = value if isinstance(value, (tuple, list)) else [_plain(value)]
     return [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
@@ -103,7 +103,7 @@ def check_state(base: Optimizer, groups: list[dict[str, Any]], state: dict[Any, 
     elif _wrapping.is_of_torch(base):
         tensors = ("momentum_buffer",)
     else:
-        return  # it is for the base optimizer to say what it loads
+        return  # the base optimizer says what it loads
     saved = [(index, group) for group in groups for index in group["params"]]
     params = [p for group in base.param_groups for p in group["params"]]
     for i, ((index, group), p) in enumerate(zip(saved, params, strict=False)):
@@ -139,8 +139,8 @@ def check_state(base: Optimizer, groups: list[dict[str, Any]], state: dict[Any, 
 
 @contextlib.contextmanager
 def undone_on_failure(optimizer: Optimizer) -> Iterator[None]:
-    """If the body raises, the optimizer has the groups, the state and the attributes that it had;
-    tensors that were written in place stay as they are."""
+    """Give the optimizer its groups, state and attributes back if the body raises. Tensors that
+    were written in place stay as they are."""
     attributes = dict(vars(optimizer))
     groups, state = optimizer.param_groups, optimizer.state
     before = list(groups), dict(state)
@@ -161,7 +161,7 @@ def undone_on_failure(optimizer: Optimizer) -> Iterator[None]:
 
 
 _W = "w"  # the state of variants whose parameters do not hold w between the steps
-_OWN = "sam_"  # begins the names that a variant's own state has beside the base optimizer's
+_OWN = "sam_"  # prefix of the names that a variant's own state has beside the base optimizer's
 
 
 def _is_own(name: object) -> bool:
@@ -169,11 +169,11 @@ def _is_own(name: object) -> bool:
 
 
 class Checkpointed(Variant):
-    """State that is the base optimizer's, and beside it that of the variant."""
+    """Keeps the state of the base optimizer, and beside it that of the variant."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state_dict, with rho and the like in its groups, and a variant's own
-        state beside that of its parameters, as sam_NAME.
+        """Return the base optimizer's state_dict, with rho and the like in its groups, and a
+        variant's own state beside that of its parameters, as sam_NAME.
 
         Raises:
             RuntimeError: between first_step and second_step, when the weights of the model are
@@ -183,7 +183,7 @@ class Checkpointed(Variant):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = self.base_optimizer.state_dict()
-        if isinstance(state_dict.get("state"), dict):  # else a format of the base optimizer's own
+        if isinstance(state_dict.get("state"), dict):  # else the base optimizer has its own format
             state_dict = {**state_dict, "state": self._without_empty_momentum(state_dict["state"])}
         if any(own := [self._own_of(p) for p in self._all_params()]):
             state = dict(state_dict.get("state", {}))
@@ -237,8 +237,8 @@ class Checkpointed(Variant):
             slot.own.update(state)
 
     def _without_empty_momentum(self, states: dict[Any, Any]) -> dict[Any, Any]:
-        """States, by parameter or number, without the buffers whose steps were all skipped. They
-        are known where there is dampening; to know them, the host waits for the device."""
+        """Return states, by parameter or number, without the buffers whose steps were all skipped.
+        These are known where there is dampening; to know them, the host waits for the device."""
         empty = self._slots.empty_momenta()
         of = {key: state for key, state in states.items() if isinstance(state, dict)}
         of = {key: state for key, state in of.items() if id(state.get("momentum_buffer")) in empty}
@@ -254,16 +254,16 @@ class Checkpointed(Variant):
         return {name: _shards.as_part_of(p, tensor) for name, tensor in own.items()}
 
     def _without_own(self, state_dict: Any) -> tuple[Any, dict[Tensor, dict[str, Tensor]]]:
-        """The part of the base optimizer, and the variant's own for each parameter; that of another
-        variant is left out, but for the weights, which its model may not have. m of FriendlySAM and
-        of VaSSO is one quantity, a moving average of g1 that begins at g1: each goes on from the
+        """Return the base optimizer's part, and the variant's own state of each parameter. State of
+        another variant is left out, but for the weights, which its model may not have. FriendlySAM
+        and VaSSO have the same m, a moving average of g1 that begins at g1: each goes on from the
         other's.
 
         Raises:
-            ValueError: that does not fit the parameter.
+            ValueError: a variant's state does not fit its parameter.
         """
         if _wrapping.overrides(self.base_optimizer, "load_state_dict"):
-            # It may have a format of its own, to which state_dict() added "state".
+            # The base optimizer may have its own format, to which state_dict() added "state".
             if not (isinstance(state_dict, dict) and isinstance(state_dict.get("state"), dict)):
                 return state_dict, {}
             is_foreign = "param_groups" not in state_dict
@@ -285,10 +285,10 @@ class Checkpointed(Variant):
             of_base = {n: value for n, value in of_param.items() if not _is_own(n)}
             if of_base:
                 state[index] = of_base
-            else:  # as bases test for their own first step
+            else:  # base optimizers test that in their first step
                 del state[index]
             is_ours = any(_OWN + name in of_param for name in self.own_state)
-            names = list(self.own_state) if is_ours else []  # else it is of another variant
+            names = list(self.own_state) if is_ours else []  # else the state is of another variant
             if _OWN + _W in of_param and _W not in names:
                 names.append(_W)
             if not names:
@@ -312,11 +312,11 @@ class Checkpointed(Variant):
             return state_dict, {}
         of_base_optimizer = {**state_dict, "state": state}
         if is_foreign and not state:
-            del of_base_optimizer["state"]  # it may read nothing that it did not write
+            del of_base_optimizer["state"]  # the base optimizer may not know the key
         return of_base_optimizer, own
 
     def _checked(self, state_dict: Any) -> dict[str, Any]:
-        """A state_dict, with options that it does not know as they are now."""
+        """Return a state_dict that was checked. Options that it lacks are as they are now."""
         groups, state = read(state_dict)
         for group, present in zip(groups, self.param_groups, strict=False):
             for key, value in present.items():
@@ -341,7 +341,7 @@ class Checkpointed(Variant):
         rest = {k: v for k, v in state.items() if k not in of_base and k != "_own"}
         super().__setstate__(rest)
         known = {name: name for name in ("rho", "granularity", *COMMON_OPTIONS)}
-        self.__dict__.setdefault("_keys", known)  # of an optimizer pickled before there were others
+        self.__dict__.setdefault("_keys", known)  # optimizers pickled earlier have these only
         for name, default in _KEPT.items():
             if name not in self.__dict__:
                 setattr(self, name, default() if callable(default) else default)
@@ -361,13 +361,13 @@ class Checkpointed(Variant):
     def _fused_base(self) -> FusedBase | None:
         base = self.base_optimizer
         if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
-            return None  # whoever hooks into its step wants to see it made
+            return None  # the hooks of its step are to be called
         return FUSED_BASES.get(type(base))
 
     def _only_makes_state(self) -> bool:
-        """Whether this is the step by which torch.distributed.checkpoint has an optimizer make the
-        state that is to be saved or loaded: before any other, with lr and all gradients zero. It
-        is a step of SAM too, since a zero g1 perturbs nothing; g1 and g2 are the same."""
+        """Say whether by this step torch.distributed.checkpoint has an optimizer make the state
+        that is to be saved or loaded: before any other, with lr and all gradients zero. It is a
+        step of SAM too, since a zero g1 perturbs nothing; g1 and g2 are the same."""
         if self.state or any(group.get("lr", 0) != 0 for group in self.param_groups):
             return False
         grads = [p.grad for p in self._all_params() if p.grad is not None]
@@ -383,7 +383,7 @@ class Checkpointed(Variant):
         if fused is None or not all(map(fused.serves, self.param_groups)):
             _wrapping.step(self.base_optimizer)
             return
-        # Not by a step, which would count, and make weight_decay * w of a momentum.
+        # A step would count, and make weight_decay * w of a momentum.
         for group in self.param_groups:
             for p in group["params"]:
                 state = fused.new_state(group, p) if p.grad is not None else {}
@@ -399,21 +399,21 @@ class Checkpointed(Variant):
 
     @property
     def train(self) -> Callable[..., Any]:
-        """The method of the base optimizer, if it has one, as schedule-free ones do.
+        """Return the method of the base optimizer, if it has one, as schedule-free ones do.
 
         Raises:
-            AttributeError: it has none.
+            AttributeError: the base optimizer has none.
             RuntimeError: when called between first_step and second_step.
         """
         return self._of_base("train")
 
     @property
     def eval(self) -> Callable[..., Any]:
-        """As `train`."""
+        """Return the method of the base optimizer, as `train` does."""
         return self._of_base("eval")
 
     def _of_base(self, name: str) -> Callable[..., Any]:
-        method = getattr(self.base_optimizer, name)  # AttributeError is what hasattr() goes by
+        method = getattr(self.base_optimizer, name)  # hasattr() goes by AttributeError
 
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -423,8 +423,8 @@ class Checkpointed(Variant):
         return cast(Callable[..., Any], call)
 
 
-# Attributes that are copied and pickled, and what they are of an optimizer from before there were
-# such.
+# Attributes that are copied and pickled, and their values in an optimizer that was pickled before
+# they existed.
 _KEPT: dict[str, Any] = {
     "_backend": "auto",
     "_keys": dict,

@@ -1,4 +1,4 @@
-"""Steps with a closure, which may clear the gradients that it finds, as those of torch.optim do, or
+"""Step with a closure, which may clear the gradients that it finds, as those of torch.optim do, or
 leave none."""
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class ClearingProbe:
-    """For the time of a call, zeros in the place of the gradients that first_step took over. When
-    the first gradient of a backward pass comes, or the call is over, a look at them tells whether
+    """Puts zeros in the place of the gradients that first_step took over, for the time of a call.
+    When the first gradient of a backward pass comes, or the call is over, the zeros show whether
     the closure clears gradients: it would have replaced them, or written over them. Then they are
-    gone, and backward makes new gradients as it does without them.
+    removed, and backward makes new gradients as it does without them.
 
     Attributes:
-        clears: after the call; None if it neither cleared nor added gradients.
+        clears: the answer after the call; None if it neither cleared nor added gradients.
     """
 
     def __init__(self, grads: dict[Tensor, Tensor]) -> None:
         self.clears: bool | None = None
-        # Where something is added to them all the same: -0 + g is g, bit for bit.
+        # Something may be added to them all the same: -0 + g is g, bit for bit.
         self._zeros = {p: torch.full_like(g, -0.0) for p, g in grads.items()}
         self._versions = {p: _versions_of(zeros) for p, zeros in self._zeros.items()}
         self._hooks: list[Any] = []
@@ -39,7 +39,7 @@ class ClearingProbe:
     def __enter__(self) -> None:
         for p, zeros in self._zeros.items():
             p.grad = zeros
-        # Called before backward adds to `.grad`.
+        # Backward calls the hooks before it adds to `.grad`.
         self._hooks = [p.register_hook(self._begin) for p in self._zeros if p.requires_grad]
 
     def __exit__(self, error: object, *_: object) -> None:
@@ -72,8 +72,8 @@ def _versions_of(tensor: Tensor) -> tuple[int, int]:
 
 
 def step_with_closure(sam: SAM, closure: Callable[[], Any]) -> Any:
-    """A step, or what is left of it; see SAM.step. The caller clears the gradients and restores in
-    any case."""
+    """Make a step, or what is left of it; see SAM.step. The caller clears the gradients and
+    restores in any case."""
     if sam._perturbation is not None:
         if sam.is_perturbed:
             with torch.enable_grad():
@@ -83,7 +83,7 @@ def step_with_closure(sam: SAM, closure: Callable[[], Any]) -> Any:
     if sam._has_gradients:
         if not sam._closure_clears and _step_from_gradients(sam, closure):
             return None
-        sam.zero_grad()  # of something else: no trace of them
+        sam.zero_grad()  # they are of something else: leave no trace of them
     with torch.enable_grad():
         loss = closure()
     if sam._perturbation is None and _is_skipped(sam, loss):
@@ -99,8 +99,8 @@ def step_with_closure(sam: SAM, closure: Callable[[], Any]) -> Any:
 
 
 def _step_from_gradients(sam: SAM, closure: Callable[[], Any]) -> bool:
-    """The step whose g1 is there; False, and at w again, if the closure clears gradients, which
-    only a call of it tells."""
+    """Make the step whose g1 is there. Return False, at w again, if the closure clears gradients,
+    which only a call shows."""
     grads = {p: p.grad for p in sam._all_params() if p.grad is not None}
     sam.first_step()
     probe = ClearingProbe(grads) if sam._closure_clears is None else None
@@ -118,7 +118,7 @@ def _step_from_gradients(sam: SAM, closure: Callable[[], Any]) -> bool:
 
 
 def _is_skipped(sam: SAM, loss: Any) -> bool:
-    """Whether a closure left no gradient."""
+    """Say whether a closure left no gradient."""
     if sam._has_gradients:
         return False
     if loss is not None and not sam._has_warned:

@@ -1,4 +1,4 @@
-"""What torch.compile makes of a whole training step: the optimizer's part stays as it is."""
+"""Keep the optimizer's part of a training step out of what torch.compile makes of the rest."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 
 
 def keep_out_of_graphs(cls: type, names: Iterable[str]) -> None:
-    """Each of these methods runs as it stands, and is one graph break for whoever is compiled.
+    """Let each of these methods run as it stands, by one graph break in a caller that is compiled.
 
-    Not by a decorator where they are defined: torch.optim wraps `step` when the first optimizer of
-    its class is made, and that has to stay out, too; and what it takes to compile is imported then.
+    A decorator where they are defined would not do: torch.optim wraps `step` when the first
+    optimizer of its class is made, and the wrapper has to stay out, too; and the decorator would
+    import the compiler with the package.
     """
     for name in names:
         owner = next(c for c in cls.__mro__ if name in vars(c))

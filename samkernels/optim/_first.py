@@ -1,4 +1,4 @@
-"""The first half of a step: from g1 to perturbed weights."""
+"""Make the first half of a step: from g1 to perturbed weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def begin(
         for bucket in buckets:
             kept = list(bucket.grads)
             if not bucket.place.process_groups:  # FSDP2 makes new memory in each backward
-                # Memory that somebody else has too may be used for g2: DDP's buckets.
+                # Memory that is shared, such as DDP's buckets, may be used for g2.
                 kept = [g.clone() if _shares_memory(g) else g for g in kept]
             perturbation.first_grads.update(zip(bucket.slots, kept, strict=True))
     if all_ranks is not None:
@@ -71,8 +71,8 @@ def begin(
 
 
 def _replace_by_a_second_backward(perturbation: Perturbation) -> None:
-    """g1 stays in `.grad`, to be clipped or unscaled; a backward that nobody asked for replaces it,
-    and does not add to it."""
+    """Leave g1 in `.grad`, to be clipped or unscaled, and let a backward that nobody asked for
+    replace g1, and not add to it."""
     params = [slot.param for slot in perturbation.first_grads]
 
     def clear(_: Tensor) -> None:
@@ -80,7 +80,7 @@ def _replace_by_a_second_backward(perturbation: Perturbation) -> None:
             p.grad = None
         params.clear()
 
-    # Called before backward adds to `.grad`.
+    # Backward calls the hooks before it adds to `.grad`.
     perturbation.hooks = [p.register_hook(clear) for p in params if p.requires_grad]
 
 

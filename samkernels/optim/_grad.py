@@ -1,4 +1,4 @@
-"""Autograd, switched off."""
+"""Switch autograd off."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def without_grad(method: F) -> F:
-    """torch.no_grad() as a decorator, in a quarter of its time."""
+    """Decorate a method as torch.no_grad() does, in a quarter of the time."""
 
     @functools.wraps(method)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         before = torch.is_grad_enabled()
-        try:  # before it is switched off: Ctrl-C may come in between
+        try:  # begins before the switch: Ctrl-C may come in between
             torch._C._set_grad_enabled(False)  # torch.set_grad_enabled makes an object for it
             return method(*args, **kwargs)
         finally:

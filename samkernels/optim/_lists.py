@@ -1,4 +1,4 @@
-"""From parameters and gradients to lists that one backend takes, and what is kept between the
+"""Make lists of parameters and gradients that one backend takes, and keep what stays between the
 steps."""
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class Place:
-    """Where a parameter lives and who serves it. One object for all that are alike: compared by
-    identity."""
+    """Says where a parameter lives and which backend serves it. Parameters that are alike share one
+    object, which is compared by identity."""
 
     device: torch.device
     dtype: torch.dtype
     backend: str
-    process_groups: tuple[Any, ...] = ()  # that parameters here are sharded over
+    process_groups: tuple[Any, ...] = ()  # over which parameters here are sharded
     has_addresses: bool = True  # see checks.has_address
 
     def __post_init__(self) -> None:
@@ -41,10 +41,10 @@ class Place:
 
 
 class EmptyMomentum(NamedTuple):
-    """A momentum buffer that may hold nothing: what the host does not know.
+    """Keeps a momentum buffer that may be empty, which the host does not know.
 
     Args:
-        is_empty: on the device, whether all steps with it were skipped.
+        is_empty: says on the device whether all steps with the buffer were skipped.
         shared_by: how many parameters have this is_empty, which is written in place: those whose
             steps were the same so far.
     """
@@ -56,7 +56,7 @@ class EmptyMomentum(NamedTuple):
 
 @dataclass(eq=False)
 class Slot:
-    """What is kept of a parameter from step to step. Compared by identity."""
+    """Keeps what is known of a parameter from step to step. Slots are compared by identity."""
 
     param: Tensor
     place: Place
@@ -66,38 +66,38 @@ class Slot:
 
     @property
     def local(self) -> Tensor:
-        """What the kernels work on: param, or of a DTensor the part that lies here. Asked for anew
-        in each step, since FSDP2 may replace it."""
+        """Return the tensor that kernels work on: param, or of a DTensor the part that lies here.
+        Each step asks anew, since FSDP2 may replace that part."""
         return _shards.local(self.param)
 
 
 class Kind(NamedTuple):
-    """What sets parameters of one group in one place apart: see SAM's arguments."""
+    """Says what sets parameters of one group in one place apart: see SAM's arguments."""
 
     is_moved: bool = True
     is_scaled: bool = True
     is_new: bool = False  # the variant's own state holds nothing yet
 
 
-KIND = Kind()  # of most
+KIND = Kind()  # the kind of most parameters
 
 
 @dataclass(eq=False)
 class Bucket:
-    """Parameters of one group, place and kind, and within a step the gradients that they have. It
-    is kept from step to step for as long as nothing but gradients and addresses changes."""
+    """Holds parameters of one group, place and kind, and within a step their gradients. A bucket is
+    kept from step to step for as long as nothing but gradients and addresses changes."""
 
     group: dict[str, Any]
     place: Place
     kind: Kind
     slots: list[Slot]
-    params: TensorList  # local, as is all below
+    params: TensorList  # local tensors, as are all below
     grads: TensorList
-    old: TensorList  # of the slots
-    keys: dict[str, str]  # of options of SAM in the group: see SAM._keys
-    # What was made of options of the group, and of which values.
+    old: TensorList  # those of the slots
+    keys: dict[str, str]  # keys of SAM's options in the group: see SAM._keys
+    # By function, the values of options of the group, and what the function made of them.
     made: dict[Callable[..., Any], tuple[tuple[Any, ...], Any]] = field(default_factory=dict)
-    checked_values: dict[str, Any] = field(default_factory=dict)  # of a variant's options
+    checked_values: dict[str, Any] = field(default_factory=dict)  # values of a variant's options
 
     def __post_init__(self) -> None:
         self.ops: Backend = self.place.ops  # these lists were checked when they were made
@@ -105,16 +105,16 @@ class Bucket:
 
     @property
     def whole(self) -> TensorList:
-        """The parameters themselves, which somebody writes to who writes parameters."""
+        """Return the parameters themselves, to which others write."""
         return self.params if self.is_whole else [slot.param for slot in self.slots]
 
     @property
     def numel(self) -> int:
-        """Elements of the parameters, those in other processes too."""
+        """Return the number of elements of the parameters, those in other processes too."""
         return sum(slot.param.numel() for slot in self.slots)
 
     def bring(self, number: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A number over all buckets, or one for each tensor of this one, on this one's device: in
+        """Bring a number over all buckets, or one for each tensor of this one, to its device: in
         the dtype that ops take coefficients in, or in another one."""
         if dtype is None:
             dtype = torch.float64 if self.place.dtype is torch.float64 else torch.float32
@@ -125,7 +125,7 @@ class Bucket:
         return number.to(self.place.device, dtype, non_blocking=True).contiguous()
 
     def select(self, keep: Callable[[Slot], bool]) -> Bucket:
-        """The part whose slots satisfy `keep`; the bucket itself if all do."""
+        """Return the part whose slots satisfy `keep`; the bucket itself if all do."""
         indices = [i for i, slot in enumerate(self.slots) if keep(slot)]
         if len(indices) == len(self.slots):
             return self
@@ -134,7 +134,7 @@ class Bucket:
         return bucket_of(self.group, self.place, self.kind, slots, grads, self.keys)
 
     def ascent(self, sign: float) -> Ascent:
-        """How the bucket is perturbed; with a negative sign, against the direction."""
+        """Say how the bucket is perturbed; with a negative sign, against the direction."""
         group, keys = self.group, self.keys
         flips = sign < 0 or group.get("maximize", False)  # a momentum has that sign already
         rho, adaptive, scaling, eta = group[keys["rho"]], False, None, 0.0
@@ -144,9 +144,9 @@ class Bucket:
         return self.checked(ascent, rho, flips, adaptive, scaling, eta)
 
     def checked(self, make: Callable[..., T], *values: Any) -> T:
-        """make(*values, like=params[0]), which checks options of the group; for values that are
-        plain and the very same as in the last step, what it made then."""
-        # Compared by identity: True is not 1, and tensors may change.
+        """Return make(*values, like=params[0]), which checks options of the group; for values that
+        are plain and the very same as in the last step, return what it made then."""
+        # Values are compared by identity: True is not 1, and tensors may change.
         known = self.made.get(make)
         if known is not None and all(map(operator.is_, values, known[0])):
             return known[1]
@@ -173,16 +173,16 @@ def refuse_capture(
 
 
 def current_stream(device: torch.device) -> Any:
-    """None where there are no streams."""
+    """Return the current stream; None where there are no streams."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
-# Of all optimizers that have perturbed now.
+# The slots of all optimizers that have perturbed now.
 _PERTURBED: set[weakref.ref[Slots]] = set()
 
 
 class Slots:
-    """The slots of an optimizer's parameters, kept from step to step, and the perturbation."""
+    """Keeps the slots of an optimizer's parameters from step to step, and the perturbation."""
 
     def __init__(
         self,
@@ -191,9 +191,9 @@ class Slots:
         keys: dict[str, str],
         kind_of: Callable[[dict[str, Any], int, dict[str, Tensor]], Kind] | None = None,
     ) -> None:
-        """options: of SAM, which a group that comes to be without them gets, by their key.
-        kind_of: of the parameter at an index of a group, with the state that the variant has for
-        it; None if all are of one kind."""
+        """Take SAM's options by key, for groups that come to be without them, and `kind_of`: it
+        gives the kind of the parameter at an index of a group, from the state that the variant has
+        for the parameter; None if all are of one kind."""
         self.perturbation: Perturbation | None = None  # between the steps; see hold
         self._weakly = weakref.ref(self)
         self.kind_of = kind_of
@@ -202,12 +202,12 @@ class Slots:
         self._keys = keys
         self._places: dict[tuple[Any, ...], Place] = {}
         self._slots: dict[int, Slot] = {}  # by id of the parameter, which its slot keeps alive
-        self._has_new = False  # slots, since parameters were last compared
+        self._has_new = False  # whether slots came since parameters were last compared
         self._num_params = 0
-        # Per group the buckets of the last step; and if there are several, the parameters that it
-        # had, those from which each bucket has its own, and all others.
+        # By group, the buckets of the last step; and in _seen, if there are several, the parameters
+        # of the group, those from which each bucket has its own, and all others.
         self._last: dict[int, list[Bucket]] = {}
-        self._read: list[Bucket] = []  # of all groups, which have gradients now
+        self._read: list[Bucket] = []  # buckets of all groups that have gradients now
         self._seen: dict[int, tuple[list[Tensor], list[list[Tensor]], list[Tensor]]] = {}
 
     def hold(self, perturbation: Perturbation | None) -> None:
@@ -215,7 +215,7 @@ class Slots:
         (_PERTURBED.discard if perturbation is None else _PERTURBED.add)(self._weakly)
 
     def check_alone(self, buckets: list[Bucket]) -> None:
-        """Raises RuntimeError if another optimizer has perturbed one of these parameters."""
+        """Raise RuntimeError if another optimizer has perturbed one of these parameters."""
         for weakly in list(_PERTURBED):
             other = weakly()
             if other is None:
@@ -232,13 +232,13 @@ class Slots:
                     )
 
     def serves(self, slot: Slot) -> bool:
-        """Whether the slot still suits its parameter, which may have been cast, moved or laid out
-        anew since."""
+        """Say whether the slot still suits its parameter, which may have been cast, moved or laid
+        out anew since."""
         place = self._places.get(_place_key(slot.param))
         return place is slot.place and fits(slot.old, slot.local)
 
     def place_of(self, p: Tensor) -> Place:
-        """Raises RuntimeError if the backend that was named cannot serve p."""
+        """Return p's place. Raise RuntimeError if the backend that was named cannot serve p."""
         key = _place_key(p)
         if key not in self._places:
             device, dtype, dense, process_groups, has_addresses = key
@@ -254,17 +254,17 @@ class Slots:
         return self._places[key]
 
     def empty_momenta(self) -> set[int]:
-        """The id of each momentum buffer whose steps were all skipped. May wait for the device."""
+        """Return the ids of momentum buffers whose steps were all skipped. The host may wait."""
         noted = [slot.empty_momentum for slot in self._slots.values()]
         return {id(momentum.buffer) for momentum in filter(None, noted) if momentum.is_empty}
 
     def forget_lists(self) -> None:
-        """The next step looks closely. Nobody holds state that is about to be replaced then."""
+        """Let the next step look closely, and hold no state that is about to be replaced."""
         self._last.clear()
         self._read = []
 
     def drop_gradients(self) -> None:
-        """Nobody holds them between the halves of a step; nor parts of DTensors, which FSDP2 may
+        """Hold no gradients between the halves of a step, nor parts of DTensors, which FSDP2 may
         replace."""
         for bucket in self._read:
             bucket.grads = []
@@ -272,7 +272,7 @@ class Slots:
                 bucket.params = []
 
     def forget_own(self) -> None:
-        """The state of the variant begins anew."""
+        """Begin anew with the state of the variant."""
         for slot in self._slots.values():
             slot.own = {}
         self.forget_lists()
@@ -288,8 +288,8 @@ class Slots:
         return slot if slot is not None and self.serves(slot) else self._add(p)
 
     def _add(self, p: Tensor) -> Slot:
-        """A slot for a parameter that has none, or was cast, moved or laid out anew: the state of
-        the variant goes with it then."""
+        """Make a slot for a parameter that has none, or was cast, moved or laid out anew; then the
+        state of the variant goes with it."""
         slot = Slot(p, self.place_of(p), torch.empty_like(_shards.local(p), requires_grad=False))
         own = self.own_of(p).items()
         slot.own = {n: laid_out_like(slot.old, t) for n, t in own if t.shape == slot.old.shape}
@@ -298,19 +298,19 @@ class Slots:
         return slot
 
     def own_of(self, p: Tensor) -> dict[str, Tensor]:
-        """The state of the variant for a parameter."""
+        """Return the state of the variant for a parameter."""
         slot = self._slots.get(id(p))
         return {} if slot is None else slot.own
 
     def buckets(
         self, groups: list[dict[str, Any]], perturbation: Perturbation | None = None
     ) -> list[Bucket]:
-        """All parameters that have a gradient. Of a gradient in another layout there is a copy in
-        its parameter's, and a parameter that was cast, moved or laid out anew gets a new slot.
+        """Return all parameters that have a gradient. A gradient in another layout is copied to its
+        parameter's, and a parameter that was cast, moved or laid out anew gets a new slot.
 
         Raises:
             RuntimeError: a parameter that the perturbation moved would get a new slot.
-            TypeError: there is something else than tensors in a group.
+            TypeError: a group holds something else than tensors.
             ValueError: a gradient is sparse, or a parameter is in the groups twice.
         """
         self._read = buckets = []
@@ -338,7 +338,7 @@ class Slots:
         if len(set(slots)) < len(slots):
             _refuse_repeated(groups)
         if self._has_new:
-            # Of parameters that were frozen nobody has asked before.
+            # Parameters that were frozen have not been compared before.
             checks.check_disjoint("params", [slot.local for slot in slots])
             self._has_new = False
 
@@ -356,7 +356,7 @@ class Slots:
             }
 
     def _as_before(self, index: int, group: dict[str, Any]) -> list[Bucket] | None:
-        """The buckets of the last step with the gradients of now, if nothing else differs."""
+        """Return the last step's buckets with the gradients of now, if nothing else differs."""
         last = self._last.get(index)
         if not last:
             return None
@@ -380,7 +380,7 @@ class Slots:
     def _look_closely(
         self, index: int, group: dict[str, Any], perturbation: Perturbation | None
     ) -> list[Bucket]:
-        """The buckets of one group, parameter by parameter."""
+        """Make the buckets of one group, parameter by parameter."""
         found: dict[tuple[Place, Kind], tuple[list[Slot], list[Tensor]]] = {}
         for key, value in self._options.items():
             group.setdefault(key, value)
@@ -424,7 +424,7 @@ class Slots:
         return KIND if self.kind_of is None else self.kind_of(group, i, slot.own if slot else {})
 
     def _remember(self, index: int, group: dict[str, Any], found: list[tuple[Place, Kind]]) -> None:
-        """From which parameters each bucket has its own: those without a gradient, too."""
+        """Note from which parameters each bucket has its own: those without a gradient, too."""
         candidates: dict[Any, list[Tensor]] = {key: [] for key in found}
         others: list[Tensor] = []
         for i, p in enumerate(group["params"]):
@@ -448,7 +448,7 @@ def _refuse_repeated(groups: list[dict[str, Any]]) -> None:
 
 
 def _check_copies(name: str, slot: Slot) -> None:
-    """Raises TypeError unless a wrapper has copies of its kind, by which w is kept and restored."""
+    """Raise TypeError unless a wrapper has copies of its kind, by which w is kept and restored."""
     failure: str | Exception = "empty_like gives a plain tensor"
     try:
         slot.old.copy_(slot.local)
@@ -464,10 +464,10 @@ def _check_copies(name: str, slot: Slot) -> None:
 
 
 def _read_alike(bucket: Bucket, candidates: list[Tensor]) -> tuple[TensorList, TensorList] | None:
-    """Backend.gradients_of for all backends, and for shards."""
+    """Do as Backend.gradients_of for all backends, and for shards."""
     try:
         params = [p for p in candidates if p.grad is not None]
-    except AttributeError:  # of what is no tensor; the closer look finds words for it
+    except AttributeError:  # one is no tensor; the closer look says so
         return None
     if len(params) != len(bucket.slots):
         return None
@@ -486,7 +486,7 @@ def _read_alike(bucket: Bucket, candidates: list[Tensor]) -> tuple[TensorList, T
     try:
         prepared = backend.prepare(params), backend.prepare(grads)
         return prepared if backend.are_alike(bucket.old, *prepared) else None
-    except (RuntimeError, TypeError):  # a tensor without memory; the closer look finds words for it
+    except (RuntimeError, TypeError):  # a tensor has no memory; the closer look says so
         return None
 
 
@@ -513,7 +513,7 @@ def bucket_of(
 
 
 def _is_at(grad: Tensor, p: Tensor) -> bool:
-    """Whether they are one memory, as after p.grad = p.data: g would move with w."""
+    """Say whether both are one memory, as after p.grad = p.data: g would move with w."""
     try:
         return grad.data_ptr() == p.data_ptr() != 0
     except RuntimeError:  # a tensor without memory
@@ -521,7 +521,7 @@ def _is_at(grad: Tensor, p: Tensor) -> bool:
 
 
 def fits(tensor: Tensor, p: Tensor) -> bool:
-    """Whether a tensor can stand beside p in a list: dtype, device, shape and order in memory."""
+    """Say whether a tensor can be beside p in a list: dtype, device, shape and order in memory."""
     if tensor.dtype is not p.dtype or tensor.device != p.device or tensor.shape != p.shape:
         return False
     return checks.same_layout(tensor, p) or not (
@@ -530,7 +530,7 @@ def fits(tensor: Tensor, p: Tensor) -> bool:
 
 
 def laid_out_like(p: Tensor, tensor: Tensor) -> Tensor:
-    """A copy with the dtype, device and layout of p.
+    """Return a copy with the dtype, device and layout of p.
 
     Raises:
         ValueError: the shapes differ.

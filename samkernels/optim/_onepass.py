@@ -1,4 +1,4 @@
-"""Variants with one pass per step, whose weights stay perturbed in between."""
+"""Define variants with one pass per step, whose weights stay perturbed in between."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ class OnePass(SAM):
     along: ClassVar[tuple[str, ...]] = ()  # names in a parameter's state, of which one is there
     own_state = ("w",)
     own_attributes = ("_is_held",)
-    _is_held = False  # by unperturbed()
+    _is_held = False  # whether unperturbed() holds w in the parameters
 
     @property
     def needs_second_pass(self) -> bool:
-        """False: each step has one pass."""
+        """Return False: each step has one pass."""
         return False
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the weights are at w + e(w): between the steps, but within unperturbed()."""
+        """Say whether the weights are at w + e(w): between the steps, but within unperturbed()."""
         return self._perturbation is not None
 
     def first_step(self, zero_grad: bool = False, *, grad_scale: Any = None) -> bool:
-        """Raises RuntimeError: there is one pass only."""
+        """Raise RuntimeError: there is one pass only."""
         raise RuntimeError(
             f"{type(self).__name__} makes one pass: call loss.backward() and optimizer.step(), "
             "without first_step() and second_step()"
         )
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """Raises RuntimeError: there is one pass only."""
+        """Raise RuntimeError: there is one pass only."""
         self.first_step()
 
     @without_grad
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of w with the gradient at w + e(w); then w + e(w) along the new direction.
+        """Update w with the gradient at w + e(w); then move to w + e(w) along the new direction.
 
         Args:
             closure: computes the loss, calls backward on it and returns it.
@@ -101,8 +101,8 @@ class OnePass(SAM):
 
     @contextlib.contextmanager
     def unperturbed(self) -> Iterator[None]:
-        """The parameters hold w in the body: for evaluation, for saving the model, for averages of
-        weights. What the body does to them stays.
+        """Let the parameters hold w in the body: for evaluation, for saving the model, for averages
+        of weights. What the body does to them stays.
 
         Usage:
 
@@ -150,7 +150,7 @@ class OnePass(SAM):
         return super()._kind_of(group, i, own)._replace(is_new=False)
 
     def parts(self, batches: Iterable[Any]) -> Any:
-        """Raises RuntimeError: there is one pass only."""
+        """Raise RuntimeError: there is one pass only."""
         self.first_step()
 
     def _make_step(self) -> None:
@@ -193,7 +193,7 @@ class OnePass(SAM):
         return self._when is None or self._when.wants(self.option("sam_step"), math.nan, {})
 
     def _along(self, bucket: Bucket) -> TensorList | None:
-        """The direction of a bucket; None if a parameter has none."""
+        """Return the direction of a bucket; None if a parameter has none."""
         for name in self.along:
             lists = bucket.ops.state_of(self.state, bucket.params, name)
             if lists is not None:
@@ -206,12 +206,12 @@ class OnePass(SAM):
         return None
 
     def _with_momentum(self) -> list[Bucket]:
-        """All parameters that have a direction."""
+        """Return all parameters that have a direction."""
         found = []
         for group in self.param_groups:
             by_kind: dict[tuple[Place, Kind], list[Slot]] = {}
             for i, p in enumerate(group["params"]):
-                state = self.state.get(p, {}) if p.requires_grad else {}  # frozen, it stays at w
+                state = self.state.get(p, {}) if p.requires_grad else {}  # a frozen p stays at w
                 if any(state.get(name) is not None for name in self.along):
                     slot = self._slots.find_or_add(p)
                     key = slot.place, self._kind_of(group, i, {})
@@ -244,7 +244,7 @@ class OnePass(SAM):
         perturbation.note_streams([bucket for bucket, _ in along])
 
     def _require_unperturbed(self, what: str) -> None:
-        """State is saved as of w, at any time."""
+        """Pass at any time: state is saved as of w."""
 
     def _own_of(self, p: Tensor) -> dict[str, Tensor]:
         if not self.state.get(p):
@@ -252,12 +252,12 @@ class OnePass(SAM):
         slot = self._slots.find(p)
         if slot is None or self._perturbation is None or slot not in self._perturbation.slots:
             slot = self._slots.find_or_add(p)
-            # A copy, since what is loaded into a state_dict in place is not loaded into the model.
+            # w is copied: what is loaded into a state_dict in place is not loaded into the model.
             slot.old.copy_(slot.local.detach())
         return {"w": _shards.as_part_of(p, slot.old)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As SAM's; the parameters are put at the w that it holds, and perturbed anew."""
+        """Load as SAM does, put the parameters at the w that was loaded, and perturb them."""
         self.restore()
         try:
             super().load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""The parts of a batch, each with a perturbation of its own: what is kept from part to part."""
+"""Take a batch in parts, each with a perturbation of its own, and keep sums from part to part."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 class Parts(Generic[T]):
-    """What SAM.parts returns. Each loop gets a generator that nobody else holds: if the body
-    raises, it ends at once and restores the weights, though the parts may have a name."""
+    """Gives each loop over SAM.parts a generator that nobody else holds: if the body raises, it
+    ends at once and restores the weights, though the parts may have a name."""
 
     def __init__(self, make: Callable[[], Iterator[T]]) -> None:
         self._make = make
-        self._begun: Iterator[T] | None = None  # by next()
+        self._begun: Iterator[T] | None = None  # the iterator of next()
 
     def __iter__(self) -> Iterator[T]:
         return self._make() if self._begun is None else self._begun
@@ -49,7 +49,7 @@ def check_parts(sam: SAM) -> None:
 
 
 class PartSums:
-    """g1, where it is kept, and g2, added up over the parts of a batch."""
+    """Holds g1, where it is kept, and g2, added up over the parts of a batch."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -67,7 +67,7 @@ class PartSums:
         _add(self._first, perturbation.first_grads.items())
 
     def means_into(self, perturbation: Perturbation) -> dict[Slot, Tensor]:
-        """Make the perturbation of the last part one of all parts. Returns the means of g2."""
+        """Make the perturbation of the last part one of all parts. Return the means of g2."""
         # One part whose norm is not finite makes this one so, and the step is skipped.
         if self._ascent_squares:
             perturbation.ascent_square = ops.total_of(self._ascent_squares)
@@ -94,7 +94,7 @@ def _add(sums: dict[Slot, Tensor], addends: Iterable[tuple[Slot, Tensor]]) -> No
 
 
 def each_of(sam: SAM, batches: Iterable[T]) -> Iterator[T]:
-    """The generator of SAM.parts."""
+    """Yield the parts of SAM.parts."""
     sums = PartSums()
     begun = False
     try:

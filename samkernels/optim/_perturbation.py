@@ -1,4 +1,4 @@
-"""From the direction of a variant to perturbed weights, and back; what is kept in between."""
+"""Perturb weights along the direction of a variant, keep what is needed later, and restore."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 
 class Perturbation:
-    """What the second step, or a restore, needs to know of the first one.
+    """Holds what the second step, or a restore, needs to know of the first one.
 
     Attributes:
-        moving: buckets of the first step while it is under way, each with its journal: not empty if
-            it moved.
-        moved: exactly the slots that did, by bucket.
+        moving: buckets of the first step while it is under way, each with its journal, which is not
+            empty if the bucket moved.
+        moved: exactly the slots that moved, by bucket.
         first_grads: g1; empty if nobody reads it.
         has_second_pass: whether first_step() asked for one.
         is_unscaled: whether first_step has divided g1 by the scale of a GradScaler.
         ascent_square: its root is not finite where the step is to be skipped.
-        first_dots: g1.g1 of the lists that it was measured of.
-        hooks: of spread_overflow, or for want of a second pass.
+        first_dots: g1.g1, each with the slots that it was measured for.
+        hooks: those of spread_overflow, or those for want of a second pass.
         watched: the parameters of `moved`, and their versions when they had moved.
-        exchange: where g1 and its norm of all ranks replace those of this one.
-        streams: of the first step, by device.
+        exchange: g1 and its norm of all ranks, where they replace those of this one.
+        streams: those of the first step, by device.
     """
 
     def __init__(self, moved: Sequence[list[Slot]] = (), is_unscaled: bool = False) -> None:
@@ -60,7 +60,7 @@ class Perturbation:
         self.hooks.clear()
 
     def settle(self) -> None:
-        """At the end of the first step, or when it was interrupted: take in what has moved."""
+        """Take in what has moved, at the end of the first step, or when it was interrupted."""
         for bucket, journal in self.moving:
             if journal:
                 self.moved.append(bucket.slots)
@@ -73,7 +73,7 @@ class Perturbation:
         self.watched.append((params, list(map(_version_of, params))))
 
     def written(self) -> set[int]:
-        """The ids of parameters (or of what lies here of them) written since they moved."""
+        """Return the ids of parameters (or of what lies here of them) written since they moved."""
         return {
             id(p)
             for params, versions in self.watched
@@ -82,7 +82,7 @@ class Perturbation:
         }
 
     def check_unwritten(self) -> None:
-        """Raises RuntimeError if a parameter was written since it moved."""
+        """Raise RuntimeError if a parameter was written since it moved."""
         for params, versions in self.watched:
             now = list(map(_version_of, params))
             if now == versions:
@@ -97,11 +97,11 @@ class Perturbation:
 
     @cached_property
     def slots(self) -> dict[Slot, None]:
-        """Those that moved, in order, once that is settled; a restore takes them out."""
+        """Return the slots that moved, in order, once that is settled; a restore takes them out."""
         return dict.fromkeys(chain.from_iterable(self.moved))
 
     def moved_just(self, buckets: Sequence[Bucket]) -> bool:
-        """Whether these are the buckets that moved, as a look at them tells; False may be wrong."""
+        """Say at a glance whether these are the buckets that moved; False may be wrong."""
         are_as_many = len(buckets) == len(self.moved)
         return are_as_many and all(map(operator.is_, map(_slots_of, buckets), self.moved))
 
@@ -112,8 +112,8 @@ class Perturbation:
                 self.streams[place.device] = current_stream(place.device)
 
     def record_streams(self) -> None:
-        """Before the second step or a restore. Memory goes back to the stream that it was allocated
-        on as soon as nobody holds it: where another one reads it now, the allocator has to know."""
+        """Tell the allocator, before the second step or a restore, if another stream reads memory
+        now: it goes back to the stream that it was allocated on as soon as nobody holds it."""
         for device, stream in self.streams.items():
             current = current_stream(device)
             if current == stream:
@@ -126,7 +126,7 @@ class Perturbation:
                     tensor.record_stream(current)
 
     def old_of(self, bucket: Bucket) -> TensorList:
-        """w; of a parameter that was not perturbed, for want of g1, w is the parameter itself."""
+        """Return w; if a parameter was not perturbed, for want of g1, w is the parameter itself."""
         for slots in self.moved:
             if slots is bucket.slots:
                 return bucket.old
@@ -142,7 +142,7 @@ _slots_of = operator.attrgetter("slots")
 def lists_of(
     sam: Variant, buckets: Sequence[Bucket], perturbation: Perturbation, first: bool = False
 ) -> list[Lists]:
-    """The lists of each bucket by name, in the first step or in the second."""
+    """Return the lists of each bucket by name, in the first step or in the second."""
     only = "g1" if first or not perturbation.has_second_pass else "g2"
 
     def find(name: str, of: Bucket) -> TensorList:
@@ -166,7 +166,7 @@ def lists_of(
 
 
 class Axes(NamedTuple):
-    """What an optimizer composes with its direction; see SAM's arguments."""
+    """Holds what an optimizer composes with its direction; see SAM's arguments."""
 
     norm: str | None = "global"
     eps: float = EPS
@@ -175,12 +175,12 @@ class Axes(NamedTuple):
 
 
 class Aim:
-    """Of one bucket: along what, how far, and with which T.
+    """Says of one bucket along what, how far and with which T it moves.
 
     Attributes:
-        dots: of the direction, with T if that is elementwise.
+        dots: those of the direction, with T if T is elementwise.
         of_weights: |w|^2 of each tensor if T is ||w_l||, else None.
-        square: what the direction is divided by the root of, when all are measured.
+        square: its root divides the direction; it is there when all are measured.
     """
 
     square: Tensor
@@ -194,20 +194,20 @@ class Aim:
         self.of_weights = dots([w]) if scaling == "tensor" else None
 
     def squares(self) -> Tensor:
-        """|T d|^2 of each tensor."""
+        """Return |T d|^2 of each tensor."""
         squares = self.dots.per_tensor[:, 0]
         return squares if self.of_weights is None else squares * self.of_weights.per_tensor[:, 0]
 
     def total(self) -> Tensor:
-        """|T d|^2 of the bucket."""
+        """Return |T d|^2 of the bucket."""
         return self.dots.total[0] if self.of_weights is None else self.squares().sum()
 
 
 def directions_of(
     lists: Sequence[Lists], rule: Callable[[Lists], str | Combination]
 ) -> tuple[list[tuple[Bucket, TensorList]], Tensor | None]:
-    """The direction of each bucket that is to move; and what is not finite if a state that lies in
-    the direction was kept from taking g1 in."""
+    """Return the direction of each bucket that is to move; and a number that is not finite if a
+    state that lies in the direction was kept from taking g1 in."""
     directions = [rule(x) for x in lists]
     spoiled = None
     if any([x.early for x in lists]):
@@ -234,8 +234,8 @@ def aim(
 
     Args:
         along: some buckets, each with its direction.
-        spoiled: of `directions_of`.
-        saves: w is in the parameters, else in the room for it.
+        spoiled: the number that `directions_of` returned.
+        saves: whether w is in the parameters, else in the room for w.
     """
     aims = []
     is_sharded = False
@@ -256,7 +256,7 @@ def aim(
             perturbation.first_dots.append((bucket.slots, known))
         square = bucket.bring(perturbation.ascent_square, torch.float64)
         if axes.norm == "tensor":
-            # Of all, so that a tensor whose norm is not finite lets none move.
+            # `square` is of all tensors: one whose norm is not finite lets none move.
             square = (aim.squares() + 0 * square).contiguous()
         elif axes.norm is None:
             square = torch.where(square.isfinite() & (square > 0), 1.0, square)
@@ -269,7 +269,7 @@ def aim(
 
 
 def _sum_over_shards(aims: Sequence[Aim]) -> None:
-    """In one all-reduce."""
+    """Add up what was measured of shards, in one all-reduce."""
     scaled = [aim for aim in aims if aim.of_weights is not None]
     measured = [aim.dots for aim in aims] + [aim.of_weights for aim in scaled if aim.of_weights]
     whole = over_shards(measured, [aim.bucket for aim in (*aims, *scaled)])
@@ -282,7 +282,8 @@ def _sum_over_shards(aims: Sequence[Aim]) -> None:
 def _masked(
     bucket: Bucket, direction: TensorList, of: Mapping[Tensor, Tensor], saves: bool
 ) -> TensorList:
-    """In the room for w if that is still to be saved. The norm is that of the whole direction."""
+    """Return the masked direction: in the room for w, if w is still to be saved. The norm stays
+    that of the whole direction."""
     masks: list[Tensor] = []
     for slot in bucket.slots:
         mask = of.get(slot.param)
@@ -298,7 +299,7 @@ def _masked(
 def perturb(
     aims: Sequence[Aim], eps: float, perturbation: Perturbation, saves: bool = True
 ) -> None:
-    """saves: as of `aim`."""
+    """Move the parameters as `aim` has measured; `saves` is that of `aim`."""
     for aim in aims:
         bucket = aim.bucket
         journal: list[bool] = []
@@ -322,7 +323,7 @@ def _lost_memory(p: Tensor, old: Tensor) -> bool:
 
 
 def restore(slots: dict[Slot, None], known: Slots) -> None:
-    """Restores and removes what is in `slots`; what may be restored later stays in there."""
+    """Restore and remove what is in `slots`; slots that may be restored later stay there."""
     lists: dict[tuple[Place, str], list[Slot]] = {}
     lost = []
     for slot in slots:
@@ -331,7 +332,7 @@ def restore(slots: dict[Slot, None], known: Slots) -> None:
             lost.append(slot)
             continue
         # A parameter that was cast or laid out anew in between still gets its values back; a
-        # wrapper by its own copy_.
+        # wrapper gets them by its own copy_.
         backend = slot.place.backend if known.serves(slot) else "foreach"
         if not slot.place.has_addresses:
             backend = "reference"

@@ -1,4 +1,4 @@
-"""Data parallel training: which ranks perturb alike, and what they tell each other about g1."""
+"""Decide which ranks of data parallel training perturb alike, and let them exchange g1."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PERTURBATIONS = ("global", "local", "group")
 
 @dataclass
 class Exchange:
-    """What the second step needs of the g1 of all ranks, on its way while the second pass runs."""
+    """Holds what the second step needs of all ranks' g1, on its way while the second pass runs."""
 
     ascent_square: Tensor  # sum of the ranks' squares: its root is not finite if one is not
     first_grads: dict[Tensor, Tensor]  # from parameters to the means of g1, if somebody reads g1
@@ -31,7 +31,7 @@ class Exchange:
 
 
 class Ranks:
-    """How the ranks of DistributedDataParallel perturb; see SAM.first_pass."""
+    """Says how the ranks of DistributedDataParallel perturb; see SAM.first_pass."""
 
     def __init__(self, perturbation: str, process_group: Any) -> None:
         checks.check_choice("perturbation", perturbation, PERTURBATIONS)
@@ -54,13 +54,13 @@ class Ranks:
 
     @property
     def differ(self) -> bool:
-        """Whether ranks may be at different weights in the second pass."""
+        """Say whether ranks may be at different weights in the second pass."""
         if self.perturbation == "global" or not (dist.is_available() and dist.is_initialized()):
             return False
         return dist.get_world_size() > 1
 
     def check_shards(self, name: str) -> None:
-        """Raises ValueError if DTensors, such as the parameter of this name, cannot be served."""
+        """Raise ValueError if DTensors, such as the parameter of this name, cannot be served."""
         if self.perturbation != "global":
             raise ValueError(
                 f'perturbation="{self.perturbation}" with {name}, a DTensor: the processes '
@@ -75,7 +75,7 @@ class Ranks:
         if not self.differ:
             yield
             return
-        # Inside of what torch.compile made, or of a module of several, too.
+        # It may lie inside of what torch.compile made, or of a module of several.
         parallel = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         if not parallel:
             raise TypeError(
@@ -149,11 +149,11 @@ def start_exchange(
 
 
 def _start_mean(params: Sequence[Tensor], group: Any) -> tuple[dict[Tensor, Tensor], list[Any]]:
-    """The mean over the ranks of each parameter's gradient, 0 for one that is missing: every rank
-    has to send the same amount, and whether others have it too is not known."""
+    """Begin to average each parameter's gradient over the ranks; one that is missing counts as 0:
+    every rank has to send the same amount, and does not know whether others have the gradient."""
     trained = [p for p in params if p.requires_grad]
     grads = [p.grad for p in trained]
-    # Divided first, as DistributedDataParallel does: a sum of float16 might overflow.
+    # Division comes first, as in DistributedDataParallel: a sum of float16 might overflow.
     blocks, means = ops.pack(grads, trained, divisor=dist.get_world_size(group))
     works = [dist.all_reduce(block, group=group, async_op=True) for block in blocks]
     return dict(zip(trained, means, strict=True)), works

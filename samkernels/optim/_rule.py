@@ -1,5 +1,5 @@
-"""What the rule of a variant is written with: the lists of a step by name, their inner products,
-and combinations of them."""
+"""Provide what the rule of a variant is written with: the lists of a step by name, their inner
+products, and combinations of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from samkernels import checks, ops
 from samkernels.backends import Dots, Mix, TensorList
 from samkernels.optim._lists import Bucket, refuse_capture
 
-EPS = 1e-12  # added to norms and squares that divide
+EPS = 1e-12  # is added to norms and squares that divide
 Coefficient = float | Tensor
 
 
@@ -25,11 +25,11 @@ class Option:
     """A hyperparameter of a variant, which each parameter group may set for itself.
 
     Attributes:
-        default: None if there is none, and it has to be given.
+        default: its default; None if there is none, and a value has to be given.
         low, high: the smallest and the largest value.
         below: whether `high` itself is too large.
-        is_whole: whether it is an int.
-        choices: all values that it may have, where it is no number.
+        is_whole: whether a value is an int.
+        choices: all values that are allowed, where these are no numbers.
     """
 
     default: Any = None
@@ -40,7 +40,7 @@ class Option:
     choices: tuple[Any, ...] = ()
 
     def check(self, name: str, value: Any) -> None:
-        """Raises TypeError or ValueError, which name the option."""
+        """Raise TypeError or ValueError, which name the option, if the value is wrong."""
         if self.choices:
             return checks.check_choice(name, value, self.choices)
         if value is None and self.default is None:
@@ -68,7 +68,7 @@ class Option:
 
 
 def options(**values: Any) -> dict[str, Any]:
-    """The options that a variant declares, by name."""
+    """Return the options that a variant declares, by name."""
     return values
 
 
@@ -83,7 +83,7 @@ class Combination(NamedTuple):
 
 
 def linear(**coefficients: Coefficient) -> Combination:
-    """Such as linear(g1=0.2, g2=0.8); of one or two lists."""
+    """Return a combination of one or two lists, such as linear(g1=0.2, g2=0.8)."""
     (x, a), *rest = coefficients.items()
     return Combination(x, rest[0][0], a, rest[0][1]) if rest else Combination(x, a=a)
 
@@ -92,7 +92,7 @@ G1, G2 = linear(g1=1.0), linear(g2=1.0)
 
 
 class Lists:
-    """The tensors of a bucket in one step, by name: "w", "g1", "g2", and the variant's own state.
+    """Has the tensors of a bucket in a step by name: "w", "g1", "g2" and the variant's own state.
 
     Attributes:
         group: the parameter group.
@@ -109,7 +109,7 @@ class Lists:
     ) -> None:
         self.bucket, self.group = bucket, bucket.group
         self._find, self._options = find, own_options
-        self.early: list[tuple[str, Combination]] = []  # what moved() and set() wrote down
+        self.early: list[tuple[str, Combination]] = []  # moved() and set() write these down
         self.waiting: list[tuple[str, Combination]] = []
 
     @property
@@ -120,10 +120,10 @@ class Lists:
         return self._find(name, self.bucket)
 
     def option(self, name: str, default: Any = None) -> Any:
-        """The value that the group has for an option of SAM or of the variant.
+        """Return the value that the group has for an option of SAM or of the variant.
 
         Raises:
-            TypeError, ValueError: somebody has written a wrong one.
+            TypeError, ValueError: somebody has written a wrong value.
         """
         key = self.bucket.keys.get(name, name)
         value = self.group.get(key, default)
@@ -149,7 +149,7 @@ class Lists:
         return Mix(self[x], second, a, b, function, divisor, ascent_square, found_inf)
 
     def resolve(self, of: str | Combination) -> TensorList:
-        """A list of this name, or of these values: in the room for w, until that is taken."""
+        """Return a list of this name, or of these values, in the room for w until that is taken."""
         if isinstance(of, str):
             return self[of]
         if of == Combination(of.x):
@@ -169,14 +169,14 @@ class Lists:
         return name
 
     def write(self, what: list[tuple[str, Combination]], *guards: Tensor | None) -> None:
-        """guards: of `mix`."""
+        """Write what was noted; `guards` are the last arguments of `mix`."""
         for name, value in what:
             mix, kept = self.mix(value, *guards), self[name]
             if self.is_new:
                 refuse_capture()
                 takes_place = mix.takes_place()
                 if takes_place is not None and not takes_place.item():
-                    continue  # once in a training the host has to know: it stays new
+                    continue  # once in a training the host has to know: the state stays new
             self.bucket.ops.mix_(kept, mix, keeps=True)
             for slot, tensor in zip(self.bucket.slots, kept, strict=True):
                 slot.own[name] = tensor
@@ -185,7 +185,7 @@ class Lists:
 
 @dataclass
 class _Sum:
-    """One of the sums that dots() gave for each bucket, taken out of them when it is needed."""
+    """Takes one of the sums out of those that dots() gave for each bucket, when it is needed."""
 
     measured: Sequence[Dots]
     index: int
@@ -210,7 +210,7 @@ class Products:
 
     @property
     def scale(self) -> Coefficient:
-        """What a GradScaler has multiplied the gradients with."""
+        """Return what a GradScaler has multiplied the gradients with."""
         return 1.0 if self._scale is None else self._scale.reshape(()).double()
 
     def __getitem__(self, pair: str) -> Tensor:
@@ -220,24 +220,24 @@ class Products:
         return self[f"{name}.{name}"].sqrt()
 
     def clipping(self, name: str, max_norm: float | None) -> Coefficient:
-        """What clips a gradient to a norm as torch.nn.utils.clip_grad_norm_ does; 1 for None."""
+        """Return the factor by which torch.nn.utils.clip_grad_norm_ clips; 1 for None."""
         if max_norm is None:
             return 1.0
         return (max_norm / (self.norm(name) / self.scale + 1e-6)).clamp(max=1.0)
 
     def per_tensor(self, pair: str, x: Lists) -> Tensor:
-        """Of each tensor of a bucket, shape (n,)."""
+        """Return the product for each tensor of a bucket, shape (n,)."""
         return self._of(pair).per_tensor[self._lists.index(x)]
 
     def of_partners(self, pair: str, x: Lists, partners: Mapping[Tensor, Tensor]) -> Tensor:
-        """per_tensor of the partner of each tensor of a bucket; of one without, its own."""
+        """Return per_tensor of the partner of each tensor of a bucket, or its own without one."""
         slots = [slot for lists in self._lists for slot in lists.bucket.slots]
         index = {id(slot.param): i for i, slot in enumerate(slots)}
         own = [slot.param for slot in x.bucket.slots]
         at = [index.get(id(partners.get(p)), index[id(p)]) for p in own]
         device = x.bucket.place.device
         everything = torch.cat([of.to(device) for of in self._of(pair).per_tensor]).unbind()
-        return torch.stack([everything[i] for i in at])  # by a list, the host would wait
+        return torch.stack([everything[i] for i in at])  # indexed by a list, the host would wait
 
     def learn(self, names: Sequence[str], measured: Sequence[Dots]) -> None:
         """Take in what dots() of these lists gave for each bucket."""
@@ -250,13 +250,13 @@ class Products:
             self._known[f"{x}.{y}"] = self._known[f"{y}.{x}"] = _Sum(measured, i)
 
     def measure(self, *names: str) -> list[Dots]:
-        """dots() of these lists for each bucket, over all processes."""
+        """Return dots() of these lists for each bucket, over all processes."""
         measured = [x.bucket.ops.dots([x[name] for name in names]) for x in self._lists]
         return over_shards(measured, [x.bucket for x in self._lists])
 
     def square_of(self, of: Sequence[Combination]) -> Tensor:
-        """|u|^2 over all parameters, of a combination for each bucket. Of what is no sum of lists:
-        |a x|^2."""
+        """Return |u|^2 over all parameters, u being a combination for each bucket. If it is no sum
+        of lists, take |a x|^2."""
         parts = []
         for x, u in zip(self._lists, of, strict=True):
             a = max(abs(u.a), 1.0) if u.function == "damp" and isinstance(u.a, float) else u.a
@@ -275,6 +275,6 @@ class Products:
 
 
 def over_shards(measured: list[Dots], buckets: Sequence[Bucket]) -> list[Dots]:
-    """What was measured of each bucket, for whole tensors."""
+    """Return what was measured of each bucket, for whole tensors."""
     groups = [bucket.place.process_groups for bucket in buckets]
     return ops.all_reduce(measured, groups) if any(groups) else measured

@@ -1,5 +1,5 @@
-"""What torch.amp.GradScaler asks of SAM: whether unscale_() was called, which a scaler keeps to
-itself; an overflow of g1, which it would not see; and what depends on the scale."""
+"""Do what torch.amp.GradScaler asks of SAM: find out whether unscale_() was called, which a scaler
+keeps to itself; show an overflow of g1, which it would not see; and mind the scale."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _family(cls: type[GradScaler] = GradScaler) -> list[type[GradScaler]]:
 
 
 def _references() -> dict[str, int]:
-    """To the classes of scalers: an instance is one more."""
+    """Count the references to the classes of scalers: an instance is one more."""
     return {f"{cls.__module__}.{cls.__qualname__}": sys.getrefcount(cls) for cls in _family()}
 
 
@@ -35,7 +35,7 @@ _WITHOUT_SCALERS = _references()
 
 
 class Scalers:
-    """The GradScalers of this process that may have to do with one optimizer."""
+    """Knows the GradScalers of this process that may have to do with one optimizer."""
 
     def __init__(self, optimizer: object) -> None:
         self._optimizer = id(optimizer)  # as scalers know it
@@ -54,7 +54,7 @@ class Scalers:
             )
 
     def look(self) -> None:
-        """Find them, unless one is known, or there are none. It takes a while: once is enough."""
+        """Find scalers, unless one is known or there are none. It takes a while: once is enough."""
         if self._stages():
             return
         found: list[GradScaler] = []
@@ -70,8 +70,8 @@ class Scalers:
 
 
 def spread_overflow(perturbation: Perturbation) -> None:
-    """GradScaler looks for overflow in g2, when g1 is gone: have it find that of g1 there, in
-    whichever gradient comes first."""
+    """Have GradScaler find an overflow of g1 in g2, in whichever gradient comes first: when it
+    looks, g1 is gone."""
     if perturbation.ascent_square is None:
         return
     spread = _OverflowOf(perturbation.ascent_square)

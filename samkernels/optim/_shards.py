@@ -1,5 +1,5 @@
-"""DTensors, as fully_shard (FSDP2) makes them of parameters: the part that lies in this process,
-and the process groups that hold the rest. Whatever is no DTensor is a whole by itself.
+"""Find of DTensors, as fully_shard (FSDP2) makes them of parameters, the part in this process, and
+the process groups that hold the rest. Whatever is no DTensor is a whole by itself.
 
 Nothing here imports torch.distributed.tensor: where nobody else did, there are no DTensors.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_WHOLE = frozenset((Tensor, nn.Parameter))  # types, asked for first: a step looks at every tensor
+_WHOLE = frozenset((Tensor, nn.Parameter))  # types compared first: a step looks at every tensor
 
 
 def _dtensor() -> Any:
@@ -24,7 +24,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def check(name: str, p: Tensor) -> None:
-    """Raises ValueError if p is a shard that looks like a whole tensor: norms would be wrong."""
+    """Raise ValueError if p is a shard that looks like a whole tensor: norms would be wrong."""
     if getattr(p, "_fsdp_flattened", False):
         raise ValueError(
             f"{name} belongs to FullyShardedDataParallel (FSDP1), whose shards cannot be told from "
@@ -33,8 +33,8 @@ def check(name: str, p: Tensor) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part that lies here, without a copy."""
-    # Not to_local(): of a parameter it makes a new view each time, and an autograd node.
+    """Return the part that lies here, without a copy."""
+    # to_local() of a parameter would make a new view each time, and an autograd node.
     return tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -43,11 +43,11 @@ def locals_of(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def process_groups(tensor: Any) -> tuple[Any, ...]:
-    """Sums over all elements go over each of these in turn: one group for every dimension of the
+    """Return the groups that sums over all elements go over in turn: one for every dimension of the
     device mesh along which the tensor is cut, none for those along which it is replicated.
 
     Raises:
-        ValueError: what the processes hold are addends of the tensor (a Partial placement).
+        ValueError: the processes hold addends of the tensor (a Partial placement).
     """
     if not is_dtensor(tensor):
         return ()
@@ -65,7 +65,7 @@ def process_groups(tensor: Any) -> tuple[Any, ...]:
 
 
 def are_cut_alike(tensor: Any, p: Any) -> bool:
-    """Whether both are whole, or have their parts in the same places."""
+    """Say whether both are whole, or have their parts in the same places."""
     if not (is_dtensor(tensor) and is_dtensor(p)):
         return is_dtensor(tensor) == is_dtensor(p)
     return tensor.placements == p.placements and tensor.device_mesh == p.device_mesh
@@ -74,7 +74,7 @@ def are_cut_alike(tensor: Any, p: Any) -> bool:
 def local_pairs(
     params: list[Tensor], grads: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]] | None:
-    """What lies here of both; None if a gradient is cut in another way than its parameter."""
+    """Return what lies here of both; None if a gradient is cut unlike its parameter."""
     if _WHOLE.issuperset(map(type, params)) and _WHOLE.issuperset(map(type, grads)):
         return params, grads
     if not all(map(are_cut_alike, grads, params)):
@@ -83,7 +83,7 @@ def local_pairs(
 
 
 def cut_like(p: Any, grad: Any) -> Tensor:
-    """The gradient with its parts where the parameter has them.
+    """Return the gradient with its parts where the parameter has them.
 
     Raises:
         ValueError: only one of the two is a DTensor, or they are on different meshes.
@@ -99,7 +99,7 @@ def cut_like(p: Any, grad: Any) -> Tensor:
 
 
 def as_part_of(p: Any, part: Tensor) -> Tensor:
-    """What p is, with `part` in the place of p's own part: a DTensor or the part itself."""
+    """Return what p is, with `part` in the place of p's own: a DTensor or the part itself."""
     if not is_dtensor(p):
         return part
     return _dtensor().from_local(

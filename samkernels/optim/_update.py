@@ -1,4 +1,4 @@
-"""The second half of a step: from the gradients to the base optimizer's update."""
+"""Make the second half of a step: from the gradients to the base optimizer's update."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def gradients(optimizer: SAM, perturbation: Perturbation) -> list[Bucket]:
-    """g2, or where there is no second pass the only gradient; and where ranks differ, what they
-    have sent replaces g1 and its norm."""
+    """Return g2, or where there is no second pass the only gradient. Where ranks differ, replace
+    g1 and its norm by what they have sent."""
     if not perturbation.has_second_pass:
         _put_back(perturbation)
     perturbation.check_unwritten()
@@ -39,20 +39,20 @@ def gradients(optimizer: SAM, perturbation: Perturbation) -> list[Bucket]:
     if exchange is not None:
         exchange.wait()
         perturbation.ascent_square = exchange.ascent_square
-        # Of those with g2, which all ranks have or none.
+        # g1 of parameters with g2, which all ranks have or none.
         slots = [slot for bucket in buckets for slot in bucket.slots]
         perturbation.first_grads = {
             slot: exchange.first_grads[slot.param]
             for slot in slots
             if slot.param in exchange.first_grads
         }
-        perturbation.first_dots.clear()  # of another g1 than the update is made with
+        perturbation.first_dots.clear()  # the update is made with another g1
     perturbation.record_streams()
     return buckets
 
 
 def _put_back(perturbation: Perturbation) -> None:
-    """The gradients that first_step took, unless a second backward has left others."""
+    """Put back the gradients that first_step took, unless a second backward has left others."""
     kept, perturbation.first_grads = perturbation.first_grads, {}
     if all(slot.param.grad is None for slot in kept):
         for slot, grad in kept.items():
@@ -65,10 +65,10 @@ def finish(
     """Restore the weights and update them.
 
     Args:
-        into_old: the new w may go to the room for it, and not to parameters that are moved.
+        into_old: whether new w may go to the room for w, and not to parameters that are moved.
 
     Returns:
-        what was updated, and whether w lies in that room.
+        The buckets that were updated, and whether w lies in that room.
     """
     step = _Step(optimizer, perturbation)
     base = optimizer._fused_base
@@ -80,17 +80,17 @@ def finish(
         lies_in_old = False
     for x in step.lists:
         if x.is_new:
-            optimizer._slots.forget_lists()  # they are of another kind now
+            optimizer._slots.forget_lists()  # parameters are of another kind now
     return step.buckets, lies_in_old
 
 
 class _Step:
-    """What the base optimizer is to do, and how it is done.
+    """Knows what the base optimizer is to do, and does it.
 
     Attributes:
         buckets: those that are updated.
-        mixes: what takes the gradient's place, of each bucket.
-        lists: of each bucket, if the rule reads any.
+        mixes: what takes the gradient's place, for each bucket.
+        lists: those of each bucket, if the rule reads any.
         before, beside: what is subtracted from w before and after the base optimizer's step.
     """
 
@@ -140,7 +140,7 @@ class _Step:
         combinations = [rule(x, dots) for x in lists]
         divisor = scale
         if optimizer.max_grad_norm is not None and lists:
-            # That of a gradient is finite where the coefficients of u may be 0 times infinity.
+            # A gradient's norm is finite where the coefficients of u may be 0 times infinity.
             named = optimizer.has_norm_of if perturbation.has_second_pass else None
             square = dots.square_of(combinations) if named is None else dots[f"{named}.{named}"]
             divisor = ops.clipping_divisor(square.sqrt(), optimizer.max_grad_norm, scale)
@@ -156,7 +156,7 @@ class _Step:
                         terms.append((x, of))
 
     def guards(self, bucket: Bucket, divisor: Tensor | None) -> tuple[Tensor | None, ...]:
-        """divisor, ascent_square and found_inf of a Mix."""
+        """Return divisor, ascent_square and found_inf of a Mix."""
         square, found_inf = self.perturbation.ascent_square, self.found_inf
         return (
             None if divisor is None else bucket.bring(divisor),
@@ -165,10 +165,10 @@ class _Step:
         )
 
     def update_by_kernels(self, base: FusedBase, into_old: bool) -> None:
-        """One kernel restores w, mixes and updates."""
+        """Restore w, mix and update by one kernel."""
         optimizer, perturbation, buckets = self.optimizer, self.perturbation, self.buckets
         state = optimizer.state
-        # Of all groups, so that a wrong one is found before the first is updated.
+        # All groups come first, so that a wrong one is found before any is updated.
         updates = []
         for bucket, mix in zip(buckets, self.mixes, strict=True):
             for update in base.updates(bucket, state):
@@ -185,7 +185,7 @@ class _Step:
         self._write_state()
 
     def update_by_base(self) -> None:
-        """The base optimizer finds u in `.grad`."""
+        """Update by the base optimizer, which finds u in `.grad`."""
         optimizer, perturbation, found_inf = self.optimizer, self.perturbation, self.found_inf
         fused = optimizer._fused_base
         for bucket in self.buckets:
@@ -195,7 +195,7 @@ class _Step:
         restore(dict(perturbation.slots), optimizer._slots)
         if found_inf is not None and found_inf.item():
             return
-        self._write_state()  # what it is made of is about to be lost; so with what is beside
+        self._write_state()  # its lists are about to be lost; so are those of `beside`
         self._begin()
         beside = [(x, _kept(x, of)) for x, of in self.beside]
         for bucket, mix in zip(self.buckets, self.mixes, strict=True):
@@ -213,7 +213,7 @@ class _Step:
                 x.write(x.waiting, *self.guards(x.bucket, self.scale))
 
     def _begin(self) -> None:
-        """maximize does not turn what comes before the base optimizer's step."""
+        """Subtract what comes before the base optimizer's step; maximize does not turn it."""
         for x, of in self.before:
             descend(x.bucket, x.mix(of, *self.guards(x.bucket, None)), maximize=False)
 
@@ -231,12 +231,12 @@ def _make_all(
     perturbation: Perturbation,
     into_old: bool,
 ) -> None:
-    """All of them or none, whatever comes in between; unless a backend that is no single call was
-    interrupted in the middle of a list: then all weights come back, and part of the state is that
-    of after the step.
+    """Make all of them or none, whatever comes in between; unless a backend that is no single call
+    was interrupted in the middle of a list: then all weights come back, and part of the state is
+    that of after the step.
 
     Args:
-        updates: each with the whole bucket that it is of, and what that is updated with.
+        updates: each with its whole bucket, and the mix that updates that.
     """
     calls = []
     for update, whole, mix in updates:
@@ -251,27 +251,27 @@ def _make_all(
         journals = [update.journal for update, _, _ in updates]
         if any(journals) and [False] not in journals:
             for update, old, mix, out in calls:
-                update.run(old, mix, state, out)  # which does what was not done
+                update.run(old, mix, state, out)  # this does what was not done
             perturbation.slots = {}
         raise
 
 
 def descend(bucket: Bucket, mix: Mix, maximize: bool) -> None:
-    """w -= lr * u, and nothing else that the base optimizer does."""
+    """Compute w -= lr * u, and nothing else that the base optimizer does."""
     lr = checks.hyperparameter("lr", bucket.group["lr"], bucket.params[0], signed=True)
     options = SgdOptions(lr, 0.0, 0.0, 0.0, False, maximize, init_momentum=False)
     bucket.ops.sgd_(bucket.params, bucket.params, None, mix, options)
 
 
 def _kept(x: Lists, of: Combination) -> Mix:
-    """A combination of gradients that the base optimizer's step is about to lose: in the room for
-    w, which is restored by now."""
+    """Keep a combination of gradients that the base optimizer's step is about to lose: in the room
+    for w, which is restored by now."""
     x.bucket.ops.mix_(x.bucket.old, x.mix(of))
     return Mix(x.bucket.old)
 
 
 def _part_of(mix: Mix, whole: Bucket, part: Bucket) -> Mix:
-    """The mix of some of the parameters of a bucket."""
+    """Return the mix of some of the parameters of a bucket."""
     if part is whole:
         return mix
     index = {slot: i for i, slot in enumerate(whole.slots)}
@@ -290,7 +290,7 @@ def _keep_statistics(
     perturbation: Perturbation,
     scale: Tensor | None,
 ) -> None:
-    """How g1 and g2 compare; what is measured for that, the rule need not measure again."""
+    """Keep how g1 and g2 compare. The rule need not measure again what is measured here."""
     if not both:
         optimizer._statistics = None
         return
@@ -316,7 +316,7 @@ def _step_base(optimizer: SAM, updated: set[Tensor]) -> None:
 
 
 def put_grad(p: Tensor, u: Tensor) -> None:
-    """u, computed in a copy if p.grad has another layout or dtype (grad_dtype), for p.grad."""
+    """Put u into p.grad, if u is a copy since p.grad has another layout or dtype (grad_dtype)."""
     if p.grad is None or _shards.local(p.grad) is u:
         return
     if p.grad.dtype is u.dtype:

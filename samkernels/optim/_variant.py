@@ -1,5 +1,5 @@
-"""What a variant of SAM says of itself, and how an optimizer is made of that: its options, its
-groups, and the base optimizer that it shares them with."""
+"""Make an optimizer of what a variant of SAM says of itself: its options, its groups, and the base
+optimizer that it shares them with."""
 
 from __future__ import annotations
 
@@ -42,47 +42,47 @@ class Variant(Optimizer):
     compares_scales: ClassVar[bool] = True  # whether u depends on how g1 is scaled against g2
     has_norm_of: ClassVar[str | None] = None  # the gradient whose norm u has, if it has one's
     counts_steps: ClassVar[bool] = False  # whether `perturbs` looks at the step
-    own_attributes: ClassVar[tuple[str, ...]] = ()  # that a copy has, too
+    own_attributes: ClassVar[tuple[str, ...]] = ()  # attributes that a copy has, too
     sign: ClassVar[float] = 1.0  # -1: against the direction
 
-    # Found out of the methods: what of the rule there is to evaluate.
+    # __init_subclass__ sees from the methods what of the rule there is to evaluate.
     goes_along_g1: ClassVar[bool]
     takes_one_gradient: ClassVar[bool]  # u is g2, or g1 where there is no other
     has_terms_beside: ClassVar[bool]
 
-    # Found out by running one: whether a closure clears the gradients that it finds.
+    # Whether a closure clears the gradients that it finds, which running one shows.
     _closure_clears: bool | None = None
-    _has_warned = False  # of a closure that calls no backward
+    _has_warned = False  # about a closure that calls no backward
 
     def perturbs(self, options: dict[str, Any], step: int) -> bool:
-        """Whether this step, 0 at first, has a second pass."""
+        """Say whether this step, 0 at first, has a second pass."""
         return True
 
     def direction(self, x: Lists) -> str | Combination:
-        """d, along which the first step perturbs. May call x.set and x.moved."""
+        """Return d, along which the first step perturbs. A rule may call x.set and x.moved."""
         return "g1"
 
     def mix(self, x: Lists, dots: Products) -> Combination:
-        """u, which takes the gradient's place, in a step with two passes. May call x.set."""
+        """Return u, which takes the gradient's place, with two passes. A rule may call x.set."""
         return G2
 
     def mix_alone(self, x: Lists, dots: Products) -> Combination:
-        """u in a step without a second pass, where there is g1 only."""
+        """Return u in a step without a second pass, where there is g1 only."""
         return G1
 
     def before(self, x: Lists, dots: Products) -> Combination | None:
-        """What is subtracted from w, times lr, before the base optimizer's step."""
+        """Return what is subtracted from w, times lr, before the base optimizer's step."""
         return None
 
     def beside(self, x: Lists, dots: Products) -> Combination | None:
-        """What is subtracted from w, times lr, after the base optimizer's step."""
+        """Return what is subtracted from w, times lr, after the base optimizer's step."""
         return None
 
     # -- construction ------------------------------------------------------------------------------
 
     base_optimizer: Optimizer
-    # From the name of each option that a group may set to its key there: the name itself, or
-    # sam_NAME beside an option of the base optimizer.
+    # Leads from the name of each option that a group may set to its key there: the name itself,
+    # or sam_NAME beside an option of the base optimizer.
     _keys: dict[str, str]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -211,7 +211,7 @@ class Variant(Optimizer):
 
     @property
     def _direction_has_state(self) -> bool:
-        """Whether the first step writes the variant's own state."""
+        """Say whether the first step writes the variant's own state."""
         return bool(self.own_state) and type(self).direction is not Variant.direction
 
     def _refuse_collisions(
@@ -226,7 +226,7 @@ class Variant(Optimizer):
         _wrapping.refuse_collisions(name, own, base, names_of(base), base_options)
 
     def _new_slots(self, options: dict[str, Any]) -> Slots:
-        """options: what a group gets that comes to be without them, by key."""
+        """Make slots; a group that comes to be without `options`, which are by key, gets them."""
         one_kind = not (self.own_state or self._scaled or self._subset)
         return Slots(self._backend, options, self._keys, None if one_kind else self._kind_of)
 
@@ -236,14 +236,14 @@ class Variant(Optimizer):
         return Kind(self._subset.has(p, name), self._scaled.has(p, name), is_new)
 
     def _check_selections(self) -> None:
-        """Raise ValueError unless what was selected is there, some parameters and no others, with
-        the names that are asked for."""
+        """Raise ValueError unless each selection has some of the parameters and no others, with the
+        names that it asks for."""
         for selection in (self._scaled, self._subset):
             if selection:
                 selection.check(_axes.named(self.param_groups))
 
     def _check_options(self, options: dict[str, Any], where: str) -> None:
-        """Raise TypeError or ValueError if one that is there is wrong."""
+        """Raise TypeError or ValueError if an option that is there is wrong."""
         for name, key in self._keys.items():
             if key not in options:
                 continue
@@ -266,14 +266,14 @@ class Variant(Optimizer):
         checks.check_hyperparameter(what, value)
 
     def option(self, name: str) -> Any:
-        """An option that is the same in all groups: that of the first."""
+        """Return an option that is the same in all groups: that of the first."""
         return self.param_groups[0][self._keys[name]]
 
     # -- which steps have a second pass ------------------------------------------------------------
 
     @property
     def needs_second_pass(self) -> bool:
-        """Whether the next step has two passes. It is known before the forward pass, but for
+        """Say whether the next step has two passes. It is known before the forward pass, but for
         policies that look at g1: it is True for them, and first_step() returns what they say."""
         decides = type(self).perturbs is not Variant.perturbs
         if not decides and self._when is None:
@@ -284,7 +284,7 @@ class Variant(Optimizer):
         return self._when is None or self._when.needs_norm or self._when.wants(step, math.nan, {})
 
     def _wants_by_norm(self, buckets: list[Bucket]) -> bool:
-        """Whether a policy that looks at g1 wants a second pass; True without one."""
+        """Say whether a policy that looks at g1 wants a second pass; True without one."""
         if self._when is None or not self._when.needs_norm:
             return True
         lists = lists_of(self, buckets, Perturbation(), first=True)
@@ -314,7 +314,7 @@ class Variant(Optimizer):
                 group[self._keys["rho"]] = self._schedule.value(group["lr"])
 
     def _count_step(self) -> None:
-        """Of a variant or a policy that looks at the number: a GradScaler's skip does not count."""
+        """Count a step, if a variant or policy looks at the number; a GradScaler's skip is none."""
         if "sam_step" in self._keys:
             found_inf = self._of_scaler("found_inf")
             if found_inf is not None and found_inf.item():
@@ -324,14 +324,14 @@ class Variant(Optimizer):
                 group["sam_step"] = step
 
     def _of_scaler(self, name: str) -> Tensor | None:
-        """grad_scale or found_inf, if a GradScaler has set it; shape ()."""
+        """Return grad_scale or found_inf, if a GradScaler has set it; shape ()."""
         number = self.__dict__.get(name)
         return number.reshape(()) if isinstance(number, Tensor) else None
 
     @contextlib.contextmanager
     def first_pass(self, model: nn.Module) -> Iterator[None]:
-        """For the forward and backward pass at w, of every rank: averages g1 over those ranks that
-        perturb alike.
+        """Average g1 over those ranks that perturb alike, in the forward and backward pass at w of
+        every rank.
 
         With perturbation="global", or in one process, it does nothing: DistributedDataParallel
         averages g1 over all ranks by itself. Otherwise its averaging is switched off in here; and
@@ -364,12 +364,12 @@ class Variant(Optimizer):
 
     @property
     def statistics(self) -> ops.GradientStatistics | None:
-        """How g1 and g2 of the last step compare; None without track_statistics."""
+        """Say how g1 and g2 of the last step compare; None without track_statistics."""
         return self._statistics
 
     @property
     def backends(self) -> dict[str, str]:
-        """Which backend serves whom, such as {"cuda:0 float32": "native"}."""
+        """Say which backend serves which tensors, such as {"cuda:0 float32": "native"}."""
         served = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -378,7 +378,7 @@ class Variant(Optimizer):
                     served[f"{p.device} {dtype}"] = self._slots.place_of(p).backend
         return served
 
-    # In an object and not in self, which is Lightning's wrapper where first_step is called on that:
+    # An object has it and not self, which is Lightning's wrapper where first_step is called on one:
     # reading goes through to this optimizer, while assigning stays with the wrapper.
     @property
     def _perturbation(self) -> Perturbation | None:
@@ -390,10 +390,10 @@ class Variant(Optimizer):
 
     # -- groups ------------------------------------------------------------------------------------
 
-    # One list of groups and one state for both: a scheduler changes the lr of both.
+    # One list of groups and one state serve both: a scheduler changes the lr of both.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the base optimizer."""
+        """Return the groups of the base optimizer."""
         return self.base_optimizer.param_groups
 
     @param_groups.setter
@@ -402,18 +402,18 @@ class Variant(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """That of the base optimizer."""
+        """Return the state of the base optimizer."""
         return self.base_optimizer.state
 
     @state.setter
     def state(self, state: dict[Tensor, Any]) -> None:
-        if not isinstance(state, defaultdict):  # which the steps of torch.optim count on
+        if not isinstance(state, defaultdict):  # the steps of torch.optim count on one
             state = defaultdict(dict, state)
         self.base_optimizer.state = state
         self._slots.forget_own()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the base optimizer does it; the group may set its own rho, adaptive and so on.
+        """Add a group as the base optimizer does; it may set its own rho, adaptive and so on.
 
         Raises:
             TypeError, ValueError: an option or a parameter is of the wrong kind; the message names
@@ -496,7 +496,7 @@ def _check_declarations(cls: type[Variant]) -> None:
 
 
 def _arguments(cls: type[Variant]) -> list[inspect.Parameter]:
-    """Of the constructor of a variant that declares its options."""
+    """Return the arguments of the constructor of a variant that declares its options."""
     common = inspect.signature(_sam().__init__).parameters
     named = {name: option.default for name, option in cls.own_options.items()}
     defaults = {"rho": cls.default_rho, **named, **cls.axes}
@@ -525,7 +525,7 @@ def _sam() -> Any:
 
 
 def _constructor(cls: type[Variant]) -> Callable[..., None]:
-    """One that takes the options which the class declares, in the order that it declares."""
+    """Make a constructor that takes the options of a class, in the order that it declares."""
     signature = inspect.Signature(_arguments(cls))
 
     def __init__(self: Variant, *args: Any, **kwargs: Any) -> None:
@@ -547,7 +547,7 @@ def _constructor(cls: type[Variant]) -> Callable[..., None]:
 
 
 def _call(cls: type[Variant]) -> str:
-    """The first arguments, for messages."""
+    """Return the first arguments, for messages."""
     named = [name for name in cls.own_options if name not in cls.positional]
     shown = ["params", "base_optimizer", *cls.positional, *(["*"] if named else []), *named]
     return f"({', '.join(shown)}, ...)"

@@ -1,5 +1,5 @@
-"""A base optimizer as it is given, a class or an instance: whether it can serve, and whose option
-is meant where it has one of the same name."""
+"""Take a base optimizer as it is given, a class or an instance: say whether it can serve, and whose
+option is meant where it has one of the same name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_kind(base: Any) -> None:
 
 
 def options_of(cls: type[Optimizer]) -> set[str]:
-    """Names of the options that a class takes."""
+    """Return the names of the options that a class takes."""
     names: set[str] = set()
     for base in cls.__mro__:
         if base is Optimizer:
@@ -72,10 +72,10 @@ def _asked(names: list[str]) -> list[str]:
 
 
 def keys_beside(base: Optimizer, names: Iterable[str]) -> dict[str, str]:
-    """Under which keys options of a wrapper stand in the groups of this base optimizer: NAME, or
+    """Return the keys of a wrapper's options in the groups of this base optimizer: NAME, or
     sam_NAME where it has one of its own."""
     taken = set(base.defaults)
-    if not is_of_torch(base):  # those of torch have defaults of all
+    if not is_of_torch(base):  # optimizers of torch have defaults of all
         taken = taken.union(*base.param_groups) - getattr(base, _WRITTEN, frozenset())
     return {name: f"sam_{name}" if name in taken else name for name in names}
 
@@ -87,7 +87,7 @@ _WRITTEN = "_keys_of_samkernels"
 def options_of_groups(
     base: Optimizer, params: Iterable[Any], keys: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """For each group of an instance its parameters, and the wrapper's options for it in `params`.
+    """Return for each group of an instance its parameters, and its wrapper's options in `params`.
 
     Args:
         params: the instance's own parameters, or groups of them that are those of the instance.
@@ -124,14 +124,14 @@ def options_of_groups(
 
 
 def _take_names(base: Optimizer, params: list[Any]) -> None:
-    """Of named parameters, for an instance that was made without names."""
+    """Give an instance that was made without names those of named parameters."""
     names = {id(item[1]): item[0] for item in params if isinstance(item, tuple)}
     for group in base.param_groups if names else ():
         group.setdefault("param_names", [names.get(id(p)) for p in group["params"]])
 
 
 def listed(params: Any) -> list[Any]:
-    """Parameters as torch.optim takes them for a group, by themselves or with names."""
+    """List parameters as torch.optim takes them for a group, by themselves or with names."""
     items = [params] if isinstance(params, Tensor) else list(params)
     return [item[1] if isinstance(item, tuple) else item for item in items]
 
@@ -156,22 +156,22 @@ def write_options(base: Optimizer, groups: Sequence[dict[str, Any]], keys: dict[
 
 
 def note_keys(base: Optimizer, keys: dict[str, str]) -> None:
-    """Should it be wrapped once more, these are no options of its own."""
+    """Note that these are no options of its own, should it be wrapped once more."""
     setattr(base, _WRITTEN, frozenset(keys.values()))
 
 
 def is_of_torch(base: Optimizer) -> bool:
-    """Whether it is just what torch.optim has, and no subclass."""
+    """Say whether it is just what torch.optim has, and no subclass."""
     return type(base).__module__.startswith("torch.optim.")
 
 
 def overrides(base: Optimizer, name: str) -> bool:
-    """Whether its class has this method of torch.optim.Optimizer in a version of its own."""
+    """Say whether its class has this method of torch.optim.Optimizer in a version of its own."""
     return getattr(type(base), name) is not getattr(Optimizer, name)
 
 
 def step(base: Optimizer) -> None:
-    """base.step(), of which hooks of all optimizers do not hear: they are told of the wrapper's."""
+    """Call base.step() without the hooks of all optimizers, which are told of the wrapper's."""
     before = (
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
@@ -190,6 +190,6 @@ def step(base: Optimizer) -> None:
 
 
 def is_trained(p: Tensor) -> bool:
-    """Whether a parameter is to be looked at before it has a gradient: what is frozen may be of any
-    kind, and what is lazy is of none yet."""
+    """Say whether to look at a parameter before it has a gradient: a frozen one may be of any kind,
+    and a lazy one is of none yet."""
     return p.requires_grad and not is_lazy(p)

@@ -5,7 +5,7 @@ from samkernels.optim.sam import SAM
 
 
 def is_weight(name: str) -> bool:
-    """Whether the authors' code scales a parameter of this name."""
+    """Say whether the authors' code scales a parameter of this name."""
     return "weight" in name
 
 

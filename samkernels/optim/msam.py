@@ -23,9 +23,9 @@ class MSAM(OnePass):
     along = ("momentum_buffer", "exp_avg")
 
     def move_up_to_momentumAscent(self) -> None:
-        """The authors' name of `perturb`."""
+        """Call `perturb`, by the authors' name of it."""
         self.perturb()
 
     def move_back_from_momentumAscent(self) -> None:
-        """The authors' name of `restore`."""
+        """Call `restore`, by the authors' name of it."""
         self.restore()

@@ -1,4 +1,4 @@
-"""SAM: the two-step protocol. No arithmetic on tensors in here."""
+"""Define SAM: the two-step protocol, without arithmetic on tensors."""
 
 from __future__ import annotations
 
@@ -190,8 +190,8 @@ class SAM(Checkpointed):
     def first_step(
         self, zero_grad: bool = False, *, grad_scale: float | Tensor | None = None
     ) -> bool:
-        """Keep w and move to w + e(w). Takes `.grad` over: it is None afterwards, unless there is
-        no second pass.
+        """Keep w, move to w + e(w) and take `.grad` over: it is None afterwards, unless there is no
+        second pass.
 
         Args:
             zero_grad: accepted because davda54/sam has it; the gradients are taken over in any
@@ -267,7 +267,7 @@ class SAM(Checkpointed):
 
     @without_grad
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """The second step; with a closure, the whole of SAM.
+        """Make the second step; with a closure, the whole of SAM.
 
         Args:
             closure: computes the loss, calls backward on it and returns it. It is called twice, at
@@ -327,7 +327,7 @@ class SAM(Checkpointed):
         try:
             return step_with_closure(self, closure)
         finally:
-            # After a failure too: what the closure left would be taken for g1 by the next step.
+            # So after a failure: the next step would take for g1 what the closure left.
             self.zero_grad()
             self.restore()
 
@@ -353,7 +353,7 @@ class SAM(Checkpointed):
 
     @contextlib.contextmanager
     def perturbed(self, *, grad_scale: float | Tensor | None = None) -> Iterator[bool]:
-        """first_step() on entry; if the body raises, the weights are restored. The body learns
+        """Call first_step() on entry; if the body raises, restore the weights. The body learns
         whether there is a second pass to make, which only LookSAM and `when` make False.
 
         Usage:
@@ -369,7 +369,7 @@ class SAM(Checkpointed):
             raise
 
     def parts(self, batches: Iterable[T]) -> Parts[T]:
-        """m-sharpness on one device: each of the m parts of a batch perturbs along its own g1.
+        """Let each of the m parts of a batch perturb along its own g1: m-sharpness on one device.
 
         The body makes both passes with its part; the weights are w again when the next one begins.
         After the last, everything is as after the second backward with one batch, but that g1 and
@@ -400,15 +400,14 @@ class SAM(Checkpointed):
         return Parts(lambda: each_of(self, batches))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim, and what the base optimizer does beside that."""
+        """Clear gradients as in torch.optim, and do what the base optimizer does beside that."""
         if _wrapping.overrides(self.base_optimizer, "zero_grad"):
             self.base_optimizer.zero_grad(set_to_none)
         super().zero_grad(set_to_none)
 
     @property
     def is_perturbed(self) -> bool:
-        """Whether the weights are at w + e(w): after a first_step that perturbs, before
-        second_step."""
+        """Say whether the weights are at w + e(w), from a perturbing first_step to second_step."""
         return self._perturbation is not None and self._perturbation.has_second_pass
 
     def _patch_step_function(self) -> None:  # called by torch.optim when step gets its hooks

@@ -7,7 +7,7 @@ GRANULARITIES = ("element", "tensor", "global")
 
 
 def with_direction(direction: str, magnitude: str, x: Lists, dots: Products) -> Combination:
-    """One gradient with the magnitude of the other, as the group's granularity says."""
+    """Return one gradient with the magnitude of the other, as the group's granularity says."""
     granularity = x.option("granularity")
     if granularity == "element":
         return Combination(magnitude, direction, function="sign")

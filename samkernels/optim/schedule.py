@@ -1,4 +1,4 @@
-"""rho that follows the learning rate."""
+"""Let rho follow the learning rate."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class ProportionScheduler:
 
         rho = min_value + (max_value - min_value) * (lr - min_lr) / (max_lr - min_lr)
 
-    Given as `rho`, it is asked for each group with the group's own lr before each first step, and
-    what it says stands in group["rho"]. It stays between the values where lr leaves its limits.
-    With equal limits of lr, rho is max_value.
+    The optimizer asks it before each first step, for each group with the group's own lr, and writes
+    its answer to group["rho"]. rho stays between the values where lr leaves its limits. With equal
+    limits of lr, rho is max_value.
 
     Args:
         pytorch_lr_scheduler: what step() reads lr from, as its authors' class does; None where only
@@ -42,7 +42,7 @@ class ProportionScheduler:
         self.max_value, self.min_value = max_value, min_value
 
     def value(self, lr: float) -> float:
-        """rho for a learning rate."""
+        """Return rho for a learning rate."""
         if self.max_lr == self.min_lr:
             return self.max_value
         share = (float(lr) - self.min_lr) / (self.max_lr - self.min_lr)
@@ -50,7 +50,7 @@ class ProportionScheduler:
         return self.min_value + (self.max_value - self.min_value) * share
 
     def step(self) -> float:
-        """rho for the lr that the scheduler has now."""
+        """Return rho for the lr that the scheduler has now."""
         if self.pytorch_lr_scheduler is None:
             raise RuntimeError("step() without pytorch_lr_scheduler: give it, or call value(lr)")
         return self.value(self.pytorch_lr_scheduler.get_last_lr()[0])

@@ -1,4 +1,4 @@
-"""SGDHess: Hessian-vector products, what is kept of them, and the hand-over to samkernels.ops."""
+"""Define SGDHess: make Hessian-vector products, keep them, and hand them over to samkernels.ops."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from samkernels.optim._lists import Place, Slots, fits, laid_out_like, refuse_ca
 from samkernels.optim._random import random_bits
 
 SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-# The same in all parameter groups: there is one v for all of them.
+# These are the same in all parameter groups: there is one v for all of them.
 SHARED = ("k", "seed", "step")
 
-# For what has no second derivatives, by what autograd says of it.
+# What helps where there are no second derivatives, by what autograd says then.
 CURES = {
     "attention": (
         "make the forward pass in `with torch.nn.attention.sdpa_kernel("
@@ -37,7 +37,7 @@ CURES = {
 
 @dataclass
 class Part:
-    """Parameters of one group in one place that all have momentum buffers, or all have none yet."""
+    """Holds parameters of one group and place that all have momentum buffers, or all have none."""
 
     place: Place
     rho: float | Tensor
@@ -46,10 +46,10 @@ class Part:
     grads: list[Tensor] = field(default_factory=list)
     products: list[Tensor] = field(default_factory=list)
     buffers: list[Tensor] = field(default_factory=list)  # empty without momentum
-    journal: list[bool] = field(default_factory=list)  # of the backend
+    journal: list[bool] = field(default_factory=list)  # the backend writes it
 
     def update(self, state: dict[Tensor, Any]) -> None:
-        """Called again after an interrupt, it does what was not done."""
+        """Make the call; after an interrupt, do what was not done."""
         if not self.journal:
             ops.sgd_hess_with(
                 self.place.ops,
@@ -128,7 +128,7 @@ class SGDHess(Optimizer):
     (AdaHessian).
     """
 
-    # So that torch.amp.GradScaler.step() tells of itself: see step.
+    # By this, torch.amp.GradScaler.step() tells of itself: see step.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -151,7 +151,7 @@ class SGDHess(Optimizer):
             drawn = torch.randint(2**63 - 1, (), device="cpu")
             seed = (
                 int(drawn) if checks.has_address(drawn) else 0
-            )  # of fake tensors nobody sees bits
+            )  # nobody sees bits of fake tensors
         defaults: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
@@ -178,14 +178,14 @@ class SGDHess(Optimizer):
 
     @property
     def needs_graph(self) -> bool:
-        """Whether v is renewed in the next step: loss.backward() needs create_graph=True then."""
+        """Say whether the next step renews v: loss.backward() needs create_graph=True then."""
         group = self.param_groups[0]
         return group["step"] % group["k"] == 0
 
     def backward(self, loss: Tensor) -> None:
-        """loss.backward() for the parameters of this optimizer; where v is due, Hv as well.
+        """Do as loss.backward() for the parameters of this optimizer; where v is due, find Hv, too.
 
-        Adds to `.grad`. Makes a graph of the gradients only where v is due, and leaves none.
+        Gradients are added to `.grad`. They have a graph only where v is due, and none is left.
 
         Args:
             loss: shape ().
@@ -206,8 +206,8 @@ class SGDHess(Optimizer):
         products = self._hessian_products(grads) if is_due else {}
         for p, g in grads.items():
             if p.grad is None:
-                self._products.pop(p, None)  # of a gradient that was thrown away
-                # A copy: autograd may give one gradient to several parameters.
+                self._products.pop(p, None)  # its gradient was thrown away
+                # This is a copy: autograd may give one gradient to several parameters.
                 p.grad = laid_out_like(p, g.detach())
             else:
                 p.grad = p.grad + g.detach()
@@ -216,7 +216,7 @@ class SGDHess(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Leaves detached gradients in `.grad`.
+        """Make one update, and leave detached gradients in `.grad`.
 
         Args:
             closure: computes the loss, calls backward(loss) of this optimizer, returns the loss.
@@ -263,18 +263,18 @@ class SGDHess(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim; forgets what backward() found, too."""
+        """Clear gradients as in torch.optim, and forget what backward() found."""
         self._products.clear()
         super().zero_grad(set_to_none)
 
     @property
     def hessian_products(self) -> dict[Tensor, Tensor]:
-        """Hv by parameter, between backward(loss) and step(). May be written to."""
+        """Return Hv by parameter, between backward(loss) and step(). It may be written to."""
         return self._products
 
     @property
     def backends(self) -> dict[str, str]:
-        """Which backend serves whom, such as {"cuda:0 float32": "native"}."""
+        """Say which backend serves which tensors, such as {"cuda:0 float32": "native"}."""
         served = {}
         for p in filter(_wrapping.is_trained, self._all_params()):
             dtype = str(p.dtype).removeprefix("torch.")
@@ -284,7 +284,7 @@ class SGDHess(Optimizer):
     # -- groups and checkpoints --------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim; the group may set its own lr, rho and so on, but not k and seed.
+        """Add a group as in torch.optim; it may set its own lr, rho and so on, but not k and seed.
 
         Raises:
             TypeError, ValueError: an option or a parameter is of the wrong kind; the message names
@@ -319,9 +319,9 @@ class SGDHess(Optimizer):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim; the groups hold k, seed and the number of steps, too."""
+        """Return that of torch.optim; its groups hold k, seed and the number of steps, too."""
         packed = super().state_dict()
-        for group in packed["param_groups"]:  # which may differ after an interrupt
+        for group in packed["param_groups"]:  # these may differ after an interrupt
             group["step"] = self.param_groups[0]["step"]
         return packed
 
@@ -362,7 +362,7 @@ class SGDHess(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # which PyTorch puts there
+        self.defaults.pop("differentiable", None)  # PyTorch puts it there
         self.__dict__.setdefault("_is_constructed", True)
         self.__dict__.setdefault("_slots", Slots(self._backend, {}, {}))
         self.__dict__.setdefault("_products", {})
@@ -395,7 +395,7 @@ class SGDHess(Optimizer):
             )
 
     def _hessian_products(self, grads: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Hv by parameter, from gradients that have a graph; those that have none are constant."""
+        """Return Hv by parameter, from gradients with a graph; those without one are constant."""
         directions = self._directions()
         differentiable = {p: g for p, g in grads.items() if g.requires_grad}
         products: Iterable[Tensor | None] = [None] * len(grads)
@@ -420,7 +420,7 @@ class SGDHess(Optimizer):
         }
 
     def _directions(self) -> Callable[[Tensor], Tensor]:
-        """v of this step, parameter by parameter."""
+        """Return v of this step, parameter by parameter."""
         group = self.param_groups[0]
         positions = {p: i for i, p in enumerate(self._all_params())}
         return lambda p: rademacher(p, group["seed"], group["step"], positions[p])
@@ -430,7 +430,7 @@ class SGDHess(Optimizer):
         self._products[p] = product if known is None else known + product
 
     def _update(self, grads: dict[Tensor, Tensor], is_due: bool) -> None:
-        # All groups before the first one is updated: what is wrong is found here.
+        # All groups come first, so that what is wrong is found before any is updated.
         parts = [part for group in self.param_groups for part in self._parts(group, grads, is_due)]
         count = self.param_groups[0]["step"] + 1
         kept = {}
@@ -439,7 +439,7 @@ class SGDHess(Optimizer):
         try:
             self._make(parts, count, kept if is_due else None)
         except BaseException:
-            # All or nothing; unless a backend that is no single call was interrupted in the middle.
+            # Make all or nothing, unless a backend that is no single call was interrupted midway.
             journals = [part.journal for part in parts]
             if any(journals) and [False] not in journals:
                 self._make(parts, count, kept if is_due else None)
@@ -464,7 +464,7 @@ class SGDHess(Optimizer):
     def _parts(
         self, group: dict[str, Any], grads: dict[Tensor, Tensor], is_due: bool
     ) -> list[Part]:
-        """The lists that go to one call each."""
+        """Make the lists that go to one call each."""
         parts: dict[tuple[Place, bool], Part] = {}
         for p in group["params"]:
             if p not in grads:
@@ -490,15 +490,15 @@ class SGDHess(Optimizer):
 
 
 def rademacher(like: Tensor, *key: int) -> Tensor:
-    """-1 or 1 for each element, from the key alone: the same in every memory format."""
-    device = "cpu" if like.is_meta else like.device  # whose bits nobody will see
+    """Draw -1 or 1 for each element, from the key alone: the same in every memory format."""
+    device = "cpu" if like.is_meta else like.device  # nobody will see bits of meta tensors
     generator = torch.Generator(device).manual_seed(random_bits(*key))
     bits = torch.randint(2, like.shape, generator=generator, dtype=like.dtype, device=like.device)
     return bits.mul_(2).sub_(1)
 
 
 def _fitting(tensor: Tensor, p: Tensor) -> Tensor:
-    """The tensor, or a copy of it that is laid out like p."""
+    """Return the tensor, or a copy of it that is laid out like p."""
     return tensor if fits(tensor, p) and not tensor.is_neg() else laid_out_like(p, tensor)
 
 

@@ -1,4 +1,4 @@
-"""In which steps SAM makes its second pass; the base optimizer steps with g1 in the others."""
+"""Choose the steps in which SAM makes its second pass; the others are made with g1."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class When(Protocol):
     know from step to step is in `memory`, which the parameter groups and checkpoints hold.
 
     Attributes:
-        memory: the names of that, and what is there at first; may be missing.
+        memory: names in there, and their values at first; may be missing.
     """
 
     needs_norm: bool
 
     def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
-        """Whether step number `step` (0 is the first) has a second pass.
+        """Say whether step number `step` (0 is the first) has a second pass.
 
         Args:
             square: ||g1||_2^2 over all parameters; nan unless needs_norm.
@@ -46,7 +46,7 @@ class Periodic:
         self.k = k
 
     def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
-        """Whether step number `step` has a second pass; see `When`."""
+        """Say whether step number `step` has a second pass; see `When`."""
         return (step + 1) % self.k == 0
 
 
@@ -67,7 +67,7 @@ class FromStep:
         self.first = first
 
     def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
-        """Whether step number `step` has a second pass; see `When`."""
+        """Say whether step number `step` has a second pass; see `When`."""
         return step >= self.first
 
 
@@ -90,7 +90,7 @@ class Bernoulli:
         self.p, self.seed = p, seed
 
     def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
-        """Whether step number `step` has a second pass; see `When`."""
+        """Say whether step number `step` has a second pass; see `When`."""
         p = _share("p", self.p(step)) if callable(self.p) else self.p
         return random_bits(self.seed, step) / 2**64 < p
 
@@ -124,11 +124,11 @@ class GradientNormPolicy:
         self.decay = _share("decay", decay)
 
     def wants(self, step: int, square: float, memory: dict[str, Any]) -> bool:
-        """Whether step number `step` has a second pass; see `When`."""
+        """Say whether step number `step` has a second pass; see `When`."""
         if not math.isfinite(square):
-            return True  # a step of SAM is skipped then; and this is no part of what is usual
+            return True  # a step of SAM is skipped then; and the mean is not to take it in
         mean = memory.get("mean")
-        if mean is None:  # not left to the rounding of a mean of equals
+        if mean is None:  # a mean of equals would be rounded
             memory.update(mean=square, variance=0.0)
             return True
         mean = self.decay * mean + (1 - self.decay) * square
@@ -140,7 +140,7 @@ class GradientNormPolicy:
 
 
 def check_when(when: Any) -> None:
-    """Raises TypeError unless it is a policy, or None."""
+    """Raise TypeError unless `when` is a policy, or None."""
     if when is not None and (isinstance(when, type) or not callable(getattr(when, "wants", None))):
         raise TypeError(
             f"when is {type(when).__name__}: give Periodic(k), FromStep(first), Bernoulli(p), "

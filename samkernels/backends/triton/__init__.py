@@ -80,7 +80,7 @@ def perturb_(
     if journal is not None and availability.is_interpreted():
         # An interrupt would come between two chunks.
         if saves:
-            direction = [d.clone() for d in direction]  # may be old_params
+            direction = [d.clone() for d in direction]  # it may be old_params
             torch._foreach_copy_(old_params, params)
         journal.append(True)
         journal = None
@@ -199,7 +199,7 @@ def adam_(
     block = min(launch.block, launching.ADAM_PER_THREAD * 32 * launch.warps)
     launch = launch._replace(block=block)
     with on(params[0].device):
-        table = table_of(lists, launch.block)  # before anything is written
+        table = table_of(lists, launch.block)  # is made before anything is written
         note(journal, False)
         bias_corrections = _count_steps(steps, mix, options)
         run_over(

@@ -9,10 +9,10 @@ from types import ModuleType
 
 import torch
 
-# To the names of Triton's dtypes.
+# Leads to the names of Triton's dtypes.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 MIN_CAPABILITY = (8, 0)  # what Triton supports
-# From which on launchers take all arguments, constants too: see launching.run_over.
+# From here on, launchers take all arguments, constants too: see launching.run_over.
 MIN_VERSION = (3, 3)
 
 

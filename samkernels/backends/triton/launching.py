@@ -20,8 +20,8 @@ class Launch(NamedTuple):
     warps: int
 
 
-# By compute capability: enough bytes in flight per multiprocessor to cover the latency of its
-# memory. Derived, not measured; `tune` measures.
+# By compute capability, with enough bytes in flight per multiprocessor to cover the latency of its
+# memory. These are derived, not measured; `tune` measures.
 LAUNCHES = {
     (8, 0): Launch(4096, 8),
     (8, 6): Launch(2048, 4),
@@ -40,7 +40,7 @@ ADAM_PER_THREAD = 16
 SUM_CHUNK = 16384
 SUM_LAUNCH = Launch(1024, 4)
 
-COUNT_LAUNCH = Launch(128, 4)  # of tensors
+COUNT_LAUNCH = Launch(128, 4)  # the block counts tensors
 
 
 tuned: dict[tuple[torch.device, torch.dtype], Launch] = {}

@@ -69,7 +69,7 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-# Keyed by the stream: on another one, a copy that is still under way would not be waited for. What
+# The stream is in the key: another one would not wait for a copy that is still under way. What
 # falls out of a cache is freed on the stream that it was made and used on, after its last use.
 @lru_cache(maxsize=64)
 def plan_of(device: torch.device, stream: int, numel: tuple[int, ...], chunk: int) -> Tensor:
@@ -98,7 +98,7 @@ class CaptureStaging:
         self.min_room = min_room  # elements
         self.buffers: list[Tensor] = []
         self.taken = 0  # elements of the last buffer
-        self.largest = 0  # table so far; a step has some of them, for each parameter group
+        self.largest = 0  # size of a table so far; a step has some tables for each parameter group
 
     def room(self) -> int:
         return self.buffers[-1].numel() - self.taken if self.buffers else 0
@@ -132,8 +132,8 @@ capture_staging = CaptureStaging(min_room=2**16)
 def upload(values: Tensor, device: torch.device) -> Tensor:
     """Copy to the device, without the host waiting.
 
-    Pinned memory must not be written while a copy from it is pending. None is written twice here:
-    PyTorch takes it back when the copy is done.
+    Pinned memory must not be written while a copy from it is pending. None of it is written twice
+    here: PyTorch takes it back when the copy is done.
     """
     if device.type == "cpu":
         return values

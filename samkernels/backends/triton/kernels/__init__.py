@@ -45,5 +45,5 @@ __all__ = [
     "tl",
 ]
 
-# Whether all this was meant for Triton's interpreter (TRITON_INTERPRET), and takes CPU tensors.
+# Says whether all this is for Triton's interpreter (TRITON_INTERPRET), and takes CPU tensors.
 INTERPRETED = not isinstance(restore, triton.JITFunction)

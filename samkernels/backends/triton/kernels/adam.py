@@ -1,4 +1,4 @@
-"""The update of torch.optim.Adam and AdamW."""
+"""Update as torch.optim.Adam and AdamW do."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .mixes import coefficients, is_skipped, mixed
 
 @triton.jit
 def _power(base, exponents):
-    """base ** exponents by squaring, as csrc/update_math.h does it; 0 <= base < 1, whole numbers,
-    all in float64."""
+    """Return base ** exponents by squaring, as csrc/update_math.h does it; 0 <= base < 1, whole
+    numbers, all in float64."""
     powers = tl.full(exponents.shape, 1.0, tl.float64)
     rest = exponents.to(tl.int64)
     while base > 0:
@@ -33,13 +33,13 @@ def count_steps(
     bias_corrections,
     BLOCK: tl.constexpr,
 ):
-    """t += 1 for each tensor, unless the step is skipped; what adam_step needs to know of t.
+    """Count t += 1 for each tensor, unless the step is skipped; write what adam_step needs of t.
 
     counts: int64 [tensors, 2]: where t is, and whether it is a float64 (else float32) there.
     minus_beta1, minus_beta2: the bits of -beta in float64, as integers: Triton makes a float32 of a
     number. bias_corrections: float32 [tensors, 2], 1 - beta1^t and sqrt(1 - beta2^t).
 
-    Source: torch.optim.Adam. A launch of its own: of the chunks of a tensor, none may count while
+    Source: torch.optim.Adam. This is a launch of its own: no chunk of a tensor may count while
     another still reads.
     """
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -1,5 +1,4 @@
-"""What all kernels share: how they are compiled, find, load and store elements, and read
-scalars."""
+"""Do what all kernels share: compile them, find, load and store elements, and read scalars."""
 
 from __future__ import annotations
 
@@ -11,16 +10,16 @@ import triton
 import triton.language as tl
 
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
-# From here on roots round to infinity in float32: (2^128 - 2^103)^2. In float64, being too large
-# for float32.
+# From here on roots round to infinity in float32: (2^128 - 2^103)^2. It is a float64, too large for
+# float32.
 WITHOUT_ROOT = tl.constexpr(1.1579208233556995e77)
 PLAN_COLUMNS = tl.constexpr(5)
 VECTOR_BYTES = tl.constexpr(16)
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """Make a kernel that is compiled once for all values of what is no constant of it, 1 and
-    aligned addresses too, which Triton has code of their own for."""
+    """Make a kernel that is compiled once for all values of arguments that are no constants, 1 and
+    aligned addresses too, for which Triton has code of their own."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.annotation is inspect.Parameter.empty]
     return triton.jit(function, do_not_specialize=names)
@@ -28,15 +27,15 @@ def kernel(function: Callable[..., None]) -> Any:
 
 @triton.jit
 def chunk_of(plan):
-    """This program's tensor, first element and number of elements."""
+    """Return this program's tensor, first element and number of elements."""
     row = plan + tl.program_id(0).to(tl.int64) * PLAN_COLUMNS
     return tl.load(row), tl.load(row + 1), tl.load(row + 2)
 
 
 @triton.jit
 def address_of(addresses, tensor, begin, LIST: tl.constexpr, LISTS: tl.constexpr, T: tl.constexpr):
-    """Of element `begin`. An integer: a pointer would keep what `_pointers` says of it from
-    Triton."""
+    """Return the address of element `begin`, an integer: a pointer would keep what `_pointers` says
+    of it from Triton."""
     SIZE: tl.constexpr = 4 if T == tl.float32 else 2
     return tl.load(addresses + tensor * LISTS + LIST) + begin * SIZE
 
@@ -49,7 +48,7 @@ def is_aligned(address):
 @triton.jit
 def _pointers(address, offsets, WHOLE: tl.constexpr, T: tl.constexpr):
     pointer = address.to(tl.pointer_type(T))
-    if WHOLE:  # said of the cast that is in this branch only
+    if WHOLE:  # this is said of the cast in this branch only
         pointer = tl.multiple_of(pointer, VECTOR_BYTES)
     return pointer + offsets
 
@@ -74,7 +73,7 @@ def store(address, offsets, mask, values, WHOLE: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def scalar(value, ON_DEVICE: tl.constexpr):
-    """A hyperparameter: a number, or the address of one."""
+    """Return a hyperparameter from a number, or the address of one."""
     if ON_DEVICE:
         return tl.load(value)
     else:
@@ -83,8 +82,8 @@ def scalar(value, ON_DEVICE: tl.constexpr):
 
 @triton.jit
 def scalar_of(value, stride, tensor):
-    """Likewise: a number, stride None, or the address of one for all tensors, stride 0, or of one
-    for each."""
+    """Return a number from itself, stride None, or from the address of one for all tensors, stride
+    0, or of one for each."""
     if stride is None:
         return value
     else:

@@ -1,4 +1,4 @@
-"""What takes the gradient's place in an update: see `Mix` in samkernels/backends/contract.py."""
+"""Compute what takes the gradient's place in an update: see `Mix` in backends/contract.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TWO_TO_MINUS_75 = tl.constexpr(2.0**-75)
 
 @triton.jit
 def coefficients(a, a_stride, b, b_stride, divisor, tensor):
-    """a, b and 1 for a tensor; over the divisor if there is one."""
+    """Return a, b and 1 for a tensor; over the divisor if there is one."""
     first = scalar_of(a, a_stride, tensor)
     second = scalar_of(b, b_stride, tensor)
     whole = tl.full([], 1.0, tl.float32)
@@ -36,8 +36,8 @@ def is_skipped(ascent_square, found_inf):
 
 @triton.jit
 def _is_proper_fraction(x, d):
-    """0 < x / d < 1 as float32, where the quotient may round to 0 but never up to 1; without the
-    division, which is a call and takes room on the stack."""
+    """Say whether 0 < x / d < 1 as float32, where the quotient may round to 0 but never up to 1;
+    without the division, which is a call and takes room on the stack."""
     along = tl.where(d < 0, -x, x)
     size = tl.abs(d)
     # The quotient rounds to 0 up to 2^-150.
@@ -57,7 +57,7 @@ def mixed(
     WHOLE: tl.constexpr,
     T: tl.constexpr,
 ):
-    """u of a block. FUNCTION: one of contract.FUNCTIONS, or "scale" if there is no y.
+    """Return u of a block. FUNCTION is one of contract.FUNCTIONS, or "scale" if there is no y.
     sign(nan) = 0."""
     x = load(x_at, offsets, mask, WHOLE, T).to(tl.float32)
     if FUNCTION == "scale":
@@ -110,8 +110,8 @@ def mix(
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = u:  a * x,  a * x + b * y,  a * |x| * sign(y),  a * x * y,  or a damped x;  over the
-    divisor.
+    """Set out = u:  a * x,  a * x + b * y,  a * |x| * sign(y),  a * x * y,  or a damped x;  over
+    the divisor.
 
     A step is skipped if ascent_square has no finite root, or found_inf is not 0: out is kept then
     if `keeps` is not 0, else 0. Lists: out, x and, unless FUNCTION is "scale", y.

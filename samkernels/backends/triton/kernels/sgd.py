@@ -1,4 +1,4 @@
-"""torch.optim.SGD's update, of a mix or of a gradient that curvature scales."""
+"""Update as torch.optim.SGD does, with a mix or with a gradient that curvature scales."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _update(
     WHOLE: tl.constexpr,
     T: tl.constexpr,
 ):
-    """torch.optim.SGD's step from old with u in the gradient's place."""
+    """Make torch.optim.SGD's step from old with u in the gradient's place."""
     old = load(old_at, offsets, mask, WHOLE, T)
     w = old.to(tl.float32)
     u = gradient_sign * u
@@ -165,8 +165,8 @@ def _curvature(
     WHOLE: tl.constexpr,
     T: tl.constexpr,
 ):
-    """D = |Hv|, or its mean over `count` positions that lie `stride` apart, added up in their order
-    by every element for itself, from the cache. start_at: where the tensor begins."""
+    """Return D = |Hv|, or its mean over `count` positions that lie `stride` apart, added up in
+    their order by every element for itself, from the cache. The tensor begins at start_at."""
     if count == 1:
         d = tl.abs(load(product_at, offsets, mask, WHOLE, T).to(tl.float32))
     else:
@@ -232,7 +232,7 @@ def sgd_hess_step(
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """torch.optim.SGD's step with u = g * (1 + rho * D), D = |Hv| or its mean over the positions.
+    """Step as torch.optim.SGD with u = g * (1 + rho * D), D = |Hv| or its mean over the positions.
 
     Lists: params, grads, Hessian-vector products, then the buffers if there are any. Numbers: how
     many positions a tensor has, and the stride from one to the next.

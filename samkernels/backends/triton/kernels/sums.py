@@ -1,4 +1,4 @@
-"""Sums: every program writes the sums of its chunk; the one that finishes last adds them up, in the
+"""Add up: every program writes the sums of its chunk; the one that finishes last adds them, in the
 order of the chunks. Only integers are counted atomically, so the same inputs give the same bits."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from .elements import PLAN_COLUMNS, address_of, chunk_of, is_aligned, kernel, lo
 
 @triton.jit
 def _is_last(finished, count):
-    """Whether this program is the last of `count` to come here; it sees what the others wrote."""
+    """Say whether this program is the last of `count` to come here: it sees what others wrote."""
     tl.debug_barrier()
     before = tl.atomic_add(finished, 1, sem="acq_rel")
     tl.debug_barrier()
@@ -20,7 +20,7 @@ def _is_last(finished, count):
 
 @triton.jit
 def _sum(values, first, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of values[STRIDE * i] for `count` indices i from `first` on, which others wrote."""
+    """Add up values[STRIDE * i] for `count` indices i from `first` on, which others wrote."""
     offsets = tl.arange(0, BLOCK)
     sums = tl.full([BLOCK], 0.0, tl.float64)
     for start in range(0, count, BLOCK):
@@ -32,7 +32,7 @@ def _sum(values, first, count, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _neighbours(plan):
-    """The first chunk of this program's tensor, how many it has, and how many tensors there are."""
+    """Return the first chunk of this program's tensor, their number, and that of all tensors."""
     row = plan + tl.program_id(0).to(tl.int64) * PLAN_COLUMNS
     last = plan + (tl.num_programs(0) - 1).to(tl.int64) * PLAN_COLUMNS
     return tl.load(row + 3), tl.load(row + 4), tl.load(last) + 1
@@ -93,7 +93,7 @@ def dots(
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """per_tensor, total = the sums of one to three lists x, y, z, of each tensor and of all.
+    """Set per_tensor and total to sums of one to three lists x, y, z, of each tensor and of all.
 
         x                  x.x
         x, WEIGHTED        |t * x|^2, x.x,  t = |weights| + eta
@@ -145,7 +145,7 @@ def dots(
         tl.store(of_chunk + 4, tl.sum(larger, 0).to(tl.float64))
         tl.store(of_chunk + 5, tl.sum(agree, 0).to(tl.float64))
 
-    # Not earlier: in the loop, registers are scarce.
+    # This is not read earlier: in the loop, registers are scarce.
     first_chunk, chunks_of_tensor, tensors = _neighbours(plan)
     if _is_last(finished + tensor, chunks_of_tensor):
         for k in tl.static_range(SUMS):

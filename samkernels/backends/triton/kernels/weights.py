@@ -20,7 +20,7 @@ from .elements import (
 
 @triton.jit
 def _scrambled(x):
-    """Random bits from a number of 32 bits (C. Wellons, "lowbias32")."""
+    """Make random bits from a number of 32 bits (C. Wellons, "lowbias32")."""
     x = x ^ (x >> 16)
     x = x * tl.full([1], 0x7FEB352D, tl.uint32)
     x = x ^ (x >> 15)
@@ -30,7 +30,7 @@ def _scrambled(x):
 
 @triton.jit
 def _rounded_at_random(x, key, places):
-    """x rounded to a bfloat16, up or down, so that it is x on average; see csrc/update_math.h."""
+    """Round x to a bfloat16, up or down, so that it is x on average; see csrc/update_math.h."""
     random = _scrambled(key + places.to(tl.uint32))
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + (random & 0xFFFF)) & tl.full([1], 0xFFFF0000, tl.uint32)
@@ -87,8 +87,8 @@ def perturb(
     T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """old_param = w;  param = w + rho / (n + eps) * t^2 * d,  n^2 = square,  t = |w| + eta, or 1
-    if eta is None.
+    """Set old_param = w;  param = w + rho / (n + eps) * t^2 * d,  n^2 = square,  t = |w| + eta, or
+    1 if eta is None.
 
     An n that is zero or not finite perturbs nothing. w is in params, or, unless it SAVES, in
     old_params. Lists: params, direction, old_params.
@@ -120,7 +120,7 @@ def perturb(
 
 @kernel
 def restore(plan, addresses, T: tl.constexpr, BLOCK: tl.constexpr):
-    """w = old_param. Lists: params, old_params."""
+    """Set w = old_param. Lists: params, old_params."""
     tensor, begin, count = chunk_of(plan)
     w_at = address_of(addresses, tensor, begin, 0, 2, T)
     old_at = address_of(addresses, tensor, begin, 1, 2, T)
