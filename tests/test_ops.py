@@ -570,8 +570,8 @@ def test_kernels_update_as_the_reference_bit_for_bit(
     assert_equal(*results)
 
 
-@every_kernel
-def test_kernels_damp_as_the_reference_at_the_edges(setting: Setting) -> None:
+@every_setting
+def test_backends_damp_as_the_reference_at_the_edges(setting: Setting) -> None:
     """Where the ratio rounds to 0 or 1, underflows, overflows, or is not a number."""
     info = torch.finfo(setting.dtype)
     ends = [0.0, 1e-8, -1e-8, 1.0, info.tiny, info.smallest_normal * info.eps, info.max, math.inf]
