@@ -15,15 +15,15 @@ import torch
 from matplotlib.figure import Figure
 
 from train import results
-from train.__main__ import guarded
 from train.claims import LEVEL, interval, p_in_words, verdict
 from train.config import FIELDS, parse_flags
 from train.cost import passes
 from train.data import train_batches
-from train.errors import CheckpointError, ConfigError
+from train.errors import CheckpointError, ConfigError, guarded
 from train.groups import Comparison, Group, grouped, holm, in_words, load_runs, paired, tasks
 from train.plots import MARKERS, style_of
 from train.registry import OPTIMIZERS
+from train.run import Training
 
 USAGE = """\
 python -m train.worth DIR [DIR ...] [--time=true] [--output_dir=DIR]
@@ -109,8 +109,6 @@ def seconds(group: Group, steps: Mapping[str, Mapping[str, float]]) -> float | N
 def time_steps(groups: Sequence[Group], data_root: str = "") -> dict[str, dict[str, float]]:
     """Medians, in ms, of steps with one and with two passes, by _key. On a CPU, of the processor's
     time, which others on the machine hardly change."""
-    from train.run import Training
-
     trainings: dict[str, tuple[Training, dict[str, list[float]]]] = {}
     for group in groups:
         config = replace(
