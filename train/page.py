@@ -24,6 +24,7 @@ from train.groups import (
     title_of,
 )
 from train.plots import all_plots
+from train.tables import markdown
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 # The optimizers in the tables of the published figures.
@@ -299,7 +300,7 @@ def write_report(
     def add(heading: str, rows: list[list[str]], level: str = "##") -> None:
         if len(rows) > 1:
             tables[heading] = rows
-            parts.extend([f"{level} {heading}", results.markdown(rows)])
+            parts.extend([f"{level} {heading}", markdown(rows)])
 
     if different := departures(groups):
         parts.append(

@@ -24,6 +24,7 @@ from train.groups import Comparison, Group, grouped, holm, in_words, load_runs, 
 from train.plots import MARKERS, style_of
 from train.registry import OPTIMIZERS
 from train.run import Training
+from train.tables import markdown
 
 USAGE = """\
 python -m train.worth DIR [DIR ...] [--time=true] [--output_dir=DIR]
@@ -355,9 +356,9 @@ def write_worth(
     parts = ["# Accuracy and what it costs"]
     several = tasks(groups)
     for members in several:
-        parts += [f"## {members[0].task_title}", results.markdown(accuracy_table(members, known))]
+        parts += [f"## {members[0].task_title}", markdown(accuracy_table(members, known))]
         if radii := chosen(members):
-            parts += ["Radii:", results.markdown(radii)]
+            parts += ["Radii:", markdown(radii)]
         for plain in members:
             if plain.config.opt_name not in ("sgd", "sam") or not plain.is_of_the_report:
                 continue
@@ -366,7 +367,7 @@ def write_worth(
             )
             label = short_labels(members)[members.index(plain)]
             if rows:
-                parts += [f"Points more than {label}:", results.markdown(rows)]
+                parts += [f"Points more than {label}:", markdown(rows)]
     parts.append(NOTES)
     results.save_figure(folder / "worth.png", plot(several, known))
     parts.append("![worth](worth.png)")
