@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import memory_floor, plots
 from bench.names import PEER
-from bench.tables import markdown
+from train.tables import NUMBERS, markdown
 
 Rows = list[list[str]]
 
@@ -131,14 +131,14 @@ def _in_turn(machine: Machine, images: Path) -> list[str]:
             f"### One SAM step, all in turn: {result['list']}",
             f"{size_of(result)} parameters, fp32; medians of {result['rounds']} rounds. "
             f"`{result['command']}`",
-            markdown(in_turn_table(result)),
+            markdown(in_turn_table(result), NUMBERS),
             *_to_the_floor(result),
         ]
         plot = f"{machine.name}-{slug(result['list'])}.png"
         plots.in_turn(result, images / plot)
         parts.append(f"![Milliseconds of one SAM step on {result['list']}](images/{plot})")
     if goals := goals_table(machine):
-        parts += ["### Goals of the project on two CPU cores", markdown(goals)]
+        parts += ["### Goals of the project on two CPU cores", markdown(goals, NUMBERS)]
     return parts
 
 
@@ -198,7 +198,7 @@ def _steps(machine: Machine, images: Path) -> list[str]:
                 size = size_of(cases[0])
                 parts += [
                     f"**SAM, {of} ({size} parameters), {dtype}**",
-                    markdown(step_table(cases)),
+                    markdown(step_table(cases), NUMBERS),
                 ]
     plot = f"{machine.name}-steps.png"
     plots.steps(machine.of("step", variant="SAM"), images / plot)
@@ -208,7 +208,7 @@ def _steps(machine: Machine, images: Path) -> list[str]:
         parts += [
             "### The rest of the family",
             "ResNet-18, fp32, cold, in milliseconds; in brackets the times of native.",
-            markdown(variant_table(machine, variants)),
+            markdown(variant_table(machine, variants), NUMBERS),
         ]
     return parts
 
@@ -269,7 +269,7 @@ def _ops(machine: Machine, images: Path) -> list[str]:
             cases = machine.of("op", list=of, dtype=dtype)
             parts += [
                 f"**{of}, {dtype}, ms (share of the copy's speed)**",
-                markdown(op_table(cases)),
+                markdown(op_table(cases), NUMBERS),
             ]
     plot = f"{machine.name}-roofline.png"
     plots.roofline(machine.of("op", list="ResNet-18"), images / plot)
@@ -316,7 +316,7 @@ def _growth(machine: Machine, images: Path) -> list[str]:
         parts += [
             "### Threads",
             "SAM step on ResNet-18, native; the number is that of `torch.set_num_threads`.",
-            markdown(rows),
+            markdown(rows, NUMBERS),
         ]
     return parts
 
@@ -336,7 +336,7 @@ def _training(machine: Machine) -> list[str]:
         f"ResNet-18 on {cases[0]['batch']} images of 32 x 32, {cases[0].get('precision', 'fp32')}: "
         "forward and backward passes, "
         "and the optimizer. `pytest bench/test_training.py`",
-        markdown(rows),
+        markdown(rows, NUMBERS),
     ]
 
 

@@ -19,8 +19,8 @@ from train.config import (
     read_yaml,
 )
 from train.errors import ConfigError
+from train.page import PUBLISHED
 from train.registry import OPTIMIZERS
-from train.report import PUBLISHED
 from train.study import STUDIES, parse_shard, study_configs
 
 

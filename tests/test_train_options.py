@@ -13,7 +13,7 @@ from torch import nn
 
 import samkernels
 from tests.train_helpers import no_progress, quiet
-from train import data, distributed, graphs, optimizers, progress, run, trackers
+from train import data, devices, distributed, graphs, optimizers, progress, run, trackers
 from train.config import Config
 from train.errors import ConfigError
 from train.registry import MODELS
@@ -540,10 +540,10 @@ def test_tf32_is_in_convolutions_where_it_is_asked_for(
         run.Training(small(tmp_path, precision=precision))
         assert torch.backends.cudnn.allow_tf32 is convolutions
         assert torch.backends.cuda.matmul.allow_tf32 is False
-        run.set_numerics()
+        devices.set_numerics()
         assert torch.backends.cudnn.allow_tf32 is False
     finally:
-        run.set_numerics()
+        devices.set_numerics()
 
 
 def test_a_missing_login_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tests.train_helpers import no_progress, quiet
-from train import __main__, groups, progress, results, run, study, timing
+from train import __main__, devices, groups, progress, results, run, study, timing
 from train.config import Config
 from train.errors import ConfigError, DivergedError, StorageError, VerificationError
 
@@ -157,9 +157,9 @@ def test_help_needs_no_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_missing_cuda_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run.pick_device("auto") == torch.device("cpu")
+    assert devices.pick_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match="no CUDA device"):
-        run.pick_device("cuda")
+        devices.pick_device("cuda")
 
 
 def test_a_wrong_optimizer_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

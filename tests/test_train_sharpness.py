@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.train_helpers import quiet
-from train import run, sharpness
+from train import curvature, run, sharpness
 from train.checkpoint import locked
 from train.config import Config
+from train.curvature import eigenvalues, lambda_max, report_sharpness
 from train.data import load_dataset
 from train.errors import CheckpointError, ConfigError, InUseError, NumericsError
 from train.hessian import Batch, Hessian
 from train.lanczos import extreme_eigenvalues
-from train.sharpness import eigenvalues, lambda_max, report_sharpness
 
 
 def tiny(dtype: torch.dtype) -> tuple[nn.Module, list[Batch]]:
@@ -217,9 +217,9 @@ def test_eigenvalues_are_of_the_contiguous_network() -> None:
     dataset = load_dataset(config, torch.device("cpu"))
     torch.manual_seed(0)
     model = run.build_model("resnet_small", (1, 8, 8), 10)
-    plain = sharpness.measure(model, dataset, settings(**CONTIGUOUS), quiet())
+    plain = curvature.measure(model, dataset, settings(**CONTIGUOUS), quiet())
     model.to(memory_format=torch.channels_last)
-    found = sharpness.measure(model, dataset, config, quiet())
+    found = curvature.measure(model, dataset, config, quiet())
     assert found["eigenvalues"] == plain["eigenvalues"]
     weight = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1)
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -247,14 +247,14 @@ def settings(**keys: Any) -> Config:
 
 def test_batches_are_full_augmented_and_go_on_into_further_epochs() -> None:
     dataset = load_dataset(settings(), torch.device("cpu"))
-    batches = list(sharpness.training_batches(dataset, 5, 400, seed=3))  # 2 full ones per epoch
+    batches = list(curvature.training_batches(dataset, 5, 400, seed=3))  # 2 full ones per epoch
     assert [len(labels) for _, labels in batches] == [400] * 5
-    epochs = [list(sharpness.train_batches(dataset, 400, 3, epoch)) for epoch in range(3)]
+    epochs = [list(curvature.train_batches(dataset, 400, 3, epoch)) for epoch in range(3)]
     expected = [*epochs[0][:2], *epochs[1][:2], epochs[2][0]]
     for (images, labels), (right_images, right_labels) in zip(batches, expected, strict=True):
         assert torch.equal(images, right_images) and torch.equal(labels, right_labels)
     with pytest.raises(ConfigError, match="sharpness_batch_size=1001"):
-        next(sharpness.training_batches(dataset, 1, 1001, seed=0))
+        next(curvature.training_batches(dataset, 1, 1001, seed=0))
 
 
 class Shallow(nn.Module):
@@ -280,15 +280,15 @@ def test_the_whole_protocol_against_dense_hessians() -> None:
     dataset = load_dataset(config, torch.device("cpu"))
     torch.manual_seed(0)
     model = Shallow()
-    for images, _ in sharpness.train_batches(dataset, 250, 0, 7):
+    for images, _ in curvature.train_batches(dataset, 250, 0, 7):
         model(images)
     state = torch.get_rng_state()
-    found = sharpness.measure(model, dataset, config, quiet())
+    found = curvature.measure(model, dataset, config, quiet())
     assert torch.equal(torch.get_rng_state(), state) and model.training
 
     model.eval()
     pooled = []
-    for batch in sharpness.training_batches(dataset, 2, 100, seed=0):
+    for batch in curvature.training_batches(dataset, 2, 100, seed=0):
         dense = np.linalg.eigvalsh(dense_hessian(model, [batch]))
         pooled.append(np.sort(dense[np.argsort(-abs(dense))[:5]]))
     np.testing.assert_allclose(found["eigenvalues"], pooled, rtol=1e-2, atol=1e-4)
@@ -320,7 +320,7 @@ def test_every_part_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     dataset = load_dataset(config, torch.device("cpu"))
     shown = io.StringIO()
-    sharpness.measure(Shallow(), dataset, config, Console(file=shown, width=200))
+    curvature.measure(Shallow(), dataset, config, Console(file=shown, width=200))
     text = shown.getvalue()
     for part in ("batch 1/1", "lambda_max", "lambda_min"):
         assert re.search(rf"{part} .*products 2\n", text), part

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from scipy.stats import ttest_rel
 
-from train import cost, plots, report, run, study
+from train import cost, page, plots, report, run, study
 from train import groups as groups_of_runs
 from train.config import Config
 from train.errors import CheckpointError, ConfigError, DataError, DivergedError
@@ -314,7 +314,7 @@ def test_no_cell_replaces_or_pools_another(tmp_path: Path) -> None:
 def test_runs_that_are_measured_or_logged_otherwise_are_one_group(tmp_path: Path) -> None:
     write_run(tmp_path, 0.8, opt_name="sam", statistics_every=5, seed=0, threads=1)
     write_run(tmp_path, 0.7, opt_name="sam", verify_steps=0, seed=1, framework_name="wandb")
-    groups, left_out = report.grouped(report.load_runs([tmp_path]))
+    groups, left_out = page.grouped(page.load_runs([tmp_path]))
     assert [group.values("test_accuracy") for group in groups] == [[80.0, 70.0]]
     assert left_out == []
 
@@ -368,7 +368,7 @@ def test_a_report_can_be_made_again_from_what_it_left(tmp_path: Path) -> None:
 def test_the_same_run_in_two_folders_counts_once(tmp_path: Path) -> None:
     for copy in ("a", "b"):
         write_run(tmp_path / copy, 0.8, opt_name="sam", rho=0.1)
-    groups, left_out = report.grouped(report.load_runs([tmp_path / "a", tmp_path / "b"]))
+    groups, left_out = page.grouped(page.load_runs([tmp_path / "a", tmp_path / "b"]))
     assert [len(group.runs) for group in groups] == [1] and left_out == []
     # One that came out otherwise is not left out in silence.
     write_run(tmp_path / "c", 0.7, opt_name="sam", rho=0.1)
@@ -380,7 +380,7 @@ def test_the_same_run_in_two_folders_counts_once(tmp_path: Path) -> None:
 def test_rho_does_not_part_runs_of_sgd(tmp_path: Path) -> None:
     write_run(tmp_path, 0.8, rho=0.1, seed=0)
     write_run(tmp_path, 0.7, rho=0.2, seed=1)
-    groups, _ = report.grouped(report.load_runs([tmp_path]))
+    groups, _ = page.grouped(page.load_runs([tmp_path]))
     assert [group.values("test_accuracy") for group in groups] == [[80.0, 70.0]]
 
 
@@ -518,7 +518,7 @@ def test_styles_tell_any_number_of_radii_and_optimizers_apart(tmp_path: Path) ->
         write_run(tmp_path, 0.7, opt_name="sam", rho=0.05 * (i + 1))
     for opt_name in ("samdirection", "sammagnitude", "sgdhess", "sgd"):
         write_run(tmp_path, 0.7, opt_name=opt_name, rho=0.1)
-    groups, _ = report.grouped(report.load_runs([tmp_path]))
+    groups, _ = page.grouped(page.load_runs([tmp_path]))
     names = {group.config.opt_name for group in groups}
     styles = [plots.style_of(name) for name in names]
     for key in ("color", "marker"):
@@ -543,7 +543,7 @@ def test_legends_name_what_is_there(tmp_path: Path) -> None:
     for entry in result["history"]:
         del entry["share_second_larger"], entry["share_signs_agree"]
     path.write_text(json.dumps(result))
-    groups, _ = report.grouped(report.load_runs([tmp_path]))
+    groups, _ = page.grouped(page.load_runs([tmp_path]))
     for figure, expected in (
         (plots.plot_curves(groups, "t"), ["0.1", "SGD"]),
         (plots.plot_magnitudes(groups, "t"), ["0.1"]),
@@ -556,12 +556,12 @@ def test_legends_name_what_is_there(tmp_path: Path) -> None:
 def test_radii_are_plotted_where_an_optimizer_has_several(tmp_path: Path) -> None:
     for i, opt_name in enumerate(("sam", "samdirection", "gsam")):
         write_run(tmp_path, 0.7, opt_name=opt_name, rho=0.1 * (i + 1))
-    groups, _ = report.grouped(report.load_runs([tmp_path]))
+    groups, _ = page.grouped(page.load_runs([tmp_path]))
     title = "a task of many words, " * 6
-    assert plots.all_plots(groups, title, report._known_figures)["accuracy-rho"] is None
+    assert plots.all_plots(groups, title, page._known_figures)["accuracy-rho"] is None
     write_run(tmp_path, 0.7, opt_name="gsam", rho=0.1)
-    groups, _ = report.grouped(report.load_runs([tmp_path]))
-    figure = plots.all_plots(groups, title, report._known_figures)["accuracy-rho"]
+    groups, _ = page.grouped(page.load_runs([tmp_path]))
+    figure = plots.all_plots(groups, title, page._known_figures)["accuracy-rho"]
     assert figure is not None and figure._suptitle is not None  # type: ignore[attr-defined]
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
@@ -572,7 +572,7 @@ def test_bands_and_error_bars_are_those_of_the_seeds(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         for rho in (0.1, 0.2):
             write_run(tmp_path, 0.7 + seed / 100, 50.0, opt_name="sam", rho=rho, seed=seed)
-    groups, _ = report.grouped(report.load_runs([tmp_path]))
+    groups, _ = page.grouped(page.load_runs([tmp_path]))
     figure = plots.plot_magnitudes(groups, "x")
     assert figure is not None
     band = figure.axes[0].collections[0].get_paths()[0].vertices

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from train import verify
 from train.config import Config
 from train.errors import ConfigError, DivergedError, VerificationError
+from train.lockstep import TOLERANCE, Lockstep, relative_deviation
 from train.models import build_model
 from train.optimizers import build_optimizer, names_of_norms
-from train.verify import TOLERANCE, Lockstep, relative_deviation
 
 SAM_FAMILY = ("sam", "samdirection", "sammagnitude")
 

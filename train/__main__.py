@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from train.config import describe_keys, from_command_line
-from train.errors import DriverError
+from train.errors import guarded
 
 USAGE = """\
 python -m train [--experiment=NAME] [--KEY=VALUE ...] [--set SECTION.KEY=VALUE ...]
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     config = from_command_line(arguments)
     # Here, so that a typing error is answered before torch is imported.
-    from train import report
+    from train import page
     from train.progress import make_console
     from train.run import run
 
@@ -33,24 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     result = run(config, console)
     if console.quiet:
         return 0
-    report.print_summary(console, [result])
+    page.print_summary(console, [result])
     console.print(f"written to {config.folder}", soft_wrap=True, markup=False)
     return 0
-
-
-def guarded(command: Callable[[Sequence[str]], int]) -> int:
-    """Run a command; what the user can act on is one sentence on stderr, not a traceback."""
-    try:
-        return command(sys.argv[1:])
-    except DriverError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt}".removesuffix(": "), file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

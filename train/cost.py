@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from train.config import Config
 from train.data import Dataset, load_dataset
+from train.devices import pick_device, set_numerics
 from train.models import build_model
 from train.progress import duration
 from train.registry import OPTIMIZERS
-from train.run import pick_device, set_numerics
 
 # Products until five eigenvalues of a batch, or one of the fixed set, have converged, and what such
 # a product costs in forward and backward passes of its images: seen, and roughly so.

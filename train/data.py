@@ -347,6 +347,7 @@ def _channels(values: Sequence[float]) -> Tensor:
 
 def _wrong_checksum(name: str, root: Path) -> Path | None:
     """The first of CIFAR's unpacked files that is not what its checksum says."""
+    # Here, because torchvision takes seconds to import.
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
 
@@ -538,6 +539,7 @@ def _fashion_folder(data_root: str) -> Path:
     for place in places:
         if all(_idx_file(place, name).exists() for name in FASHION_FILES):
             return place
+    # Here, because torchvision takes seconds to import.
     from torchvision.datasets import FashionMNIST
 
     try:

@@ -1,5 +1,8 @@
 """Errors that end a run with one sentence instead of a traceback."""
 
+import sys
+from collections.abc import Callable, Sequence
+
 
 class DriverError(Exception):
     """An error the user can act on; `exit_code` is what the process returns."""
@@ -54,3 +57,18 @@ class TerminatedError(DriverError):
     """
 
     exit_code = 75
+
+
+def guarded(command: Callable[[Sequence[str]], int]) -> int:
+    """Run a command; what the user can act on is one sentence on stderr, not a traceback."""
+    try:
+        return command(sys.argv[1:])
+    except DriverError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}".removesuffix(": "), file=sys.stderr)
+        return 130

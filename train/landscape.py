@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from train import results
 from train.config import check_keys, parse_flags
 from train.data import Dataset, Split
-from train.errors import ConfigError
+from train.errors import ConfigError, guarded
 from train.progress import WorkProgress, make_console
+from train.restore import restored
 from train.run import evaluate
-from train.sharpness import restored
 
 USAGE = """\
 python -m train.landscape CHECKPOINT [CHECKPOINT ...] [--KEY=VALUE ...]
@@ -155,6 +155,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from train.__main__ import guarded
-
     sys.exit(guarded(main))

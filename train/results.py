@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,13 +64,6 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, threads: {torch.get_num_threads()}"
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table, head first."""
-    texts = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [texts[0], ["---"] * len(texts[0]), *texts[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import samkernels
-from train import report, results
+from train import page, results
 from train.checkpoint import (
     LEFT_ALONE,
     check_same_run,
@@ -26,7 +26,9 @@ from train.checkpoint import (
     save_checkpoint,
 )
 from train.config import FIELDS, Config
+from train.curvature import check_batch_size, measure
 from train.data import Dataset, Split, load_dataset, plain_batches, train_batches, visits
+from train.devices import pick_device, set_numerics
 from train.distributed import (
     ALONE,
     Processes,
@@ -37,6 +39,7 @@ from train.distributed import (
 )
 from train.errors import CheckpointError, ConfigError, DivergedError, TerminatedError
 from train.graphs import CudaCapture, GraphedStep
+from train.lockstep import Lockstep
 from train.models import build_model
 from train.optimizers import (
     OnePassOptimizer,
@@ -47,11 +50,9 @@ from train.optimizers import (
 )
 from train.progress import RunProgress, make_console
 from train.registry import OPTIMIZERS
-from train.sharpness import check_batch_size, measure
 from train.termination import Termination
 from train.timing import StepTimer
 from train.trackers import Several, Tracker, make_tracker, scalars
-from train.verify import Lockstep
 
 EVAL_BATCH = 1000
 WARMUP_STEPS = 10  # not timed after the lockstep steps, where a single epoch is all there is
@@ -61,28 +62,6 @@ MEASURED = ("lambda_max", "trace", "sharpness", "largest_eigenvalue", "negative_
 STATISTICS = samkernels.ops.GradientStatistics._fields
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of the configuration; auto: CUDA where there is one.
-
-    Raises:
-        ConfigError: CUDA is asked for and not available.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch finds no CUDA device: allowed here auto, cpu")
-    return torch.device(name)
-
-
-def set_numerics(precision: str = "fp32") -> None:
-    """TF32 in convolutions where the precision is tf32, which is torch's default, and nowhere else;
-    and the same sums at every pass, without which a resumed run would not come out the same."""
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def build_scheduler(optimizer: Any, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
@@ -1074,7 +1053,7 @@ def _completed(
         result["figures"]["measuring_seconds"] = spent + time.perf_counter() - begun
         results.write_json(files.result, result)
     if batches or samples or not (files.folder / "report.md").exists():
-        report.write_report([files.folder], files.folder, f"{config.run_name} on {config.dataset}")
+        page.write_report([files.folder], files.folder, f"{config.run_name} on {config.dataset}")
     return result
 
 

@@ -1,38 +1,21 @@
-"""Sharpness of a checkpoint: `python -m train.sharpness CHECKPOINT`.
+"""Sharpness of a checkpoint: `python -m train.sharpness CHECKPOINT`."""
 
-Everything is about the Hessian H of the mean cross-entropy, without weight decay, in eval mode and
-fp32, over all parameters.
-"""
-
-import copy
-import math
-import statistics
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from train import results
-from train.checkpoint import load_checkpoint, locked
-from train.config import Config, check_keys, known_keys, make_config, parse_flags
-from train.data import Dataset, load_dataset, plain_batches, train_batches
-from train.errors import CheckpointError, ConfigError
-from train.hessian import Batch, Hessian
-from train.lanczos import extreme_eigenvalues
-from train.models import build_model
-from train.progress import WorkProgress, make_console
-
-BATCH = 256  # of the fixed set, which is summed over its batches
-EIGENVALUES = 5  # per batch, in the report
-TOLERANCE = 1e-3  # relative, of eigenvalues; the report's
-DRAWS_OF_EPOCH = 0  # its order and augmentation: training begins with epoch 1
+from train.checkpoint import locked
+from train.config import Config, check_keys, parse_flags
+from train.curvature import measure
+from train.data import Dataset
+from train.errors import ConfigError, guarded
+from train.progress import make_console
+from train.restore import restored
 
 USAGE = """\
 python -m train.sharpness CHECKPOINT [--KEY=VALUE ...]
@@ -53,216 +36,7 @@ HERE = {
     "trace_vectors": 32,
     "density_steps": 64,
 }
-ALLOWED = (
-    "sharpness_batches", "sharpness_batch_size", "sharpness_samples", "trace_vectors",
-    "density_steps", "data_root", "device", "threads", "seed", "output_dir",
-)  # fmt: skip
-
-
-def curvlinops() -> Any:
-    """The library, imported when something is measured: training alone does not need it."""
-    with warnings.catch_warnings():
-        # torch.jit.script is deprecated, and still in use: by one of the library's dependencies,
-        # and by torch itself when the first jvp is taken.
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
-        import curvlinops as library
-        import curvlinops.papyan2020traces.spectrum
-    return library
-
-
-def eigenvalues(
-    operator: Hessian,
-    number: int,
-    which: str,
-    *,
-    tolerance: float = TOLERANCE,
-    seed: int = 0,
-    each: Callable[[], object] = lambda: None,
-) -> list[float]:
-    """extreme_eigenvalues of the Hessian, from a random vector of this seed."""
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(operator.shape[0], generator=generator).to(operator.device, operator.dtype)
-    found = extreme_eigenvalues(
-        operator.__matmul__, start, number, which, tolerance=tolerance, each=each
-    )
-    values: list[float] = found.tolist()
-    return values
-
-
-def lambda_max(model: nn.Module, batches: Sequence[Batch], **options: Any) -> float:
-    """The largest (not largest in magnitude) eigenvalue of the Hessian, in eval mode.
-
-    Args:
-        model: its mode is put back afterwards; weights and gradients are not touched.
-        batches: normalised images and labels; the loss is their mean cross-entropy.
-        options: see eigenvalues.
-    """
-    with _EvalMode(model):
-        return eigenvalues(Hessian(model, batches), 1, "LA", **options)[0]
-
-
-def report_sharpness(eigenvalues: Sequence[Sequence[float]]) -> float | None:
-    """The report's figure: the mean of the positive values among those of all batches."""
-    positive = [value for values in eigenvalues for value in values if value > 0]
-    return statistics.fmean(positive) if positive else None
-
-
-def check_batch_size(dataset: Dataset, size: int) -> None:
-    """Raises ConfigError if the training split has no full batch."""
-    count = len(dataset.train)
-    if size > count:
-        raise ConfigError(
-            f"sharpness_batch_size={size} is more than the {count} training images: "
-            f"allowed 1 to {count}; nearest {count}"
-        )
-
-
-def training_batches(dataset: Dataset, number: int, size: int, seed: int) -> Iterator[Batch]:
-    """The first `number` full augmented batches; further epochs where one has too few.
-
-    Raises:
-        ConfigError: the training split has no full batch.
-    """
-    check_batch_size(dataset, size)
-    left = number
-    for epoch in count(DRAWS_OF_EPOCH):
-        for images, labels in train_batches(dataset, size, seed, epoch):
-            if left == 0:
-                return
-            if len(labels) == size:
-                left -= 1
-                yield images, labels
-
-
-class _EvalMode:
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._training = model, model.training
-
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._model.train(self._training)
-
-
-def measure(model: nn.Module, dataset: Dataset, config: Config, console: Console) -> dict[str, Any]:
-    """What the configuration asks for; None where it does not.
-
-    Returns:
-        sharpness: the report's figure, and eigenvalues: the list of each batch it is made of, with
-        largest_eigenvalue and negative_share of them all; lambda_max, lambda_min, trace with
-        trace_error (its standard error) and density (values and density, which integrates to 1)
-        over the first sharpness_samples training images, not augmented, with the labels trained on.
-    """
-    found: dict[str, Any] = dict.fromkeys(
-        (
-            "sharpness", "eigenvalues", "largest_eigenvalue", "negative_share", "lambda_max",
-            "lambda_min", "trace", "trace_error", "density",
-        )
-    )  # fmt: skip
-    if config.channels_last:  # second derivatives take longer in it, on a CPU
-        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    with _EvalMode(model):
-        if config.sharpness_batches:
-            found["eigenvalues"] = _batch_eigenvalues(model, dataset, config, console)
-            found["sharpness"] = report_sharpness(found["eigenvalues"])
-            pooled = [value for values in found["eigenvalues"] for value in values]
-            found["largest_eigenvalue"] = max(pooled)
-            found["negative_share"] = sum(value < 0 for value in pooled) / len(pooled)
-        if config.sharpness_samples:
-            found |= _fixed_set(model, dataset, config, console)
-    return {**found, "settings": {name: getattr(config, name) for name in HERE}}
-
-
-def _batch_eigenvalues(
-    model: nn.Module, dataset: Dataset, config: Config, console: Console
-) -> list[list[float]]:
-    number = config.sharpness_batches
-    batches = training_batches(dataset, number, config.sharpness_batch_size, config.seed)
-    rows: list[list[float]] = []
-    products = 0
-    with WorkProgress(console, f"{config.run_name}: sharpness", number) as progress:
-
-        def each() -> None:
-            nonlocal products
-            products += 1
-            mean = report_sharpness(rows)
-            state = f"batch {len(rows) + 1}/{number}" + (f" mean {mean:.2f}" if mean else "")
-            progress.show(len(rows), f"{state} products {products}")
-
-        for batch in batches:
-            operator = Hessian(model, [batch])
-            rows.append(eigenvalues(operator, EIGENVALUES, "LM", seed=config.seed, each=each))
-    return rows
-
-
-def _fixed_set(
-    model: nn.Module, dataset: Dataset, config: Config, console: Console
-) -> dict[str, Any]:
-    part = dataset.train[: config.sharpness_samples]
-    operator = Hessian(model, list(plain_batches(dataset, part, BATCH)))
-    found: dict[str, Any] = {}
-
-    def extreme(name: str, which: str) -> float:
-        with _Products(console, f"{config.run_name}: {name}", None) as bar:
-            return eigenvalues(operator, 1, which, seed=config.seed, each=bar.each)[0]
-
-    found["lambda_max"] = extreme("lambda_max", "LA")
-    # The random vectors are the library's, of torch's global generator: put it back.
-    devices = [part.images.device] if part.images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(config.seed)
-        if config.trace_vectors:
-            samples: list[float] = []
-            with WorkProgress(console, f"{config.run_name}: trace", config.trace_vectors) as bar:
-                for _ in range(config.trace_vectors):
-                    # One vector at a time: together they would fill the memory.
-                    samples.append(float(curvlinops().hutchinson_trace(operator, 1)))
-                    bar.show(len(samples), f"mean {statistics.fmean(samples):.1f}")
-            found["trace"] = statistics.fmean(samples)
-            if len(samples) > 1:
-                found["trace_error"] = statistics.stdev(samples) / math.sqrt(len(samples))
-        if config.density_steps:
-            found["lambda_min"] = extreme("lambda_min", "SA")
-            steps = min(config.density_steps, operator.shape[0] - 1)
-            spectrum = curvlinops().papyan2020traces.spectrum
-            with _Products(console, f"{config.run_name}: spectral density", steps) as bar:
-                lanczos = spectrum.fast_lanczos(_Watched(operator, bar.each), steps)
-            values, density = spectrum.lanczos_approximate_spectrum_from_iter(
-                lanczos,
-                (found["lambda_min"], found["lambda_max"]),
-                num_points=512,
-                kappa=3.0,
-                margin=0.05,
-            )
-            found["density"] = {"values": values.tolist(), "density": density.tolist()}
-    return found
-
-
-class _Products(WorkProgress):
-    """Counts Hessian-vector products."""
-
-    def __init__(self, console: Console, title: str, total: int | None) -> None:
-        super().__init__(console, title, total)
-        self._products = 0
-
-    def each(self) -> None:
-        self._products += 1
-        self.show(self._products, f"products {self._products}")
-
-
-class _Watched:
-    """What fast_lanczos uses of an operator; `each` is called after each product."""
-
-    def __init__(self, operator: Hessian, each: Callable[[], object]) -> None:
-        self._operator, self._each = operator, each
-        self.shape, self.device, self.dtype = operator.shape, operator.device, operator.dtype
-
-    def __matmul__(self, vector: Tensor) -> Tensor:
-        product = self._operator @ vector
-        self._each()
-        return product
+ALLOWED = (*HERE, "data_root", "device", "threads", "seed", "output_dir")
 
 
 def write_density(path: Path, curves: Sequence[tuple[str, dict[str, list[float]]]]) -> None:
@@ -278,36 +52,6 @@ def write_density(path: Path, curves: Sequence[tuple[str, dict[str, list[float]]
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     results.save_figure(path, figure)
-
-
-def restored(
-    path: Path, here: Mapping[str, Any], flags: Mapping[str, Any]
-) -> tuple[Config, Dataset, nn.Module, int]:
-    """A checkpoint's configuration, overridden by some keys, its data set, network and epoch.
-
-    Raises:
-        CheckpointError: it is none, or not of its network.
-    """
-    from train.run import pick_device, set_numerics  # which imports this module
-
-    checkpoint = load_checkpoint(path, ("model", "config", "epoch"))
-    own = {"output_dir": str(path.parent), "resume": False, "overwrite": False}
-    config = make_config(
-        (str(path), {**known_keys(checkpoint["config"]), **own}), ("", here), ("", flags)
-    )
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    set_numerics()
-    # The labels that it was trained on are those of its configuration, whatever the seed here.
-    dataset = load_dataset(config, device)
-    model = build_model(config.model, dataset.train.images.shape[1:], dataset.num_classes)
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"'{path}' does not hold a {config.model}: {reason}") from None
-    return config, dataset, model.to(device), checkpoint["epoch"]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -351,6 +95,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    from train.__main__ import guarded
-
     sys.exit(guarded(main))

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.__main__ import guarded
 from train.config import (
     FIELDS,
     Config,
@@ -21,7 +20,14 @@ from train.config import (
     parse_flags,
     read_yaml,
 )
-from train.errors import ConfigError, DataError, DriverError, StorageError, TerminatedError
+from train.errors import (
+    ConfigError,
+    DataError,
+    DriverError,
+    StorageError,
+    TerminatedError,
+    guarded,
+)
 from train.termination import Termination
 
 STUDIES = Path(__file__).parent / "studies"
@@ -147,7 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     index, shards = parse_shard(flags.pop("shard", "0/1"))
     folder, configs = study_configs(study, name, flags)
     # Here, so that a typing error is answered before torch is imported.
-    from train import cost, report
+    from train import cost, page
     from train.progress import duration, make_console
     from train.run import diverged_before, finished_result, is_measured, run
 
@@ -184,10 +190,10 @@ def main(arguments: Sequence[str]) -> int:
             failed.append(f"{config.folder.name}: {error}")
             console.print(f"failed: {failed[-1]}", markup=False, soft_wrap=True)
     if finished:
-        report.print_summary(console, finished)
+        page.print_summary(console, finished)
     if finished or any(folder.rglob("diverged.json")):
         title, text = study.get("title", Path(name).stem), study.get("text", "")
-        report.write_report([folder], folder, title, text)
+        page.write_report([folder], folder, title, text)
         console.print(f"report.md, tables and plots are in {folder}", soft_wrap=True, markup=False)
     for line in failed:
         print(f"error: {line}", file=sys.stderr)

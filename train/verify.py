@@ -1,18 +1,13 @@
-"""The lockstep check: the first steps of a run, compared with the reference backend as it runs."""
+"""`python -m train.verify`: the lockstep check of a run, without the run."""
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-
-from train.__main__ import guarded
 from train.config import from_command_line
-from train.errors import ConfigError, DivergedError, VerificationError
+from train.data import train_batches
+from train.errors import ConfigError, guarded
 from train.registry import MODELS, OPTIMIZERS
+from train.run import Training
 
 USAGE = """\
 python -m train.verify [--verify_steps=N] [--KEY=VALUE ...]
@@ -20,195 +15,6 @@ python -m train.verify [--verify_steps=N] [--KEY=VALUE ...]
 Takes the first N steps (20) of the run that `python -m train` would train with these flags, in
 lockstep with the reference backend, and says the largest deviation. Nothing is evaluated or kept.
 """
-TOLERANCE = 1e-5  # fp32: some tens of roundings, far below any wrong formula
-
-
-@dataclass
-class Deviation:
-    """The largest deviation seen, and where."""
-
-    value: float = 0.0
-    parameter: str = ""
-    step: int = 0
-    phase: str = ""
-
-
-def relative_deviation(value: Tensor, reference: Tensor) -> float:
-    """||value - reference||_2 / ||reference||_2 in float64; the numerator where that norm is 0."""
-    difference = (value.double() - reference.double()).norm()
-    norm = reference.double().norm()
-    return float(difference if norm == 0 else difference / norm)
-
-
-class Lockstep:
-    """Stands in for an optimizer and takes each step with a reference twin as well.
-
-    The twin owns copies of the parameters and keeps them over all steps, so errors add up as they
-    do in training. Both get the same g1 and g2: the gradients that the real optimizer's weights
-    give.
-
-    Args:
-        model: its parameters are those of the optimizer.
-        optimizer: the one to check.
-        make_reference: makes the twin from a list of names and parameters.
-        tolerance: of the relative deviation of each parameter.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Any,
-        make_reference: Callable[[list[tuple[str, nn.Parameter]]], Any],
-        tolerance: float = TOLERANCE,
-    ) -> None:
-        self.optimizer = optimizer
-        self.tolerance = tolerance
-        self.steps = 0
-        self.largest = Deviation()
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._names = [name for name, _ in named]
-        self._params = [p for _, p in named]
-        self._twins = [nn.Parameter(p.detach().clone()) for p in self._params]
-        self._reference = make_reference(list(zip(self._names, self._twins, strict=True)))
-
-    @contextlib.contextmanager
-    def first_pass(self, model: nn.Module) -> Iterator[None]:
-        """Of both optimizers, around the same first pass."""
-        with self.optimizer.first_pass(model), self._reference.first_pass(model):
-            yield
-
-    def first_step(self) -> bool:
-        """Perturb both, then compare. Returns whether there is a second pass.
-
-        Raises:
-            DivergedError: a gradient is not finite.
-            VerificationError: a parameter deviates by more than the tolerance, or is not finite.
-        """
-        self._follow_lr()
-        self._copy_gradients()
-        has_second_pass = bool(self.optimizer.first_step())
-        if bool(self._reference.first_step()) != has_second_pass:
-            raise VerificationError(
-                f"step {self.steps + 1}: one has a second pass, and the reference backend has not"
-                if has_second_pass
-                else f"step {self.steps + 1}: the reference backend has a second pass, one has not"
-            )
-        self._compare("perturbation")
-        return has_second_pass
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Update both, then compare.
-
-        Raises:
-            VerificationError: as first_step.
-        """
-        self._prepare_update()
-        self.optimizer.second_step(zero_grad=zero_grad)
-        self._reference.second_step(zero_grad=True)
-        self._finish_update()
-
-    def backward(self, loss: Tensor) -> None:
-        """Of SGDHess: gradients and Hessian-vector products."""
-        self.optimizer.backward(loss)
-
-    def step(self) -> None:
-        """Of one pass: update both, then compare; SGDHess with the same Hessian-vector products.
-
-        Raises:
-            DivergedError, VerificationError: as first_step.
-        """
-        self._prepare_update()
-        products = getattr(self.optimizer, "hessian_products", {})
-        for name, param, twin in self._each():
-            product = products.get(param)
-            if product is not None:
-                self._check_finite(f"Hv of '{name}'", product)
-                self._reference.hessian_products[twin] = product.clone()
-        self.optimizer.step()
-        self._reference.step()
-        self._reference.zero_grad()
-        self._finish_update()
-
-    def zero_grad(self) -> None:
-        """Of the real optimizer; the twin's are cleared already."""
-        self.optimizer.zero_grad()
-
-    @property
-    def needs_second_pass(self) -> bool:
-        """Of the real optimizer."""
-        return bool(self.optimizer.needs_second_pass)
-
-    def _prepare_update(self) -> None:
-        self._follow_lr()
-        self._copy_gradients()
-
-    def _follow_lr(self) -> None:
-        # The scheduler knows the real optimizer only. Nothing else is copied: a wrong rho or
-        # momentum in the real one has to show.
-        groups = zip(self._reference.param_groups, self.optimizer.param_groups, strict=True)
-        for twin_group, group in groups:
-            twin_group["lr"] = group["lr"]
-
-    def _finish_update(self) -> None:
-        self._compare("update")
-        self.steps += 1
-
-    def restore(self) -> None:
-        """Undo the perturbation of both."""
-        self.optimizer.restore()
-        self._reference.restore()
-
-    def summary(self) -> dict[str, Any]:
-        """Steps taken, tolerance, and the largest deviation with its place."""
-        return {"steps": self.steps, "tolerance": self.tolerance, **asdict(self.largest)}
-
-    def state(self) -> dict[str, Any]:
-        """All that a resumed check needs, between steps."""
-        return {
-            "steps": self.steps,
-            "largest": asdict(self.largest),
-            "twins": [twin.detach() for twin in self._twins],
-            "reference": self._reference.state_dict(),
-        }
-
-    @torch.no_grad()
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what state() returned."""
-        self.steps, self.largest = state["steps"], Deviation(**state["largest"])
-        for twin, saved in zip(self._twins, state["twins"], strict=True):
-            twin.copy_(saved)
-        self._reference.load_state_dict(state["reference"])
-
-    def _copy_gradients(self) -> None:
-        for name, param, twin in self._each():
-            if param.grad is not None:
-                self._check_finite(f"the gradient of '{name}'", param.grad)
-            twin.grad = None if param.grad is None else param.grad.detach().clone()
-
-    def _check_finite(self, what: str, tensor: Tensor) -> None:
-        # Said here: it would pass for an error of the optimizer otherwise.
-        if not tensor.isfinite().all():
-            raise DivergedError(
-                f"step {self.steps + 1}: {what} is not finite: the run is stopped; a smaller lr or "
-                "rho may help"
-            )
-
-    def _each(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        return zip(self._names, self._params, self._twins, strict=True)
-
-    @torch.no_grad()
-    def _compare(self, phase: str) -> None:
-        step = self.steps + 1
-        for name, param, twin in self._each():
-            value = relative_deviation(param, twin)
-            # Written so that nan fails too.
-            if not value <= self.tolerance:
-                raise VerificationError(
-                    f"step {step}: after the {phase}, parameter '{name}' deviates from the "
-                    f"reference backend by {value:.2e} (relative), allowed {self.tolerance:.0e}"
-                )
-            if value > self.largest.value:
-                self.largest = Deviation(value, name, step, phase)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -217,10 +23,6 @@ def main(arguments: Sequence[str]) -> int:
         print(USAGE)
         return 0
     config = from_command_line(arguments)
-    # Here, because it imports this module.
-    from train.data import train_batches
-    from train.run import Training
-
     if not config.verify_steps or OPTIMIZERS[config.opt_name].step == "plain":
         raise ConfigError(
             f"verify_steps={config.verify_steps} with opt_name={config.opt_name} compares nothing: "

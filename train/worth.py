@@ -15,15 +15,16 @@ import torch
 from matplotlib.figure import Figure
 
 from train import results
-from train.__main__ import guarded
 from train.claims import LEVEL, interval, p_in_words, verdict
 from train.config import FIELDS, parse_flags
 from train.cost import passes
 from train.data import train_batches
-from train.errors import CheckpointError, ConfigError
+from train.errors import CheckpointError, ConfigError, guarded
 from train.groups import Comparison, Group, grouped, holm, in_words, load_runs, paired, tasks
 from train.plots import MARKERS, style_of
 from train.registry import OPTIMIZERS
+from train.run import Training
+from train.tables import markdown
 
 USAGE = """\
 python -m train.worth DIR [DIR ...] [--time=true] [--output_dir=DIR]
@@ -110,8 +111,6 @@ def seconds(group: Group, steps: Mapping[str, Mapping[str, float]]) -> float | N
 def time_steps(groups: Sequence[Group], data_root: str = "") -> dict[str, dict[str, float]]:
     """Medians, in ms, of steps with one and with two passes, by _key. On a CPU, of the processor's
     time, which others on the machine hardly change."""
-    from train.run import Training
-
     trainings: dict[str, tuple[Training, dict[str, list[float]]]] = {}
     for group in groups:
         config = replace(
@@ -358,9 +357,9 @@ def write_worth(
     parts = ["# Accuracy and what it costs"]
     several = tasks(groups)
     for members in several:
-        parts += [f"## {members[0].task_title}", results.markdown(accuracy_table(members, known))]
+        parts += [f"## {members[0].task_title}", markdown(accuracy_table(members, known))]
         if radii := chosen(members):
-            parts += ["Radii:", results.markdown(radii)]
+            parts += ["Radii:", markdown(radii)]
         for plain in members:
             if plain.config.opt_name not in ("sgd", "sam") or not plain.is_of_the_report:
                 continue
@@ -369,7 +368,7 @@ def write_worth(
             )
             label = short_labels(members)[members.index(plain)]
             if rows:
-                parts += [f"Points more than {label}:", results.markdown(rows)]
+                parts += [f"Points more than {label}:", markdown(rows)]
     parts.append(NOTES)
     results.save_figure(folder / "worth.png", plot(several, known))
     parts.append("![worth](worth.png)")

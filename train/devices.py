@@ -1,0 +1,27 @@
+"""The device of a run, and how it computes."""
+
+import torch
+
+from train.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of the configuration; auto: CUDA where there is one.
+
+    Raises:
+        ConfigError: CUDA is asked for and not available.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch finds no CUDA device: allowed here auto, cpu")
+    return torch.device(name)
+
+
+def set_numerics(precision: str = "fp32") -> None:
+    """TF32 in convolutions where the precision is tf32, which is torch's default, and nowhere else;
+    and the same sums at every pass, without which a resumed run would not come out the same."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,0 +1,43 @@
+"""A checkpoint, with all that it was trained with."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.checkpoint import load_checkpoint
+from train.config import Config, known_keys, make_config
+from train.data import Dataset, load_dataset
+from train.devices import pick_device, set_numerics
+from train.errors import CheckpointError
+from train.models import build_model
+
+
+def restored(
+    path: Path, here: Mapping[str, Any], flags: Mapping[str, Any]
+) -> tuple[Config, Dataset, nn.Module, int]:
+    """A checkpoint's configuration, overridden by some keys, its data set, network and epoch.
+
+    Raises:
+        CheckpointError: it is none, or not of its network.
+    """
+    checkpoint = load_checkpoint(path, ("model", "config", "epoch"))
+    own = {"output_dir": str(path.parent), "resume": False, "overwrite": False}
+    config = make_config(
+        (str(path), {**known_keys(checkpoint["config"]), **own}), ("", here), ("", flags)
+    )
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    set_numerics()
+    # The labels that it was trained on are those of its configuration, whatever the seed here.
+    dataset = load_dataset(config, device)
+    model = build_model(config.model, dataset.train.images.shape[1:], dataset.num_classes)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"'{path}' does not hold a {config.model}: {reason}") from None
+    return config, dataset, model.to(device), checkpoint["epoch"]
