@@ -404,8 +404,9 @@ def test_metrics_grow_while_a_run_trains(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(run.Training, "evaluate", watched)
     result = run.run(small(tmp_path, log_every=2, test_every=2), quiet())
-    # Validation after each epoch, the test after the second, and both weights' at the end.
-    assert seen == [2, 5, 5, 6, 6]
+    # Validation after each epoch, the test after the second, and once more in the end: the last
+    # weights are the best.
+    assert seen == [2, 5, 5, 6] and result["figures"]["best_epoch"] == 2
     lines = lines_of(tmp_path)
     assert [(line["epoch"], line["step"]) for line in lines] == [
         (1, 2), (1, 4), (1, 4), (2, 6), (2, 8), (2, 8), (2, 8)

@@ -166,10 +166,10 @@ def test_a_wrong_optimizer_stops_the_run(tmp_path: Path, monkeypatch: pytest.Mon
     right = run.build_optimizer
 
     def ten_times_rho(
-        params: Any, config: Config, backend: str | None = None, norms: Any = ()
+        params: Any, config: Config, backend: str | None = None, **others: Any
     ) -> Any:
         rho = config.rho if backend == "reference" else 10 * config.rho
-        return right(params, Config(**{**vars(config), "rho": rho}), backend, norms)
+        return right(params, Config(**{**vars(config), "rho": rho}), backend, **others)
 
     monkeypatch.setattr(run, "build_optimizer", ten_times_rho)
     config = small(tmp_path)

@@ -18,17 +18,17 @@ The keys of NAME, and the flags that override them, with their values where neit
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run and print the table; the exit code of the process."""
+    """Run, print the table, and return the exit code of the process."""
     if "--help" in arguments or "-h" in arguments:
         print(USAGE + describe_keys())
         return 0
     config = from_command_line(arguments)
-    # Here, so that a typing error is answered before torch is imported.
+    # These are imported here, so that a typing error is answered before torch is imported.
     from train import page
     from train.progress import make_console
     from train.run import run
 
-    # Of torchrun's processes, one speaks.
+    # Only one of torchrun's processes speaks.
     console = make_console(quiet=os.environ.get("RANK", "0") != "0")
     result = run(config, console)
     if console.quiet:

@@ -40,11 +40,11 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"output_dir={folder} cannot be written: {error}") from None
     try:
-        for leftover in folder.glob(".*.[0-9]*"):  # of a process killed as it wrote
+        for leftover in folder.glob(".*.[0-9]*"):  # a process that was killed as it wrote left it
             leftover.unlink(missing_ok=True)
         yield
     finally:
-        # Before it is unlocked: whoever opened it meanwhile finds that it is gone, and tries again.
+        # The file goes before its lock: whoever opened it meanwhile finds it gone, and tries again.
         (folder / ".lock").unlink(missing_ok=True)
         os.close(file)
         if is_new:
@@ -53,7 +53,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int:
-    """The descriptor of the locked file; it names this process."""
+    """Lock the file, write into it which process has it, and return its descriptor."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -65,7 +65,7 @@ def _lock(path: Path) -> int:
                 f"'{path.parent}' is in use by {owner}; {LEFT_ALONE}: wait for it, or choose "
                 "another --output_dir"
             ) from None
-        except OSError:  # a file system without locks: work without
+        except OSError:  # this file system has no locks: work without
             return file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), path.stat()):
@@ -76,15 +76,15 @@ def _lock(path: Path) -> int:
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """torch.save, atomically: whoever is killed here leaves the old file or the new one."""
+    """Save by torch.save, atomically: whoever is killed here leaves the old file or the new one."""
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
 
 
 def load_checkpoint(path: Path, needs: tuple[str, ...], device: str | torch.device = "cpu") -> Any:
-    """What save_checkpoint wrote.
+    """Return what save_checkpoint wrote.
 
     Args:
-        needs: the entries without which it is no use.
+        needs: the entries without which the checkpoint is of no use.
 
     Raises:
         CheckpointError: the file is missing, damaged or another program's.
@@ -124,7 +124,7 @@ def check_same_run(path: Path, config: Config, saved: Mapping[str, Any]) -> None
     """Refuse results of another configuration.
 
     Raises:
-        CheckpointError: names the keys and both values.
+        CheckpointError: the configurations differ; the message names the keys and both values.
     """
     differences = config.differences(saved)
     if differences:

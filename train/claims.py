@@ -31,9 +31,9 @@ NOTES = f"""\
 
 @dataclass(frozen=True)
 class Test:
-    """A comparison of which a claim says the sign.
+    """A comparison whose sign a claim predicts.
 
-    claim: its number. compared: what with what.
+    claim: the number of the claim. compared: what is compared with what. expected: the sign.
     """
 
     claim: str
@@ -51,21 +51,21 @@ def _distance(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[in
 
 
 def _agree(one: Group, other: Group) -> bool:
-    """Whether the keys that both use have the same values, but for the optimizer and its rho."""
+    """Return whether all keys that both use have the same values, but for optimizer and rho."""
     ours, theirs = one.recipe, other.recipe
     keys = (ours.keys() & theirs.keys()) - {"opt_name", "rho", "backend"}
     return all(ours[key] == theirs[key] for key in keys)
 
 
 def baseline(group: Group, groups: Iterable[Group]) -> Group | None:
-    """SGD, or what else the group's optimizer stands on, under the same conditions."""
+    """Return SGD's group, or that of the group's own base, under the same conditions."""
     plain = group.recipe.get("base", "sgd")
     alike = (g for g in groups if g.config.opt_name == plain and _agree(g, group))
     return next(alike, None)
 
 
 def tests_of(groups: Sequence[Group]) -> list[Test]:
-    """The tests of CLAIMS for which there are runs, all of one task."""
+    """Return the tests of CLAIMS for which there are runs; the groups are all of one task."""
     found: list[Test] = []
 
     def add(
@@ -128,7 +128,7 @@ def tests_of(groups: Sequence[Group]) -> list[Test]:
 
 
 def _neighbours(members: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
-    """Pairs of the same conditions, of one rho and the next."""
+    """Yield pairs of groups under the same conditions, of one rho and the next."""
     by_rest: dict[str, list[Group]] = {}
     for group in members:
         rest = {key: value for key, value in group.recipe.items() if key != "rho"}
@@ -138,7 +138,7 @@ def _neighbours(members: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
 
 
 def verdict(comparison: Comparison, p: float, expected: int) -> str:
-    """By the adjusted p and the sign; `expected` 0: which of the two is larger."""
+    """Decide by the adjusted p and the sign; `expected` 0 asks which of the two is larger."""
     if comparison.number < 2:
         return "one seed"
     if math.isnan(p) or p >= LEVEL:
@@ -149,7 +149,7 @@ def verdict(comparison: Comparison, p: float, expected: int) -> str:
 
 
 def interval(comparison: Comparison) -> str:
-    """Such as +1.13 [-0.42, +2.69]; without the interval where there is none."""
+    """Return text such as +1.13 [-0.42, +2.69]; without the interval where there is none."""
     mean = f"{comparison.mean:+.2f}"
     if math.isnan(comparison.low):
         return mean
@@ -161,7 +161,7 @@ def p_in_words(value: float) -> str:
 
 
 def claims_table(groups: Sequence[Group]) -> list[list[str]]:
-    """A row for each test, head first; [] where there is none."""
+    """Return a row for each test, head first; [] where there is no test."""
     tests = tests_of(groups)
     rows = []
     for claim in CLAIMS:
@@ -177,7 +177,7 @@ def claims_table(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def against_sgd_table(groups: Sequence[Group]) -> list[list[str]]:
-    """Test accuracy of every optimizer minus that of SGD, head first; [] where there is no SGD."""
+    """Return every optimizer's test accuracy minus SGD's, head first; [] where there is no SGD."""
     found = []
     for group in groups:
         sgd = baseline(group, groups)

@@ -19,7 +19,7 @@ EXPERIMENTS = Path(__file__).parent / "configs"
 PRESETS = {"bf16": {"precision": "bf16", "channels_last": "true"}}
 
 SECTIONS = ("data", "network", "optimizer", "schedule", "run", "sharpness")
-# Other names of keys: most are those of the report's command line and YAML files.
+# Keys have these other names, too; most come from the report's command line and YAML files.
 ALIASES = {
     "verify": "verify_steps",
     "model_name": "model",
@@ -28,15 +28,15 @@ ALIASES = {
     "sch_name": "scheduler",
     "gamma": "lr_gamma",
 }
-# Sections of the report's YAML files; some are keys here, which then hold no mapping.
+# The report's YAML files have these sections; some are keys here, which then hold no mapping.
 REPORT_SECTIONS = (
     "dataloader", "model", "opt_hyperparameter", "scheduler", "sch_hyperparameter",
     "trainer", "logging",
 )  # fmt: skip
-# Keys in them that have one value here: what that is, None where any will do.
+# These keys in them can have one value only; None says that any value will do.
 REPORT_ONLY: dict[str, Any] = {"num_workers": None, "sch": None, "split": [0.9, 0.1]}
 
-# Of `when`: the smallest and the largest number behind the name, and how many there are.
+# Each name of `when` has the smallest and the largest number behind it, and how many there are.
 POLICIES = {"periodic": (1, 1e9, 1), "from": (0, 1e9, 1), "bernoulli": (0, 1, 1),
             "norm": (-1e9, 1e9, 2)}  # fmt: skip
 POLICY_EXAMPLES = ("always", "periodic:10", "from:0", "bernoulli:0.5", "norm:0:0")
@@ -61,17 +61,17 @@ def _key(
     short: str | None = None,
     varies: bool = False,
 ) -> Any:
-    """A configuration key.
+    """Make a configuration key.
 
     Args:
         section: the `a` of `--set a.b=value` and of nested YAML.
-        choices: for strings; none: free text.
-        low, high: bounds of numbers, both allowed.
+        choices: the strings that are allowed; none: free text.
+        low, high: the bounds of a number; both are allowed.
         effect: "training": the trained weights depend on it; "measuring": what is measured of them
             does; "none": up to rounding, neither.
         used_if: (key, values): it is in use only where that key has one of the values.
-        short: stands before the value in names of runs; None: the key's name.
-        varies: the default is another one for some optimizers, see OptimizerEntry.usual.
+        short: what stands before the value in names of runs; None: the key's name.
+        varies: whether some optimizers have another default, see OptimizerEntry.usual.
     """
     meta: dict[str, Any] = {"section": section, "help": help, "choices": tuple(choices)}
     meta |= {"default": default, "varies": varies}
@@ -80,7 +80,7 @@ def _key(
 
 
 def _own_key(name: str, default: Any, help: str, **others: Any) -> Any:
-    """A key that some optimizers have as an argument of their own."""
+    """Make a key that some optimizers have as an argument of their own."""
     rule = ("opt_name", optimizers_with(key=name))
     return _key("optimizer", default, help, used_if=rule, **others)
 
@@ -398,7 +398,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            # Through the checks whoever made the object; frozen, hence object.__setattr__.
+            # Values are checked, whoever made the object; it is frozen, hence object.__setattr__.
             value = getattr(self, field.name)
             if value is None and field.metadata["varies"]:
                 value = self.usual(field.name)
@@ -456,13 +456,13 @@ class Config:
             raise ConfigError("density_steps=1 gives no density: allowed 0, 2 to 10000; nearest 2")
 
     def uses(self, name: str) -> bool:
-        """Whether the key is in use beside the others: rho is not where opt_name is sgd."""
+        """Return whether the key is in use beside the others: rho is not where opt_name is sgd."""
         rule = FIELDS[name].metadata["used_if"]
         return rule is None or getattr(self, rule[0]) in rule[1]
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The keys in use that the trained weights depend on; equal recipes: the same weights.
+        """Return the keys in use that the weights depend on; equal recipes give the same weights.
 
         Class folders are known by the name of their folder, wherever it lies.
         """
@@ -477,7 +477,7 @@ class Config:
 
     @property
     def measures(self) -> dict[str, Any]:
-        """The keys that what is measured depends on, beside the recipe."""
+        """Return the keys that what is measured depends on, beside the recipe."""
         return {
             name: getattr(self, name)
             for name, field in FIELDS.items()
@@ -485,15 +485,15 @@ class Config:
         }
 
     def usual(self, name: str) -> Any:
-        """What the key is by default, with this optimizer."""
+        """Return the default of the key with this optimizer."""
         return OPTIMIZERS[self.opt_name].usual.get(name, FIELDS[name].metadata["default"])
 
     @property
     def policy(self) -> tuple[Any, ...] | None:
-        """Name and numbers of `when`; None: always.
+        """Return the name and the numbers of `when`; None: always.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: `when` is something else.
         """
         name, *texts = self.when.split(":")
         if self.when == "always":
@@ -512,8 +512,8 @@ class Config:
 
     @property
     def passes(self) -> float:
-        """Gradients of the model's loss that a step takes, on the average; with when=from:STEP and
-        when=norm:L1:L2, at most."""
+        """Return the gradients of the model's loss that a step takes, on the average; at most so
+        many with when=from:STEP and when=norm:L1:L2."""
         row = OPTIMIZERS[self.opt_name]
         passes = PASSES[row.step]
         if row.step != "two passes":
@@ -524,13 +524,13 @@ class Config:
 
     @property
     def run_name(self) -> str:
-        """Label of a run in tables and plots: the optimizer and what is special about it."""
+        """Return a run's label in tables and plots: the optimizer and what is special about it."""
         rho = f"-rho{self.rho:g}" if self.uses("rho") else ""
         return self.opt_name + rho + self._departures("optimizer", ("opt_name", "rho"))
 
     @property
     def full_name(self) -> str:
-        """All that tells a run from others: data set, model, run_name, the rest, the seed."""
+        """Return all that tells a run from others: data set, model, run_name, the rest, seed."""
         rest = (section for section in SECTIONS if section != "optimizer")
         left_out = ("dataset", "model", "seed")
         departures = "".join(self._departures(section, left_out) for section in rest)
@@ -540,7 +540,7 @@ class Config:
         return f"{name}-seed{self.seed}"
 
     def _departures(self, section: str, without: Sequence[str]) -> str:
-        """The keys of the section whose values are not the defaults, as a part of a name."""
+        """Return the keys of the section whose values are no defaults, as a part of a name."""
         found = ""
         for name, value in self.recipe.items():
             field = FIELDS[name]
@@ -551,11 +551,11 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        """Where the results go."""
+        """Return the folder of the results."""
         return Path(self.output_dir) if self.output_dir else Path("runs") / self.full_name
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Where `other` (a saved configuration) asks for other weights: "key=theirs, here ours"."""
+        """Say where `other`, a saved configuration, asks for other weights, with both values."""
         theirs = Config(**known_keys(other)).recipe
         ours = self.recipe
         return [
@@ -569,12 +569,12 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def known_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a saved configuration that there still are."""
+    """Return those keys of a saved configuration that there still are."""
     return {name: value for name, value in saved.items() if name in FIELDS}
 
 
 def named_value(name: str, value: Any) -> str:
-    """A key and its value as a part of a file name, such as wd0.01, nesterov, no-nesterov."""
+    """Return key and value as a part of a file name, such as wd0.01, nesterov, no-nesterov."""
     short = FIELDS[name].metadata["short"]
     short = name if short is None else short
     if isinstance(value, bool):
@@ -587,7 +587,7 @@ def named_value(name: str, value: Any) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The most similar of the known words."""
+    """Return the most similar of the known words."""
     return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
 
 
@@ -610,14 +610,14 @@ def _float(value: Any) -> float:
 
 
 def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
-    """The value in the key's type.
+    """Return the value in the key's type.
 
     Raises:
-        ConfigError: wrong type or out of range; names the key, what is allowed and the nearest.
+        ConfigError: its type or range is wrong; it names the key, what is allowed and the nearest.
     """
     name, meta = field.name, field.metadata
     if field.type is str:
-        # Whatever the library timm has: its names are checked when the model is made.
+        # Any name with timm's prefix passes: timm checks it when the model is made.
         timm = f"{TIMM}NAME" in meta["choices"] and str(value).startswith(TIMM)
         if meta["choices"] and value not in meta["choices"] and not timm:
             raise ConfigError(
@@ -653,7 +653,7 @@ def check_keys(keys: Iterable[Any], where: str) -> None:
     """Refuse keys that are not fields of Config.
 
     Raises:
-        ConfigError: names the key, where it stands, the nearest match and all known keys.
+        ConfigError: a key is unknown; it names the key, its place, the nearest and all known keys.
     """
     for key in keys:
         if key not in FIELDS:
@@ -665,7 +665,7 @@ def check_keys(keys: Iterable[Any], where: str) -> None:
 
 
 def key_of_path(path: str, where: str) -> str:
-    """The key of `section.key`; a key alone is one already.
+    """Return the key of `section.key`; a key alone is one already.
 
     Raises:
         ConfigError: there is no such section, or it has no such key.
@@ -691,13 +691,13 @@ def key_of_path(path: str, where: str) -> str:
 
 
 def flatten(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """Sections dissolved, aliases replaced: a mapping from keys of Config to values.
+    """Dissolve sections and replace aliases: return a mapping from keys of Config to values.
 
     The sections of the report's YAML files are dissolved as well.
 
     Raises:
-        ConfigError: an unknown section or key, or a key of the report's with a value that it cannot
-            have here.
+        ConfigError: a section or key is unknown, or a key of the report's has a value that it
+            cannot have here.
     """
     flat: dict[str, Any] = {}
     length = None
@@ -735,10 +735,10 @@ def flatten(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file (empty file: no keys).
+    """Return the mapping in a YAML file; an empty file has no keys.
 
     Raises:
-        ConfigError: not readable, not YAML, or not a mapping.
+        ConfigError: the file is not readable, is not YAML, or holds no mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -752,10 +752,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def named_yaml(name: str, folder: Path, kind: str) -> Path:
-    """`folder/name.yaml`; a name that ends with .yaml or .yml is a path.
+    """Return the path `folder/name.yaml`; a name that ends with .yaml or .yml is a path itself.
 
     Raises:
-        ConfigError: there is none; names those that exist and the nearest.
+        ConfigError: there is no such file; the message names those that exist and the nearest.
     """
     if Path(name).suffix in (".yaml", ".yml"):
         if not Path(name).is_file():
@@ -771,12 +771,12 @@ def named_yaml(name: str, folder: Path, kind: str) -> Path:
 
 
 def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
-    """`--key=value`, `--key value`, `--set section.key=value`; the last of equal keys wins.
+    """Read `--key=value`, `--key value`, `--set section.key=value`; the last of equal keys wins.
 
     A key that is true or false may stand alone: `--resume`.
 
     Raises:
-        ConfigError: an argument without `--`, a flag without a value, or a wrong path in --set.
+        ConfigError: an argument has no `--`, a flag has no value, or a path in --set is wrong.
     """
     flags: dict[str, str] = {}
     rest = list(arguments)
@@ -811,7 +811,7 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def make_config(*layers: tuple[str, Mapping[Any, Any]]) -> Config:
-    """Config from (where, mapping) layers; later layers override earlier ones."""
+    """Make a Config from (where, mapping) layers; later layers override earlier ones."""
     merged: dict[str, Any] = {}
     for where, layer in layers:
         merged.update(flatten(layer, where))
@@ -819,10 +819,10 @@ def make_config(*layers: tuple[str, Mapping[Any, Any]]) -> Config:
 
 
 def experiment_layers(name: str, below: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """The layers of a file: those of the file that it `extends`, then its own.
+    """Return the layers of a file: those of the file that it `extends`, then its own.
 
     Args:
-        name: NAME of configs/NAME.yaml, or the path of a YAML file.
+        name: the NAME of configs/NAME.yaml, or the path of a YAML file.
 
     Raises:
         ConfigError: there is no such file, or the files extend each other in a circle.
@@ -839,17 +839,17 @@ def experiment_layers(name: str, below: Sequence[str] = ()) -> list[tuple[str, d
 
 
 def from_command_line(arguments: Sequence[str]) -> Config:
-    """`--experiment=NAME` picks configs/NAME.yaml (default: default), or a YAML file by its path;
-    the other flags override it."""
+    """Make the Config of a command line: `--experiment=NAME` picks configs/NAME.yaml (default:
+    default), or a YAML file by its path; the other flags override it."""
     flags = parse_flags(arguments)
     name = flags.pop("experiment", "default")
-    # The flags first: a typing error there should not hide behind one in the file.
+    # The flags are checked first: a typing error there should not hide behind one in the file.
     check_keys(flags, "the command line")
     return make_config(*experiment_layers(name), ("the command line", flags))
 
 
 def describe_keys() -> str:
-    """One line per key, by section: default, meaning, allowed values."""
+    """Return one line per key, by section: default, meaning, allowed values."""
     lines = []
     for section in SECTIONS:
         lines.append(f"{section}:")

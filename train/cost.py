@@ -15,22 +15,22 @@ from train.models import build_model
 from train.progress import duration
 from train.registry import OPTIMIZERS
 
-# Products until five eigenvalues of a batch, or one of the fixed set, have converged, and what such
-# a product costs in forward and backward passes of its images: seen, and roughly so.
+# Five eigenvalues of a batch, or one of the fixed set, converge in about so many products, and each
+# product costs about so many forward and backward passes of its images: both were seen.
 PRODUCTS = {"batch": 20, "fixed set": 10}
 PASSES_PER_PRODUCT = 2.5
 MEASURED_SECONDS = 1.0
-CPU_BATCH = 32  # images are measured with, at the most
+CPU_BATCH = 32  # a measurement takes so many images, at the most
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of some runs.
+    """The cost of some runs.
 
     Args:
         images: gradient evaluations of one image in training.
-        sharpness: the same, of what the eigenvalues take.
-        seconds: of both, on this device with nothing else on it.
+        sharpness: the same for what the eigenvalues take.
+        seconds: the time of both, on this device with nothing else on it.
     """
 
     images: float = 0.0
@@ -43,7 +43,7 @@ class Cost:
 
 
 def passes(config: Config, steps: int) -> float:
-    """Gradients of the model's loss that a step takes, on the average of so many steps."""
+    """Return the gradients of the model's loss per step, on the average of so many steps."""
     name, number = config.policy or ("always", 0.0)
     if name == "from" and OPTIMIZERS[config.opt_name].step == "two passes":
         return 1 + max(0.0, steps - number) / steps
@@ -51,7 +51,7 @@ def passes(config: Config, steps: int) -> float:
 
 
 def evaluations(config: Config, train_images: int) -> tuple[float, float]:
-    """Gradient evaluations of one image: of the training, and about those of the sharpness."""
+    """Return gradient evaluations of one image: the training's, and about the sharpness's."""
     steps = config.epochs * math.ceil(train_images / config.batch_size)
     training = float(passes(config, steps) * config.epochs * train_images)
     fixed = min(config.sharpness_samples, train_images)
@@ -67,7 +67,7 @@ def evaluations(config: Config, train_images: int) -> tuple[float, float]:
 
 
 def seconds_per_image(config: Config, dataset: Dataset, device: torch.device) -> float:
-    """Of a forward and backward pass, by a few measured here."""
+    """Measure a few forward and backward passes, and return the seconds of one image."""
     set_numerics(config.precision)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = build_model(config.model, dataset.train.images.shape[1:], dataset.num_classes)
@@ -100,13 +100,13 @@ def seconds_per_image(config: Config, dataset: Dataset, device: torch.device) ->
 
 
 def estimate(configs: Sequence[Config]) -> Cost:
-    """Of all runs together. Measures each kind of pass once.
+    """Estimate the cost of all runs together. Each kind of pass is measured once.
 
     Raises:
-        ConfigError, DataError: as the runs themselves would.
+        ConfigError, DataError: the runs themselves would raise it.
     """
     total = Cost()
-    parts: dict[object, tuple[int, Dataset]] = {}  # training images, and a data set of a few
+    parts: dict[object, tuple[int, Dataset]] = {}  # each has how many images there are, and a few
     speeds: dict[object, float] = {}
     for config in configs:
         device = pick_device(config.device)
@@ -129,7 +129,7 @@ def estimate(configs: Sequence[Config]) -> Cost:
 
 
 def describe(configs: Sequence[Config]) -> str:
-    """One line for people."""
+    """Describe the cost in one line for people."""
     cost = estimate(configs)
     text = f"{len(configs)} runs: {cost.images:.3g} gradients of an image in training"
     if cost.sharpness:

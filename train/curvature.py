@@ -23,10 +23,10 @@ from train.hessian import Batch, Hessian
 from train.lanczos import extreme_eigenvalues
 from train.progress import WorkProgress
 
-BATCH = 256  # of the fixed set, which is summed over its batches
-EIGENVALUES = 5  # per batch, in the report
-TOLERANCE = 1e-3  # relative, of eigenvalues; the report's
-DRAWS_OF_EPOCH = 0  # its order and augmentation: training begins with epoch 1
+BATCH = 256  # the fixed set is summed over batches of so many images
+EIGENVALUES = 5  # the report takes so many per batch
+TOLERANCE = 1e-3  # eigenvalues have this relative tolerance, which is the report's
+DRAWS_OF_EPOCH = 0  # training begins with epoch 1: it never sees this order and augmentation
 SETTINGS = (
     "sharpness_batches", "sharpness_batch_size", "sharpness_samples", "trace_vectors",
     "density_steps",
@@ -34,7 +34,7 @@ SETTINGS = (
 
 
 def curvlinops() -> Any:
-    """The library, imported when something is measured: training alone does not need it."""
+    """Import the library when something is measured: training alone does not need it."""
     with warnings.catch_warnings():
         # torch.jit.script is deprecated, and still in use: by one of the library's dependencies,
         # and by torch itself when the first jvp is taken.
@@ -54,7 +54,7 @@ def eigenvalues(
     seed: int = 0,
     each: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """extreme_eigenvalues of the Hessian, from a random vector of this seed."""
+    """Return extreme_eigenvalues of the Hessian, from a random vector of this seed."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(operator.shape[0], generator=generator).to(operator.device, operator.dtype)
     found = extreme_eigenvalues(
@@ -65,7 +65,7 @@ def eigenvalues(
 
 
 def lambda_max(model: nn.Module, batches: Sequence[Batch], **options: Any) -> float:
-    """The largest (not largest in magnitude) eigenvalue of the Hessian, in eval mode.
+    """Return the largest (not largest in magnitude) eigenvalue of the Hessian, in eval mode.
 
     Args:
         model: its mode is put back afterwards; weights and gradients are not touched.
@@ -77,13 +77,13 @@ def lambda_max(model: nn.Module, batches: Sequence[Batch], **options: Any) -> fl
 
 
 def report_sharpness(eigenvalues: Sequence[Sequence[float]]) -> float | None:
-    """The report's figure: the mean of the positive values among those of all batches."""
+    """Return the report's figure: the mean of the positive values among those of all batches."""
     positive = [value for values in eigenvalues for value in values if value > 0]
     return statistics.fmean(positive) if positive else None
 
 
 def check_batch_size(dataset: Dataset, size: int) -> None:
-    """Raises ConfigError if the training split has no full batch."""
+    """Raise ConfigError if the training split has no full batch."""
     count = len(dataset.train)
     if size > count:
         raise ConfigError(
@@ -93,7 +93,7 @@ def check_batch_size(dataset: Dataset, size: int) -> None:
 
 
 def training_batches(dataset: Dataset, number: int, size: int, seed: int) -> Iterator[Batch]:
-    """The first `number` full augmented batches; further epochs where one has too few.
+    """Yield the first `number` full augmented batches; further epochs follow if one has too few.
 
     Raises:
         ConfigError: the training split has no full batch.
@@ -121,7 +121,7 @@ class _EvalMode:
 
 
 def measure(model: nn.Module, dataset: Dataset, config: Config, console: Console) -> dict[str, Any]:
-    """What the configuration asks for; None where it does not.
+    """Measure what the configuration asks for; the rest is None.
 
     Returns:
         sharpness: the report's figure, and eigenvalues: the list of each batch it is made of, with
@@ -135,7 +135,7 @@ def measure(model: nn.Module, dataset: Dataset, config: Config, console: Console
             "lambda_min", "trace", "trace_error", "density",
         )
     )  # fmt: skip
-    if config.channels_last:  # second derivatives take longer in it, on a CPU
+    if config.channels_last:  # second derivatives take longer in this format, on a CPU
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     with _EvalMode(model):
         if config.sharpness_batches:
@@ -183,7 +183,7 @@ def _fixed_set(
             return eigenvalues(operator, 1, which, seed=config.seed, each=bar.each)[0]
 
     found["lambda_max"] = extreme("lambda_max", "LA")
-    # The random vectors are the library's, of torch's global generator: put it back.
+    # The library draws its vectors by torch's global generator, which is put back.
     devices = [part.images.device] if part.images.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(config.seed)
@@ -191,7 +191,7 @@ def _fixed_set(
             samples: list[float] = []
             with WorkProgress(console, f"{config.run_name}: trace", config.trace_vectors) as bar:
                 for _ in range(config.trace_vectors):
-                    # One vector at a time: together they would fill the memory.
+                    # Vectors come one at a time: together they would fill the memory.
                     samples.append(float(curvlinops().hutchinson_trace(operator, 1)))
                     bar.show(len(samples), f"mean {statistics.fmean(samples):.1f}")
             found["trace"] = statistics.fmean(samples)
@@ -215,7 +215,7 @@ def _fixed_set(
 
 
 class _Products(WorkProgress):
-    """Counts Hessian-vector products."""
+    """A view of how many Hessian-vector products were taken."""
 
     def __init__(self, console: Console, title: str, total: int | None) -> None:
         super().__init__(console, title, total)
@@ -227,7 +227,7 @@ class _Products(WorkProgress):
 
 
 class _Watched:
-    """What fast_lanczos uses of an operator; `each` is called after each product."""
+    """An operator with what fast_lanczos uses of it; `each` is called after each product."""
 
     def __init__(self, operator: Hessian, each: Callable[[], object]) -> None:
         self._operator, self._each = operator, each

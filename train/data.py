@@ -19,18 +19,20 @@ from train.errors import DataError
 from train.folders import has_class_folders, read_class_folders
 from train.registry import DATASETS
 
-SPLIT_SEED = 42  # the report's
-# Where Debian's package dataset-fashion-mnist has its four files.
+SPLIT_SEED = 42  # the seed is the report's
+# Debian's package dataset-fashion-mnist has its four files there.
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 (N, C, H, W), unaugmented; labels: int64 (N,), the ones to be learnt.
+    """Images and their labels.
 
     Args:
+        images: uint8 (N, C, H, W), unaugmented.
+        labels: int64 (N,), the ones to be learnt.
         true_labels: int64 (N,), where some of the labels are wrong.
-        positions: int64 (N,): which of the files' training images these are, where that is known.
+        positions: int64 (N,): which of the files' training images these are, if that is known.
     """
 
     images: Tensor
@@ -42,11 +44,11 @@ class Split:
         return len(self.labels)
 
     def __getitem__(self, which: Tensor | slice) -> "Split":
-        """Some of the images."""
+        """Return some of the images."""
         return self._each(lambda tensor: tensor[which])
 
     def to(self, device: torch.device) -> "Split":
-        """On the device."""
+        """Return the split on the device."""
         return self._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Split":
@@ -56,7 +58,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training images go through; 0 and False leave a step out.
+    """The steps that training images go through; 0 and False leave a step out.
 
     Args:
         padding: black pixels on each side, from which a crop of the image's size is taken.
@@ -71,7 +73,9 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Dataset:
-    """mean, std: float32 (1, C, 1, 1), of pixels in [0, 1] (uint8 / 255).
+    """The splits of a data set, and the statistics of its pixels.
+
+    mean, std: float32 (1, C, 1, 1), of pixels in [0, 1] (uint8 / 255).
 
     file_images: the number of images that `positions` of the splits count.
     noisy_val_labels: int64 (N,) of the validation images, wrong as often as those of training;
@@ -89,7 +93,7 @@ class Dataset:
     noisy_val_labels: Tensor | None = None
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(images / 255 - mean) / std, float32: bit for bit torchvision's ToTensor, Normalize."""
+        """Return (images / 255 - mean) / std, float32, bit for bit as ToTensor and Normalize do."""
         return (images.float() / 255 - self.mean) / self.std
 
 
@@ -98,7 +102,7 @@ class Draws:
     """The random numbers of an epoch: entry i of each (N,) tensor is for the i-th image visited.
 
     order: index of the image. top, left: corner of the crop in the padded image. flip, cut:
-    whether to. cut_top, cut_left: corner of the Cutout square, which may hang over the edge.
+    whether to do it. cut_top, cut_left: corner of the Cutout square, which may overhang the edge.
     """
 
     order: Tensor
@@ -110,15 +114,15 @@ class Draws:
     cut_left: Tensor
 
     def slice(self, start: int, stop: int) -> "Draws":
-        """Those of the images visited from start to stop."""
+        """Return the draws of the images visited from start to stop."""
         return Draws(**{name: value[start:stop] for name, value in vars(self).items()})
 
 
 def draw_epoch(dataset: Dataset, seed: int, epoch: int) -> Draws:
     """Draw an epoch's order and augmentation; a function of the seed and the epoch alone.
 
-    Drawn on the CPU and moved once per epoch, so that every device sees the same images and a
-    resumed run needs no random state.
+    They are drawn on the CPU and moved once per epoch, so that every device sees the same images
+    and a resumed run needs no random state.
     """
     count, size = len(dataset.train), dataset.train.images.shape[-1]
     spec = dataset.augmentation
@@ -173,7 +177,7 @@ def augment(dataset: Dataset, images: Tensor, draws: Draws) -> Tensor:
 
 
 def _within(span: Tensor, start: Tensor, length: int) -> Tensor:
-    """(B, size): start <= position < start + length."""
+    """Return (B, size): whether start <= position < start + length."""
     return (span >= start[:, None]) & (span < start[:, None] + length)
 
 
@@ -186,7 +190,7 @@ def train_batches(
     world: int = 1,
     first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The augmented batches of an epoch, from batch `first` on; the last one may be smaller.
+    """Yield the augmented batches of an epoch, from batch `first` on; the last may be smaller.
 
     Args:
         rank, world: of each batch, the process `rank` of `world` gets its share: together they see
@@ -208,14 +212,14 @@ def visits(
     world: int = 1,
     first: int = 0,
 ) -> Tensor:
-    """int64 (N,): the training images that train_batches goes through, from batch `first` on."""
+    """Return int64 (N,): the training images of train_batches, from batch `first` on."""
     order = draw_epoch(dataset, seed, epoch).order
     shares = list(_shares(len(dataset.train), batch_size, rank, world))[first:]
     return torch.cat([order[start:stop] for start, stop in shares])
 
 
 def _shares(count: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[int, int]]:
-    """The part of each batch that is a process's, as (start, stop) of the visited images."""
+    """Yield a process's part of each batch, as (start, stop) of the visited images."""
     for start in range(0, count, batch_size):
         size = min(batch_size, count - start)
         yield start + size * rank // world, start + size * (rank + 1) // world
@@ -224,20 +228,20 @@ def _shares(count: int, batch_size: int, rank: int, world: int) -> Iterator[tupl
 def plain_batches(
     dataset: Dataset, split: Split, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a split in order, normalised, not augmented."""
+    """Yield the batches of a split in order, normalised, not augmented."""
     for start in range(0, len(split), batch_size):
         stop = start + batch_size
         yield dataset.normalise(split.images[start:stop]), split.labels[start:stop]
 
 
 def split_indices(count: int, held_out: int, seed: int = SPLIT_SEED) -> tuple[Tensor, Tensor]:
-    """(training, held out): disjoint, as torch.utils.data.random_split takes them."""
+    """Return (training, held out): disjoint, as torch.utils.data.random_split takes them."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[: count - held_out], order[count - held_out :]
 
 
 def canonical_order(split: Split) -> Tensor:
-    """The images in the order of a hash of pixels and label, int64 (N,).
+    """Return the order of the images by a hash of pixels and label, int64 (N,).
 
     So a split does not depend on the files that the images came in.
     """
@@ -250,7 +254,7 @@ def canonical_order(split: Split) -> Tensor:
 
 
 def load_dataset(config: Config, device: torch.device) -> Dataset:
-    """The data set of the configuration on the device, with its label noise.
+    """Return the data set of the configuration on the device, with its label noise.
 
     Raises:
         DataError: it is neither at hand nor to be downloaded, a file is damaged, or it has fewer
@@ -282,8 +286,8 @@ def load_dataset(config: Config, device: torch.device) -> Dataset:
 
 
 def _noisy_labels(config: Config, dataset: Dataset) -> tuple[Tensor | None, Tensor | None]:
-    """The labels of the training and the validation images, with noise; None where there is
-    none."""
+    """Return the labels of the training and the validation images, with noise; None where there
+    is none."""
     train, val, classes = dataset.train, dataset.val, dataset.num_classes
     share = config.label_noise
     if config.label_noise_file:
@@ -305,8 +309,8 @@ def _noisy_labels(config: Config, dataset: Dataset) -> tuple[Tensor | None, Tens
 
 
 def digits(config: Config) -> Dataset:
-    """scikit-learn's 1797 digits of 8x8 pixels in 0..16: 1000 / 297 / 500, stratified."""
-    # Here, because scikit-learn takes a second to import and CIFAR-100 does not need it.
+    """Return scikit-learn's 1797 digits of 8x8 pixels in 0..16: 1000 / 297 / 500, stratified."""
+    # scikit-learn is imported here: that takes a second, and CIFAR-100 does not need it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -335,7 +339,7 @@ def digits(config: Config) -> Dataset:
 
 
 def _hold_out(known: Split, order: Tensor, held_out: int) -> tuple[Split, Split]:
-    """(training, validation): held_out of the images, taken in this order, are for validation."""
+    """Return (training, validation): held_out images, taken in this order, are for validation."""
     known = replace(known, positions=torch.arange(len(known)))
     train, val = split_indices(len(known), held_out)
     return known[order[train]], known[order[val]]
@@ -346,8 +350,8 @@ def _channels(values: Sequence[float]) -> Tensor:
 
 
 def _wrong_checksum(name: str, root: Path) -> Path | None:
-    """The first of CIFAR's unpacked files that is not what its checksum says."""
-    # Here, because torchvision takes seconds to import.
+    """Return the first of CIFAR's unpacked files that is not what its checksum says."""
+    # torchvision is imported here: that takes seconds.
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
 
@@ -376,7 +380,7 @@ def _missing(name: str, data_root: str, error: Exception, holds: str) -> DataErr
 
 
 def _cifar(config: Config, name: str, folder: str, classes: Sequence[str]) -> tuple[Split, Split]:
-    """(training, test) of CIFAR-10 or CIFAR-100, from torchvision's files or class folders."""
+    """Return (training, test) of CIFAR-10 or CIFAR-100, from torchvision's files or folders."""
     root = Path(config.data_root)
     if has_class_folders(root):
         parts = []
@@ -390,7 +394,7 @@ def _cifar(config: Config, name: str, folder: str, classes: Sequence[str]) -> tu
                 )
             parts.append(Split(images, labels))
         return parts[0], parts[1]
-    # Here, because torchvision takes seconds to import and the digits do not need it.
+    # torchvision is imported here: that takes seconds, and the digits do not need it.
     from torchvision import datasets
 
     kind = {"CIFAR-10": datasets.CIFAR10, "CIFAR-100": datasets.CIFAR100}[name]
@@ -408,13 +412,13 @@ def _cifar(config: Config, name: str, folder: str, classes: Sequence[str]) -> tu
 
 
 def cifar100(config: Config) -> Dataset:
-    """CIFAR-100 as the report uses it: 45,000 / 5,000 / 10,000."""
+    """Return CIFAR-100 as the report uses it: 45,000 / 5,000 / 10,000."""
     known, test = _cifar(config, "CIFAR-100", "cifar-100-python", noise.CIFAR100_CLASSES)
     return _cifar_protocol(known, test, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 100)
 
 
 def cifar10(config: Config) -> Dataset:
-    """CIFAR-10 with the protocol of CIFAR-100: 45,000 / 5,000 / 10,000."""
+    """Return CIFAR-10 with the protocol of CIFAR-100: 45,000 / 5,000 / 10,000."""
     known, test = _cifar(config, "CIFAR-10", "cifar-10-batches-py", noise.CIFAR10_CLASSES)
     return _cifar_protocol(known, test, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 10)
 
@@ -422,7 +426,7 @@ def cifar10(config: Config) -> Dataset:
 def _cifar_protocol(
     known: Split, test: Split, mean: Sequence[float], std: Sequence[float], num_classes: int
 ) -> Dataset:
-    # A tenth, as 5,000 of 50,000 are: a part of the images in class folders will do.
+    # A tenth is held out, as 5,000 of 50,000 are: some of the images in class folders will do.
     train, val = _hold_out(known, canonical_order(known), len(known) // 10)
     return Dataset(
         train=train,
@@ -431,14 +435,14 @@ def _cifar_protocol(
         num_classes=num_classes,
         mean=_channels(mean),
         std=_channels(std),
-        # The report's, which suits CIFAR-10 too.
+        # The augmentation is the report's, and suits CIFAR-10 too.
         augmentation=Augmentation(padding=4, flip=True, cutout=16),
         file_images=len(known),
     )
 
 
 def folder(config: Config) -> Dataset:
-    """Class folders in train/ and test/; validation images in val/, else a tenth of train/."""
+    """Read class folders train/ and test/; val/ has validation images, else a tenth of train/."""
     root, size = Path(config.data_root), config.image_size
     images, labels, classes = read_class_folders(root / "train", size)
     known = Split(images, labels)
@@ -479,7 +483,7 @@ def folder(config: Config) -> Dataset:
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel, of pixels in [0, 1]; a part at a time."""
+    """Return mean and deviation of each channel, of pixels in [0, 1]; go a part at a time."""
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for part in images.split(1000):
         for channel, pixels in enumerate(part.transpose(0, 1)):
@@ -488,13 +492,13 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     shares = counts / counts.sum(1, keepdim=True)
     mean = (shares * values).sum(1, keepdim=True)
     std = (shares * (values - mean).square()).sum(1).sqrt()
-    # A channel of one value has none; such pixels are 0 then.
+    # A channel of one value has no deviation; its pixels are 0 then.
     std = torch.where(std > 0, std, 1.0)
     return _channels(mean.flatten().tolist()), _channels(std.tolist())
 
 
 def fashion(config: Config) -> Dataset:
-    """Fashion-MNIST: 55,000 / 5,000 / 10,000 images of 28x28 pixels."""
+    """Return Fashion-MNIST: 55,000 / 5,000 / 10,000 images of 28x28 pixels."""
     folder = _fashion_folder(config.data_root)
 
     def read(part: str) -> Split:
@@ -528,18 +532,18 @@ FASHION_FILES = tuple(
 
 
 def _idx_file(folder: Path, name: str) -> Path:
-    """The file, unpacked or as .gz; the latter if there is neither."""
+    """Return the file, unpacked or as .gz; the latter if there is neither."""
     return folder / name if (folder / name).exists() else folder / f"{name}.gz"
 
 
 def _fashion_folder(data_root: str) -> Path:
-    """The folder that has the four files; downloads them with torchvision if there is none."""
+    """Return the folder with the four files; torchvision downloads them if there is none."""
     root = Path(data_root)
     places = (root / "FashionMNIST" / "raw", root, root / "fashion-mnist", DEBIAN_FASHION)
     for place in places:
         if all(_idx_file(place, name).exists() for name in FASHION_FILES):
             return place
-    # Here, because torchvision takes seconds to import.
+    # torchvision is imported here: that takes seconds.
     from torchvision.datasets import FashionMNIST
 
     try:
@@ -556,7 +560,7 @@ def _fashion_folder(data_root: str) -> Path:
 
 
 def read_idx(path: Path) -> Tensor:
-    """A uint8 tensor from a file in MNIST's idx format, unpacked or .gz.
+    """Read a uint8 tensor from a file in MNIST's idx format, unpacked or .gz.
 
     (torchvision's reader takes unpacked files only, and checks with `assert`.)
 
@@ -565,7 +569,7 @@ def read_idx(path: Path) -> Tensor:
     """
     try:
         data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-        # Two zeros, the type (8: uint8), the number of dimensions; then each size.
+        # The header is two zeros, the type (8: uint8), the number of dimensions; then each size.
         zeros, kind, dimensions = struct.unpack_from(">HBB", data)
         shape = struct.unpack_from(f">{dimensions}I", data, 4)
         if zeros or kind != 8 or len(data) - 4 - 4 * dimensions != int(np.prod(shape)):

@@ -6,7 +6,7 @@ from train.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of the configuration; auto: CUDA where there is one.
+    """Return the device of the configuration; auto: CUDA where there is one.
 
     Raises:
         ConfigError: CUDA is asked for and not available.
@@ -19,8 +19,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_numerics(precision: str = "fp32") -> None:
-    """TF32 in convolutions where the precision is tf32, which is torch's default, and nowhere else;
-    and the same sums at every pass, without which a resumed run would not come out the same."""
+    """Use TF32 in convolutions where the precision is tf32, which is torch's default, and nowhere
+    else; take the same sums at every pass, or a resumed run would not come out the same."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = precision == "tf32"

@@ -31,7 +31,7 @@ class Processes:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes files and shows progress."""
+        """Return whether this process writes files and shows progress."""
         return self.rank == 0
 
     def sum_(self, *tensors: Tensor) -> None:
@@ -48,7 +48,7 @@ class Processes:
                 tensor /= self.world
 
     def wait(self) -> None:
-        """For all others."""
+        """Wait for all others."""
         if self.world > 1:
             dist.barrier()
 
@@ -61,7 +61,7 @@ def process_group(device: str) -> Iterator[Processes]:
     """Join the processes of torchrun, if there are several; gloo on CPUs, NCCL on GPUs.
 
     Args:
-        device: of the configuration; each process takes the GPU of its LOCAL_RANK.
+        device: that of the configuration; each process takes the GPU of its LOCAL_RANK.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -79,7 +79,7 @@ def process_group(device: str) -> Iterator[Processes]:
 
 @functools.lru_cache
 def own_group(size: int) -> Any:
-    """The group of `size` processes that this one is in: neighbours, in the order of the ranks.
+    """Return the group of `size` processes that this one is in: neighbours, by their ranks.
 
     Raises:
         ConfigError: the processes do not divide into such groups.
@@ -99,7 +99,7 @@ def own_group(size: int) -> Any:
 
 
 class _SumOfProcesses(torch.autograd.Function):
-    """Sum a tensor over the processes; every process's loss depends on every summand.
+    """The sum of a tensor over the processes; every process's loss depends on every summand.
 
     (torch.distributed.nn.functional has it, but is deprecated in favour of a private module.)
     """
@@ -121,14 +121,14 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes; torch's SyncBatchNorm is for GPUs only."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As BatchNorm2d on all images together."""
+        """Normalise as BatchNorm2d does on all images together."""
         if not self.training:
             return super().forward(x)
         count = torch.tensor([float(x.numel() // x.shape[1])])
         sums = torch.cat([x.sum(dim=(0, 2, 3)), count])
         total = _SumOfProcesses.apply(sums)
         n, mean = total[-1], total[:-1] / total[-1]
-        # Around the mean: the difference of two sums of squares would lose digits.
+        # The squares are around the mean: the difference of two sums of squares would lose digits.
         centred = x - mean[:, None, None]
         variance = _SumOfProcesses.apply(centred.square().sum(dim=(0, 2, 3))) / n
         if self.track_running_stats and self.running_mean is not None:
@@ -143,7 +143,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with batch norm over all processes; parameters and names stay."""
+    """Return the model with batch norm over all processes; parameters and names stay."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -153,9 +153,9 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model as a module whose backward averages the gradients."""
-    # Statistics are the same everywhere: no need to broadcast them at each pass.
-    # A note on speed, about 1x1 convolutions, whose strides are the same memory.
+    """Return the model as a module whose backward averages the gradients."""
+    # Statistics are the same everywhere: none need be broadcast at each pass.
+    # The warning is a note on speed, about 1x1 convolutions, whose strides are the same memory.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     devices = [torch.cuda.current_device()] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
@@ -164,10 +164,10 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 def mean_loss(
     logits: Tensor, labels: Tensor, batch: int, world: int, smoothing: float = 0.0
 ) -> Tensor:
-    """A share's part of the mean cross-entropy of a batch; the mean over processes is the whole.
+    """Return a share's part of a batch's mean cross-entropy; the mean over processes is all.
 
     Args:
-        batch: images of the batch in all processes together.
+        batch: the number of images of the batch in all processes together.
         smoothing: the share of each label that all classes get alike.
     """
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)

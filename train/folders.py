@@ -11,14 +11,14 @@ from train.errors import DataError
 
 
 def has_class_folders(root: Path) -> bool:
-    """Whether train/ and test/ with folders in them are there."""
+    """Return whether train/ and test/ with folders in them are there."""
     return all(any(path.is_dir() for path in (root / part).glob("*")) for part in ("train", "test"))
 
 
 # Both parts of a data set stay for the next run of a study.
 @functools.lru_cache(maxsize=3)
 def read_class_folders(folder: Path, image_size: int = 0) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """The images of a folder by class, within it by name.
+    """Read the images of a folder by class, within it by name.
 
     Args:
         image_size: the shorter side is resized to it, and the square in the middle taken;
@@ -31,7 +31,7 @@ def read_class_folders(folder: Path, image_size: int = 0) -> tuple[Tensor, Tenso
         DataError: there are no class folders, one of them is empty, or an image cannot be read or
             has another size.
     """
-    # Here, because torchvision takes seconds to import.
+    # These are imported here: torchvision takes seconds to import.
     from PIL import Image
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import functional

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Losses, one per pass, and the predicted classes.
+# Outputs are the losses, one per pass, and the predicted classes.
 Outputs = tuple[list[Tensor], Tensor]
 Step = Callable[[Tensor, Tensor], Outputs]
-# From something to do to what does it again, on the same memory.
+# A Capture takes something to do, and returns what does it again, on the same memory.
 Capture = Callable[[Callable[[], Outputs]], Callable[[], Outputs]]
 
 
 class CudaCapture:
-    """Records on a stream of its own, where the steps before the recording belong as well:
+    """A recorder on a stream of its own, where the steps before the recording belong as well:
     autograd remembers the stream of each parameter's gradient."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self._pool: Any = None  # of the last graph's memory, for the next one
+        self._pool: Any = None  # the next graph uses the memory of the last one
 
     def __call__(self, do: Callable[[], Outputs]) -> Callable[[], Outputs]:
         graph = torch.cuda.CUDAGraph()
@@ -36,12 +36,12 @@ class CudaCapture:
 
 
 class GraphedStep:
-    """Makes training steps, by a recording where it has one of this shape.
+    """A maker of training steps, by a recording where it has one of this shape.
 
     A recording holds lr and all other numbers as they were: forget() it when they change.
 
     Args:
-        step: images and labels to Outputs; changes the weights.
+        step: turns images and labels into Outputs, and changes the weights.
         capture: records without doing, like a CUDA graph.
     """
 
@@ -51,7 +51,7 @@ class GraphedStep:
         self._images = self._labels = torch.empty(0)
 
     def forget(self) -> None:
-        """The next step is recorded anew."""
+        """Forget the recording: the next step is recorded anew."""
         self._again = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Outputs:

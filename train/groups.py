@@ -14,11 +14,11 @@ from train.errors import CheckpointError, ConfigError
 from train.registry import DATASETS, MODELS, OPTIMIZERS
 
 TITLES = {name: entry.title for name, entry in {**OPTIMIZERS, **MODELS, **DATASETS}.items()}
-# What results that do not say so were tested on: (classes, images).
+# Results that do not say so were tested on these: (classes, images).
 TESTED_ON = {"cifar100": (100, 10_000), "digits": (10, 500)}
 # Up to rounding, nothing depends on them.
 ROUNDING = ("backend", "channels_last", "compile", "cuda_graph")
-# Of the report's optimizers; it has none of them.
+# The optimizers have these options, none of which the report uses.
 OPTIONS = (
     "base", "adaptive", "scaling", "eta", "subset", "norm", "when", "granularity", "perturbation",
 )  # fmt: skip
@@ -27,7 +27,7 @@ ALL_RUNS = "runs.jsonl"
 
 
 def title_of(name: str) -> str:
-    """As people write it."""
+    """Return the name as people write it."""
     return TITLES.get(name, name)
 
 
@@ -39,8 +39,8 @@ def _rank(name: str) -> int:
 class Group:
     """Runs that differ in their seed, and in nothing else that their weights depend on.
 
-    config: of the first of them.
-    runs: finished, by seed. diverged: what the others left.
+    config: that of the first run.
+    runs: the finished ones, by seed. diverged: what the others left.
     label: the optimizer, rho, and what tells the group from others of its task.
     """
 
@@ -51,13 +51,13 @@ class Group:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The keys that the weights depend on, without the seed."""
+        """Return the keys that the weights depend on, without the seed."""
         return {name: value for name, value in self.config.recipe.items() if name != "seed"}
 
     @property
     def is_of_the_report(self) -> bool:
-        """Whether its optimizer is one of the report's, as the report has it: over SGD, perturbing
-        all parameters in every step, by one norm and unscaled."""
+        """Return whether its optimizer is one of the report's, as the report has it: over SGD,
+        perturbing all parameters in every step, by one norm and unscaled."""
         config = self.config
         is_known = config.opt_name in ("sgd", "sgdhess", "sam", "samdirection", "sammagnitude")
         return is_known and all(
@@ -66,22 +66,22 @@ class Group:
 
     @property
     def optimizer(self) -> str:
-        """Its title."""
+        """Return the optimizer's title."""
         return title_of(self.config.opt_name)
 
     @property
     def variant(self) -> str:
-        """The label without the optimizer; empty if that is all."""
+        """Return the label without the optimizer; it is empty if that is all."""
         return self.label.removeprefix(self.optimizer).removeprefix(", ")
 
     @property
     def task(self) -> dict[str, Any]:
-        """The keys within whose values accuracies may be compared: model, and what is learnt."""
+        """Return the keys within whose values accuracies compare: model, and what is learnt."""
         return {name: value for name, value in self.recipe.items() if _is_task(name)}
 
     @property
     def task_title(self) -> str:
-        """The task in words."""
+        """Return the task in words."""
         parts = [title_of(self.config.dataset)]
         for name, value in self.task.items():
             if name in ("dataset", "model") or value == FIELDS[name].default:
@@ -96,7 +96,7 @@ class Group:
 
     @property
     def task_name(self) -> str:
-        """The task as a part of a file name."""
+        """Return the task as a part of a file name."""
         config = self.config
         parts = [config.dataset, config.model]
         for name, value in self.task.items():
@@ -105,7 +105,7 @@ class Group:
         return "-".join(parts)
 
     def by_seed(self, name: str) -> dict[int, float]:
-        """A figure of each run that has it, by its seed; accuracies in percent."""
+        """Return a figure of each run that has it, by its seed; accuracies are in percent."""
         factor = 100 if name.endswith("accuracy") else 1
         return {
             run["config"]["seed"]: factor * run["figures"][name]
@@ -114,11 +114,11 @@ class Group:
         }
 
     def values(self, name: str) -> list[float]:
-        """The same without the seeds."""
+        """Return the same figures without the seeds."""
         return list(self.by_seed(name).values())
 
     def history(self, name: str) -> dict[int, list[float]]:
-        """An entry of the history: for each epoch the values of the runs that have it."""
+        """Return for each epoch the values of the runs that have this entry of the history."""
         rows: dict[int, list[float]] = {}
         for run in self.runs:
             for entry in run["history"]:
@@ -127,7 +127,7 @@ class Group:
         return dict(sorted(rows.items()))
 
     def at_epoch(self, name: str, which: int) -> dict[int, float]:
-        """An entry of the history at one epoch (an index, such as -1), by seed."""
+        """Return an entry of the history at one epoch (an index, such as -1), by seed."""
         found = {}
         for run in self.runs:
             value = run["history"][which].get(name) if run["history"] else None
@@ -137,7 +137,7 @@ class Group:
 
     @property
     def remarks(self) -> str:
-        """What became of runs that did not learn, such as "1 diverged, 2 at chance"."""
+        """Say what became of runs that did not learn, such as "1 diverged, 2 at chance"."""
         lost = [f"{len(self.diverged)} diverged"] if self.diverged else []
         if chance := sum(is_at_chance(run) for run in self.runs):
             lost.append(f"{chance} at chance")
@@ -157,7 +157,7 @@ def in_words(name: str, value: Any) -> str:
 
 
 def is_at_chance(run: Mapping[str, Any]) -> bool:
-    """Whether guessing is as accurate, up to two standard deviations of a guesser."""
+    """Return whether guessing is as accurate, up to two standard deviations of a guesser."""
     classes, images = TESTED_ON.get(run["config"].get("dataset", ""), (10, 10_000))
     classes = run.get("classes", classes)
     images = run.get("images", {}).get("test", images)
@@ -171,7 +171,7 @@ def is_at_chance(run: Mapping[str, Any]) -> bool:
 
 
 def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """The results below the folders, each with the sharpness.json beside it; and what diverged.
+    """Read the results below the folders, with the sharpness.json beside each; and what diverged.
 
     A folder without result.json may hold runs.jsonl, which a report leaves: it stands for the runs.
 
@@ -206,7 +206,7 @@ def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 def _load(path: Path) -> dict[str, Any] | None:
     if path.name == "diverged.json":
-        # Beside a result it is of a later attempt, which changed nothing there.
+        # Beside a result, the record is of a later attempt, which changed nothing there.
         return None if path.with_name("result.json").exists() else results.read_diverged(path)
     run = results.read_result(path)
     run |= {"density": None, "eigenvalues": None, "settings": dict(run["config"])}
@@ -215,7 +215,7 @@ def _load(path: Path) -> dict[str, Any] | None:
         try:
             measured = json.loads(beside.read_text(encoding="utf-8"))
             for name in ("sharpness", "lambda_max", "trace", "trace_error"):
-                # Measured later, by train.sharpness: it counts.
+                # train.sharpness measured it later: it counts.
                 if measured[name] is not None:
                     run["figures"][name] = measured[name]
             run["density"] = measured["density"]
@@ -233,7 +233,7 @@ def _load(path: Path) -> dict[str, Any] | None:
 
 
 def grouped(runs: Iterable[dict[str, Any]]) -> tuple[list[Group], list[str]]:
-    """Groups in the order of data set, model, optimizer and rho; and what was left out, in words.
+    """Return groups by data set, model, optimizer and rho; and in words, what was left out.
 
     The same run in two folders counts once.
     """
@@ -272,7 +272,7 @@ def grouped(runs: Iterable[dict[str, Any]]) -> tuple[list[Group], list[str]]:
 
 
 def tasks(groups: Iterable[Group]) -> list[list[Group]]:
-    """The groups of each task."""
+    """Return the groups of each task."""
     found: dict[str, list[Group]] = {}
     for group in groups:
         found.setdefault(group.task_name, []).append(group)
@@ -280,14 +280,14 @@ def tasks(groups: Iterable[Group]) -> list[list[Group]]:
 
 
 def _compared(group: Group, name: str) -> Any:
-    """The value of a key; what is usual for an optimizer counts as the default of all."""
+    """Return the value of a key; an optimizer's usual value counts as the default of all."""
     usual = group.config.usual(name)
     value = group.recipe.get(name, usual)
     return FIELDS[name].metadata["default"] if value == usual else value
 
 
 def _label(groups: Sequence[Group]) -> None:
-    """Labels that tell the groups of a task apart."""
+    """Label the groups of a task so that the labels tell them apart."""
     differing = [
         name
         for name in FIELDS
@@ -299,7 +299,7 @@ def _label(groups: Sequence[Group]) -> None:
             parts.append(f"rho {group.config.rho:g}")
         for name in differing:
             value = group.recipe.get(name, group.config.usual(name))
-            # Numbers always; of switches and choices, what is not the default.
+            # Numbers always stand there; switches and choices do where they are not the default.
             is_number = FIELDS[name].type in (int, float) and name in group.recipe
             if is_number or value != group.config.usual(name):
                 parts.append(in_words(name, value))
@@ -310,7 +310,7 @@ def _label(groups: Sequence[Group]) -> None:
 
 
 def mean_and_deviation(values: Sequence[float], form: str = ".2f") -> str:
-    """Such as 79.24 ± 0.12; without a deviation for one value, - for none."""
+    """Return text such as 79.24 ± 0.12; without a deviation for one value, - for none."""
     if not values:
         return "-"
     mean = format(statistics.fmean(values), form)
@@ -321,8 +321,9 @@ def mean_and_deviation(values: Sequence[float], form: str = ".2f") -> str:
 class Comparison:
     """A paired t-test over seeds.
 
-    number: of pairs. mean: of the differences; low, high: its 95% interval, and p of a mean of 0,
-    two-sided: nan where one pair, or differences without deviation, do not tell.
+    number: how many pairs there are. mean: that of the differences; low, high: its 95% interval,
+    and p of a mean of 0, two-sided: nan where one pair, or differences without deviation, do not
+    tell.
     """
 
     number: int
@@ -335,7 +336,7 @@ class Comparison:
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison | None:
     """Compare ours minus theirs, seed by seed: the same seed has the same first weights and order.
 
-    None where they have no seed in common.
+    It is None where they have no seed in common.
     """
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if not differences:
@@ -344,7 +345,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison
     error = statistics.stdev(differences) / math.sqrt(number) if number > 1 else 0.0
     if error == 0:
         return Comparison(number, mean)
-    from scipy.stats import t as student  # takes a second, which a run alone need not
+    from scipy.stats import t as student  # the import takes a second, which a run alone need not
 
     reach = float(student.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
     p = 2 * float(student.sf(abs(mean) / error, number - 1))
@@ -352,7 +353,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p values adjusted for their number, by Holm's method; nan stays, and counts as no test."""
+    """Adjust p values for their number by Holm's method; nan stays, and counts as no test."""
     order = sorted((p, i) for i, p in enumerate(values) if not math.isnan(p))
     adjusted = [math.nan] * len(values)
     largest = 0.0

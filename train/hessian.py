@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
-MEMORY_SHARE = 0.6  # of what is free, for the graphs of gradients
+MEMORY_SHARE = 0.6  # the graphs of gradients may take so much of what is free
 
 
 class Hessian:
-    """H over all images of the batches, for vectors over all parameters that require gradients.
+    """The Hessian H over all images of the batches, for vectors over all trained parameters.
 
     H v is the gradient of (gradient . v). The gradient is computed once, and its graph kept, where
     memory holds it; otherwise it is computed anew for each product, for as many images at a time as
     memory holds.
 
     Args:
-        model: in eval mode, so that images do not depend on each other.
-        batches: images and labels.
-        memory: bytes for graphs; None: MEMORY_SHARE of what is free.
+        model: the network in eval mode, so that images do not depend on each other.
+        batches: the images and labels.
+        memory: the bytes for graphs; None: MEMORY_SHARE of what is free.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Hessian:
             ]
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """H v, or H times the columns of (N, K)."""
+        """Return H v, or H times the columns of (N, K)."""
         if vectors.ndim == 2:
             return torch.stack([self @ column for column in vectors.T], dim=1)
         sizes = [p.numel() for p in self._params]
@@ -77,7 +77,7 @@ class Hessian:
         )
 
     def _bytes_per_image(self) -> int:
-        """By how much the graph of a gradient grows with an image."""
+        """Return the bytes by which the graph of a gradient grows with an image."""
         return max(1, self._bytes(2) - self._bytes(1))
 
     def _bytes(self, count: int) -> int:
@@ -92,12 +92,12 @@ class Hessian:
         images, labels = (part[:1].repeat_interleave(count, 0) for part in (images, labels))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             held = self._gradient(images, labels)
-        del held  # only now: an address is used again once its memory is free
+        del held  # the gradients go only now: an address is used again once its memory is free
         return sum(found.values())
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes; inf where nobody says."""
+    """Return the free bytes; inf where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from train.errors import NumericsError
 
-SUBSPACE = 24  # vectors; ARPACK's own choice is 20
+SUBSPACE = 24  # the subspace has so many vectors; ARPACK's own choice is 20
 MAX_PRODUCTS = 2000
-CHECK_EVERY = 2  # products
+CHECK_EVERY = 2  # products pass from one check of convergence to the next
 
 
 def extreme_eigenvalues(
@@ -22,7 +22,7 @@ def extreme_eigenvalues(
     tolerance: float,
     each: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Some eigenvalues, by Lanczos with full reorthogonalisation and thick restarts.
+    """Return some eigenvalues, by Lanczos with full reorthogonalisation and thick restarts.
 
     The projection of the operator on what the products span has eigenvalues theta with residuals
     r = ||A y - theta y||. It ends when all that are wanted have
@@ -33,10 +33,10 @@ def extreme_eigenvalues(
     span no more, random vectors fill the subspace: so eigenvalues come as often as they are there.
 
     Args:
-        product: of the operator, from (N,) to (N,).
-        start: (N,), floating point, not 0; random vectors are best.
+        product: the operator's, from (N,) to (N,).
+        start: a vector (N,), floating point, not 0; random ones are best.
         which: LA, SA: largest, smallest; LM: largest in magnitude.
-        each: called after each product.
+        each: what is called after each product.
 
     Returns:
         float64 (number,) on the CPU, in ascending order; (N,) where N is less than number.
@@ -109,7 +109,7 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, float]:
     """
     total = torch.zeros(len(basis), dtype=torch.float64)
     before, norm = math.inf, float(vector.norm())
-    # Again where much was taken out: what is left has the rounding of what was there.
+    # This is repeated where much was taken out: what is left has the rounding of what was there.
     for _ in range(4):
         if norm > 0.5 * before or norm == 0:
             break
@@ -121,7 +121,7 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, float]:
 
 
 def _ritz(projection: Tensor, filled: int, norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of the projection, and their residuals."""
+    """Return eigenvalues and eigenvectors of the projection, and their residuals."""
     upper = projection[:filled, :filled].triu()
     values, vectors = torch.linalg.eigh(upper + upper.triu(1).T)
     return values, vectors, norm * vectors[-1].abs()

@@ -1,7 +1,7 @@
 """Loss around checkpoints: `python -m train.landscape CHECKPOINT...`.
 
-Along random directions whose filters are as long as those of the weights: biases and normalisation
-stay as they are. So networks may be compared whose weights differ in scale.
+The loss is taken along random directions whose filters are as long as those of the weights: biases
+and normalisation stay as they are. So networks may be compared whose weights differ in scale.
 
 Source: Li et al., arXiv:1712.09913.
 """
@@ -37,16 +37,16 @@ of two. Keys, with their values here:
 """
 OWN = {"points": 25, "grid": 0, "extent": 1.0}
 ALLOWED = ("sharpness_samples", "data_root", "device", "threads", "seed", "output_dir")
-LEVELS = 15  # of the plane
+LEVELS = 15  # the plane is drawn in so many steps
 
 
 def direction(model: nn.Module, seed: int) -> list[Tensor]:
-    """For each parameter a random tensor whose filters (first index) have the norms of its own; 0
-    for parameters of less than two dimensions."""
+    """Draw for each parameter a random tensor whose filters (first index) have the norms of its
+    own; it is 0 for parameters of less than two dimensions."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for p in model.parameters():
-        # Drawn on the CPU: the same on every device.
+        # Random numbers are drawn on the CPU: every device has the same.
         random = torch.randn(p.shape, generator=generator).to(p)
         if p.ndim < 2:
             found.append(torch.zeros_like(p))
@@ -60,7 +60,7 @@ def direction(model: nn.Module, seed: int) -> list[Tensor]:
 def loss_at(
     model: nn.Module, dataset: Dataset, split: Split, moves: Sequence[tuple[float, list[Tensor]]]
 ) -> float:
-    """The loss at w + sum of factor * direction; w is put back bit for bit."""
+    """Return the loss at w + sum of factor * direction; w is put back bit for bit."""
     before = [p.detach().clone() for p in model.parameters()]
     try:
         with torch.no_grad():
@@ -75,7 +75,7 @@ def loss_at(
 
 
 def plot(curves: Sequence[dict[str, Any]]) -> Figure:
-    """The lines of all checkpoints, and a plane for each that has one."""
+    """Draw the lines of all checkpoints, and a plane for each that has one."""
     planes = [curve for curve in curves if curve["plane"]]
     lines = [curve for curve in curves if curve["line"]]
     panels = len(planes) + bool(lines)
@@ -99,7 +99,7 @@ def plot(curves: Sequence[dict[str, Any]]) -> Figure:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and draw; the exit code of the process."""
+    """Measure, draw, and return the exit code of the process."""
     paths = [Path(word) for word in arguments if not word.startswith("-")]
     if not paths or "--help" in arguments:
         print(USAGE)
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
                 "checkpoint": str(path),
                 "epoch": epoch,
                 "line": {"at": line, "loss": losses[: len(line)]} if line else None,
-                # Row: along the second direction.
+                # The index of a row goes along the second direction.
                 "plane": {"at": side, "loss": plane} if side else None,
             }
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from train.errors import DivergedError, VerificationError
 
-TOLERANCE = 1e-5  # fp32: some tens of roundings, far below any wrong formula
+TOLERANCE = 1e-5  # the tolerance is some tens of roundings in fp32, far below any wrong formula
 
 
 @dataclass
@@ -24,14 +24,14 @@ class Deviation:
 
 
 def relative_deviation(value: Tensor, reference: Tensor) -> float:
-    """||value - reference||_2 / ||reference||_2 in float64; the numerator where that norm is 0."""
+    """Return ||value - reference||_2 / ||reference||_2 in float64; if that is 0, the numerator."""
     difference = (value.double() - reference.double()).norm()
     norm = reference.double().norm()
     return float(difference if norm == 0 else difference / norm)
 
 
 class Lockstep:
-    """Stands in for an optimizer and takes each step with a reference twin as well.
+    """A stand-in for an optimizer, which takes each step with a reference twin as well.
 
     The twin owns copies of the parameters and keeps them over all steps, so errors add up as they
     do in training. Both get the same g1 and g2: the gradients that the real optimizer's weights
@@ -39,9 +39,9 @@ class Lockstep:
 
     Args:
         model: its parameters are those of the optimizer.
-        optimizer: the one to check.
-        make_reference: makes the twin from a list of names and parameters.
-        tolerance: of the relative deviation of each parameter.
+        optimizer: the optimizer to check.
+        make_reference: what makes the twin from a list of names and parameters.
+        tolerance: the largest relative deviation that each parameter may have.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class Lockstep:
 
     @contextlib.contextmanager
     def first_pass(self, model: nn.Module) -> Iterator[None]:
-        """Of both optimizers, around the same first pass."""
+        """Enclose one first pass in those of both optimizers."""
         with self.optimizer.first_pass(model), self._reference.first_pass(model):
             yield
 
     def first_step(self) -> bool:
-        """Perturb both, then compare. Returns whether there is a second pass.
+        """Perturb both, then compare. Return whether there is a second pass.
 
         Raises:
             DivergedError: a gradient is not finite.
@@ -90,7 +90,7 @@ class Lockstep:
         """Update both, then compare.
 
         Raises:
-            VerificationError: as first_step.
+            VerificationError: see first_step.
         """
         self._prepare_update()
         self.optimizer.second_step(zero_grad=zero_grad)
@@ -98,14 +98,14 @@ class Lockstep:
         self._finish_update()
 
     def backward(self, loss: Tensor) -> None:
-        """Of SGDHess: gradients and Hessian-vector products."""
+        """Let SGDHess compute gradients and Hessian-vector products."""
         self.optimizer.backward(loss)
 
     def step(self) -> None:
-        """Of one pass: update both, then compare; SGDHess with the same Hessian-vector products.
+        """Update both after one pass, then compare; SGDHess with the same Hessian-vector products.
 
         Raises:
-            DivergedError, VerificationError: as first_step.
+            DivergedError, VerificationError: see first_step.
         """
         self._prepare_update()
         products = getattr(self.optimizer, "hessian_products", {})
@@ -120,12 +120,12 @@ class Lockstep:
         self._finish_update()
 
     def zero_grad(self) -> None:
-        """Of the real optimizer; the twin's are cleared already."""
+        """Clear the gradients of the real optimizer; the twin's are cleared already."""
         self.optimizer.zero_grad()
 
     @property
     def needs_second_pass(self) -> bool:
-        """Of the real optimizer."""
+        """Return whether the next step of the real optimizer may have a second pass."""
         return bool(self.optimizer.needs_second_pass)
 
     def _prepare_update(self) -> None:
@@ -149,11 +149,11 @@ class Lockstep:
         self._reference.restore()
 
     def summary(self) -> dict[str, Any]:
-        """Steps taken, tolerance, and the largest deviation with its place."""
+        """Return the steps taken, the tolerance, and the largest deviation with its place."""
         return {"steps": self.steps, "tolerance": self.tolerance, **asdict(self.largest)}
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed check needs, between steps."""
+        """Return all that a resumed check needs, between steps."""
         return {
             "steps": self.steps,
             "largest": asdict(self.largest),
@@ -176,7 +176,7 @@ class Lockstep:
             twin.grad = None if param.grad is None else param.grad.detach().clone()
 
     def _check_finite(self, what: str, tensor: Tensor) -> None:
-        # Said here: it would pass for an error of the optimizer otherwise.
+        # A gradient that is not finite is named here: it would pass for the optimizer's error.
         if not tensor.isfinite().all():
             raise DivergedError(
                 f"step {self.steps + 1}: {what} is not finite: the run is stopped; a smaller lr or "
@@ -191,7 +191,7 @@ class Lockstep:
         step = self.steps + 1
         for name, param, twin in self._each():
             value = relative_deviation(param, twin)
-            # Written so that nan fails too.
+            # The condition is written so that nan fails too.
             if not value <= self.tolerance:
                 raise VerificationError(
                     f"step {step}: after the {phase}, parameter '{name}' deviates from the "

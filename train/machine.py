@@ -6,19 +6,19 @@ from pathlib import Path
 
 
 def commit() -> str | None:
-    """Such as 5fdc6e5d4c3b, with -dirty behind it if files were changed; None without git."""
+    """Return a name such as 5fdc6e5d4c3b, with -dirty if files were changed; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         described = subprocess.run(
             command, capture_output=True, text=True, cwd=Path(__file__).parent
         )
-    except OSError:  # no git here
+    except OSError:  # there is no git here
         return None
     return described.stdout.strip() or None
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -10,7 +10,7 @@ from train.errors import DataError
 
 SEED = 42
 
-# CIFAR-100's classes by superclass; in alphabetical order, the classes have the labels 0 to 99.
+# These are CIFAR-100's classes by superclass; in alphabetical order, they have the labels 0 to 99.
 CIFAR100_SUPERCLASSES = (
     "beaver dolphin otter seal whale",
     "aquarium_fish flatfish ray shark trout",
@@ -46,7 +46,7 @@ CIFAR10_CONFUSED = {
 
 
 def flip_labels(labels: Tensor, share: float, num_classes: int, seed: int = SEED) -> Tensor:
-    """A copy in which round(share * N) labels are wrong: another class, each equally likely."""
+    """Return a copy in which round(share * N) labels are another class, each equally likely."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
     shift = torch.randint(1, num_classes, (len(chosen),), generator=generator)
@@ -56,7 +56,7 @@ def flip_labels(labels: Tensor, share: float, num_classes: int, seed: int = SEED
 
 
 def confused_with(dataset: str, num_classes: int) -> Tensor:
-    """For each class the one that it is taken for in asymmetric noise; itself: it is not.
+    """Return for each class the one that asymmetric noise takes it for; itself: it stays.
 
     CIFAR-10: the pairs that look alike; CIFAR-100: the next class of the superclass, the last one's
     is the first (both: Patrini et al., arXiv:1609.03683); others: the next class.
@@ -78,7 +78,7 @@ def confused_with(dataset: str, num_classes: int) -> Tensor:
 
 
 def confuse_labels(labels: Tensor, share: float, partner: Tensor, seed: int = SEED) -> Tensor:
-    """A copy in which round(share * N) of the N labels that have a partner are that partner."""
+    """Return a copy in which round(share * N) of the N labels with a partner are that partner."""
     generator = torch.Generator().manual_seed(seed)
     able = (partner[labels] != labels).nonzero()[:, 0]
     chosen = able[torch.randperm(len(able), generator=generator)[: round(share * len(able))]]
@@ -88,7 +88,7 @@ def confuse_labels(labels: Tensor, share: float, partner: Tensor, seed: int = SE
 
 
 def read_labels(path: Path, count: int, num_classes: int) -> Tensor:
-    """int64 (count,) from a file: .npy, or text with whole numbers.
+    """Read int64 (count,) from a file: .npy, or text with whole numbers.
 
     Raises:
         DataError: it cannot be read, or holds something else.

@@ -15,7 +15,7 @@ from train.registry import OPTIMIZERS
 
 
 class OnePassOptimizer(Protocol):
-    """What the training step uses of an optimizer."""
+    """The part of an optimizer that the training step uses."""
 
     def step(self) -> Any:
         """Update the weights."""
@@ -25,17 +25,17 @@ class OnePassOptimizer(Protocol):
 
 
 class TwoPassOptimizer(Protocol):
-    """What it uses of the SAM family."""
+    """The part of the SAM family that the training step uses."""
 
     @property
     def needs_second_pass(self) -> bool:
-        """Whether the next step may have a second pass."""
+        """Return whether the next step may have a second pass."""
 
     def first_pass(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Around the first pass: gradients are averaged over the processes that perturb alike."""
+        """Enclose the first pass: gradients are averaged over the processes that perturb alike."""
 
     def first_step(self) -> bool:
-        """Take the gradients over and move the weights to w + e(w). Returns whether there is a
+        """Take the gradients over and move the weights to w + e(w). Return whether there is a
         second pass; if not, the weights stay where they are."""
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -52,14 +52,14 @@ def build_optimizer(
     norms: Container[str] = (),
     steps: int = 1,
 ) -> Any:
-    """The optimizer of the row of OPTIMIZERS, over SGD or AdamW where it is of the SAM family.
+    """Make the optimizer of a row of OPTIMIZERS, over SGD or AdamW if it is of the SAM family.
 
     Args:
         params: the parameters to train, with their names or without.
         config: opt_name and its hyperparameters.
-        backend: overrides config.backend; torch's optimizers have none.
+        backend: what overrides config.backend; torch's optimizers have none.
         norms: for subset=norm, the names of the parameters of normalisation layers.
-        steps: of the training, for when=norm.
+        steps: the number of steps of the training, for when=norm.
 
     Raises:
         ConfigError: it does not take these options.
@@ -99,7 +99,7 @@ def build_optimizer(
 
 
 def _masks(params: list[nn.Parameter], config: Config) -> dict[nn.Parameter, torch.Tensor]:
-    """0 for each weight that is not perturbed, else 1: drawn on the CPU, alike on every device."""
+    """Draw 0 for each weight that is not perturbed, else 1: on the CPU, alike on every device."""
     generator = torch.Generator().manual_seed(config.seed)
     masks = {}
     for p in (p for p in params if p.requires_grad):
@@ -109,7 +109,7 @@ def _masks(params: list[nn.Parameter], config: Config) -> dict[nn.Parameter, tor
 
 
 def _axes(config: Config, norms: Container[str], steps: int) -> dict[str, Any]:
-    """What composes with every one of the family."""
+    """Return the options that compose with every one of the family."""
     axes: dict[str, Any] = {"adaptive": config.adaptive, "eta": config.eta}
     axes["norm"] = None if config.norm == "none" else config.norm
     if config.scaling != "auto":
@@ -129,7 +129,7 @@ def _axes(config: Config, norms: Container[str], steps: int) -> dict[str, Any]:
 
 
 def names_of_norms(model: nn.Module) -> frozenset[str]:
-    """Names of the parameters of normalisation layers.
+    """Return the names of the parameters of normalisation layers.
 
     Raises:
         ConfigError: there are none.
@@ -144,7 +144,7 @@ def names_of_norms(model: nn.Module) -> frozenset[str]:
 
 
 def backend_names(optimizer: Any) -> dict[str, str]:
-    """Which backend serves which tensors, such as {"cpu float32": "native"}."""
+    """Say which backend serves which tensors, such as {"cpu float32": "native"}."""
     if type(optimizer) in (torch.optim.SGD, torch.optim.AdamW):
         first = optimizer.param_groups[0]["params"][0]
         name = f"torch.optim.{type(optimizer).__name__}"

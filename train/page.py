@@ -27,7 +27,7 @@ from train.plots import all_plots
 from train.tables import markdown
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
-# The optimizers in the tables of the published figures.
+# These optimizers are in the tables of the published figures.
 TWO_PASS_ROWS = ("sam", "samdirection", "sammagnitude")
 ONE_PASS_ROWS = ("sgd", "sgdhess")
 REPORT_SHARPNESS = "40 batches of 256 images"
@@ -52,7 +52,7 @@ def _published() -> Any:
 
 
 def published_figures(figure: str, model: str, opt_name: str) -> Mapping[float, float | None]:
-    """The report's cells by rho (SGD: 0); None for ??."""
+    """Return the report's cells by rho (SGD: 0); None stands for ??."""
     name = {"test_accuracy": "accuracy"}.get(figure, figure)
     cells = _published()[name].get(model, {}).get(opt_name, {})
     return cells if isinstance(cells, dict) else {0.0: cells}
@@ -64,12 +64,12 @@ def _known_figures(figure: str, model: str, opt_name: str) -> Mapping[float, flo
 
 
 def _comparable(group: Group) -> bool:
-    """Whether a group belongs into the report's tables, whose SAM runs are of one kind."""
+    """Return whether a group belongs into the report's tables, whose SAM runs are of one kind."""
     return group.config.dataset == "cifar100" and group.is_of_the_report
 
 
 def measured_on(run: Mapping[str, Any]) -> str | None:
-    """What the sharpness of a run is made of; None if it has none."""
+    """Say what the sharpness of a run is made of; None if it has none."""
     if run["figures"].get("sharpness") is None:
         return None
     settings = run["settings"]
@@ -77,7 +77,7 @@ def measured_on(run: Mapping[str, Any]) -> str | None:
 
 
 def departures(groups: Iterable[Group]) -> list[str]:
-    """Where comparable groups do not follow the protocol of the published figures."""
+    """Say where comparable groups do not follow the protocol of the published figures."""
     found: dict[str, list[str]] = {}
     comparable = [group for group in groups if _comparable(group)]
     for group in comparable:
@@ -102,21 +102,21 @@ def departures(groups: Iterable[Group]) -> list[str]:
 
 
 def _cell(group: Group, name: str, form: str = ".2f", factor: float = 1.0) -> str:
-    """Mean and deviation, and of how many runs where not of all."""
+    """Return mean and deviation, and say of how many runs where it is not all."""
     values = [factor * value for value in group.values(name)]
     text = mean_and_deviation(values, form)
     return f"{text} ({len(values)} of them)" if 0 < len(values) < len(group.runs) else text
 
 
 def _counted(group: Group, name: str) -> str:
-    """A cell of the report's tables, which says how many seeds it is made of."""
+    """Return a cell of the report's tables, which says how many seeds it is made of."""
     values = group.values(name)
     text = mean_and_deviation(values) + (f", n={len(values)}" if values else "")
     return f"{text}; {group.remarks}" if group.remarks else text
 
 
 def report_table(groups: Sequence[Group], figure: str, model: str) -> list[list[str]]:
-    """A table of the report, head first: for each optimizer our row and the published one.
+    """Return a table of the report, head first: each optimizer has our row and the published one.
 
     Groups that differ in something else than rho have rows of their own.
     """
@@ -145,7 +145,7 @@ def _published_cell(theirs: Mapping[float, float | None], rho: float) -> str:
 
 
 def single_pass_table(groups: Sequence[Group], model: str) -> list[list[str]]:
-    """The report's third table: SGD and SGDHess, which it has for ResNet-18."""
+    """Return the report's third table: SGD and SGDHess, which it has for ResNet-18."""
     rows = [[title_of(model), "accuracy", "published", "sharpness", "published"]]
     ours = {
         group.label: group
@@ -176,7 +176,7 @@ def single_pass_table(groups: Sequence[Group], model: str) -> list[list[str]]:
 
 
 def accuracy_table(groups: Sequence[Group]) -> list[list[str]]:
-    """One row per group of a task, head first."""
+    """Return one row per group of a task, with its accuracy; head first."""
     rows = [["optimizer", "seeds", "accuracy, %", "validation, %", "best epoch", "remarks"]]
     for group in groups:
         cells = [
@@ -189,7 +189,7 @@ def accuracy_table(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def sharpness_table(groups: Sequence[Group]) -> list[list[str]]:
-    """One row per group of a task, head first; [] where nothing was measured."""
+    """Return one row per group, with its sharpness, head first; [] if nothing was measured."""
     rows = [["optimizer", "sharpness", "largest", "negative, %", "lambda_max", "trace"]]
     for group in groups:
         cells = [
@@ -205,7 +205,7 @@ def sharpness_table(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def cost_table(groups: Sequence[Group]) -> list[list[str]]:
-    """One row per group of a task, head first."""
+    """Return one row per group of a task, with its times; head first."""
     rows = [["optimizer", "ms, optimizer step", "ms, training step", "s per epoch"]]
     for group in groups:
         cells = [
@@ -223,7 +223,7 @@ def _without_empty_columns(rows: list[list[str]]) -> list[list[str]]:
 
 
 def print_summary(console: Console, runs: Sequence[Mapping[str, Any]]) -> None:
-    """The figures of runs on the console, in 80 columns: a row for the seeds of a configuration."""
+    """Print the figures of runs, in 80 columns: a row for the seeds of a configuration."""
     columns: list[tuple[str, str, str]] = [
         ("accuracy, %", "test_accuracy", ".2f"),
         ("sharpness", "sharpness", ".1f"),
@@ -257,7 +257,7 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A run without the folders of the machine that it ran on; of data_root the name, which class
+    """Return a run without the folders of its machine; of data_root the name, which class
     folders are known by."""
     kept = dict(run)
     for name in ("config", "settings"):
@@ -280,12 +280,12 @@ def _run_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 def write_report(
     sources: Sequence[Path], folder: Path, title: str = "Report", text: str = ""
 ) -> Path:
-    """report.md, tables.csv, runs.csv, runs.jsonl and the plots, about all runs below the sources.
+    """Write report.md, tables.csv, runs.csv, runs.jsonl and plots, of all runs below the sources.
 
-    In the folder of a run itself: report.md and the plots.
+    In the folder of a run itself, only report.md and the plots are written.
 
     Args:
-        text: what the runs were for; stands under the title.
+        text: what the runs were for; it stands under the title.
 
     Returns:
         the path of report.md.
@@ -342,7 +342,7 @@ def write_report(
     if runs:
         parts += ["## Conditions", "\n".join(_conditions(groups, runs))]
     results.write_text(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
-    if not (folder / "result.json").exists():  # which says all of one run
+    if not (folder / "result.json").exists():  # that file says all of one run
         results.write_text(folder / "runs.csv", _csv(_run_rows(list(map(_without_paths, runs)))))
         results.write_json_lines(folder / ALL_RUNS, map(_without_paths, [*runs, *lost]))
         blocks = [_csv([[name], *rows]) for name, rows in tables.items()]
@@ -351,7 +351,7 @@ def write_report(
 
 
 def _write_plots(folder: Path, groups: Sequence[Group]) -> list[str]:
-    """The plots of each task; their file names."""
+    """Write the plots of each task, and return their file names."""
     names = []
     parts = tasks([group for group in groups if group.runs])
     for members in parts:

@@ -17,20 +17,20 @@ from train.groups import Group, title_of
 from train.registry import OPTIMIZERS
 
 MARKERS = "osD^vPX*<>hpd8"
-LIGHTEST = 0.6  # share of white in the colour of the smallest rho
-COLUMNS = 5  # of panels
+LIGHTEST = 0.6  # the colour of the smallest rho has this share of white
+COLUMNS = 5  # a row has at most so many panels
 
 Published = Callable[[str, str, str], Mapping[float, float]]
 
 
 def style_of(opt_name: str) -> dict[str, Any]:
-    """Colour and marker of an optimizer; the same in all plots."""
+    """Return colour and marker of an optimizer; they are the same in all plots."""
     index = list(OPTIMIZERS).index(opt_name)
     return {"color": OPTIMIZERS[opt_name].colour, "marker": MARKERS[index % len(MARKERS)]}
 
 
 def shade(colour: str, index: int, number: int) -> str:
-    """The colour, lighter for the first of several."""
+    """Return the colour, lighter for the first of several."""
     white = LIGHTEST * (1 - index / (number - 1)) if number > 1 else 0.0
     red, green, blue = (white + (1 - white) * part for part in colors.to_rgb(colour))
     return colors.to_hex((red, green, blue))
@@ -44,19 +44,19 @@ def _by_optimizer(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 
 def _title(figure: Figure, title: str, beside: float = 0.0) -> None:
-    """Beside a legend of so many inches in lines of that width."""
+    """Write the title beside a legend of so many inches, in lines of that width."""
     letters = int(11 * (figure.get_figwidth() - beside))
     figure.suptitle(textwrap.fill(title, letters), x=0.01, ha="left", fontsize="medium")
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """20 and 30 on a logarithmic axis, not 2 x 10^1 and 3 x 10^1."""
+    """Write 20 and 30 on a logarithmic axis, not 2 x 10^1 and 3 x 10^1."""
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
 
 
 def _common_part(groups: Sequence[Group]) -> str:
-    """Title of a legend of variants."""
+    """Return the title of a legend of variants."""
     return "rho" if all(g.variant == f"rho {g.config.rho:g}" for g in groups) else ""
 
 
@@ -74,12 +74,12 @@ def _panels(
     title: str,
     xlabel: str,
 ) -> Figure | None:
-    """A row of panels for each metric (more than COLUMNS optimizers: several), whose y axes agree.
+    """Draw panels for each metric, COLUMNS optimizers in a row at most; their y axes agree.
 
     Where SGD is one group among others, it is in each panel, for comparison.
 
     Args:
-        draw: axes, index of the metric, group and line style; whether there was anything.
+        draw: takes axes, index of the metric, group and line style; says if there was anything.
     """
     by_optimizer = _by_optimizer(groups)
     reference = by_optimizer.get("sgd", [])
@@ -135,10 +135,10 @@ def _panels(
 def _plot_histories(
     groups: Sequence[Group], metrics: Sequence[tuple[str, str, float]], title: str
 ) -> Figure | None:
-    """Means over the epochs, with bands of one standard deviation over the seeds.
+    """Plot means over the epochs, with bands of one standard deviation over the seeds.
 
     Args:
-        metrics: (entry of the history, axis label, factor). None if no run has the first entry.
+        metrics: (entry of the history, axis label, factor). No run has the first entry: None.
     """
     if not any(group.history(metrics[0][0]) for group in groups):
         return None
@@ -147,7 +147,7 @@ def _plot_histories(
         name, _, factor = metrics[metric]
         rows = group.history(name)
         if not rows:
-            return False  # and nothing in the legend
+            return False  # the legend does not name it, either
         epochs = list(rows)
         means = [factor * statistics.fmean(values) for values in rows.values()]
         spread = [
@@ -169,7 +169,7 @@ def _plot_histories(
 
 
 def plot_curves(groups: Sequence[Group], title: str) -> Figure | None:
-    """Training curves."""
+    """Plot the training curves."""
     return _plot_histories(
         groups,
         [
@@ -181,7 +181,7 @@ def plot_curves(groups: Sequence[Group], title: str) -> Figure | None:
 
 
 def plot_magnitudes(groups: Sequence[Group], title: str) -> Figure | None:
-    """The magnitude comparison: how g2 compares with g1, element by element."""
+    """Plot the magnitude comparison: how g2 compares with g1, element by element."""
     return _plot_histories(
         groups,
         [
@@ -193,7 +193,7 @@ def plot_magnitudes(groups: Sequence[Group], title: str) -> Figure | None:
 
 
 def plot_norms(groups: Sequence[Group], title: str) -> Figure | None:
-    """Norms of the gradients and the weights, and the cosine of the gradients."""
+    """Plot norms of the gradients and the weights, and the cosine of the gradients."""
     return _plot_histories(
         groups,
         [
@@ -207,7 +207,7 @@ def plot_norms(groups: Sequence[Group], title: str) -> Figure | None:
 
 
 def plot_density(groups: Sequence[Group], title: str) -> Figure | None:
-    """The eigenvalue density of the first run of each group that has it."""
+    """Plot the eigenvalue density of the first run of each group that has it."""
     tops = [max(r["density"]["density"]) for g in groups for r in g.runs if r.get("density")]
     if not tops:
         return None
@@ -224,7 +224,7 @@ def plot_density(groups: Sequence[Group], title: str) -> Figure | None:
 
 
 def plot_eigenvalues(groups: Sequence[Group], title: str) -> Figure | None:
-    """How the eigenvalues are spread whose positive ones make up the sharpness, all seeds."""
+    """Plot how the eigenvalues spread whose positive ones make up the sharpness, all seeds."""
 
     def pooled(group: Group) -> list[float]:
         lists = [values for run in group.runs for values in run.get("eigenvalues") or []]
@@ -256,7 +256,7 @@ def _without_rho(group: Group) -> str:
 
 
 def _families(groups: Sequence[Group]) -> list[list[Group]]:
-    """SGDHess apart: its rho is the weight of the curvature, and no radius."""
+    """Return the groups with a rho; SGDHess is apart: its rho is a weight, and no radius."""
     known = [g for g in groups if g.config.uses("rho")]
     parts = ([g for g in known if _is_hess(g) == is_hess] for is_hess in (False, True))
     return [part for part in parts if part]
@@ -269,10 +269,10 @@ def _is_hess(group: Group) -> bool:
 def plot_against_rho(
     groups: Sequence[Group], name: str, label: str, title: str, log: bool, published: Published
 ) -> Figure | None:
-    """A figure over rho, a line for each optimizer and variant; SGD as a level.
+    """Plot a figure over rho: each optimizer and variant has a line; SGD is a level.
 
-    Error bars and the band of SGD: one standard deviation over the seeds. Published figures are
-    hollow and dashed. None where no optimizer has two rho to compare.
+    Error bars and the band of SGD are one standard deviation over the seeds. Published figures are
+    hollow and dashed. It is None where no optimizer has two rho to compare.
     """
     known = [g for g in groups if g.values(name)]
     families = _families(known)
@@ -294,7 +294,7 @@ def plot_against_rho(
         for number, ((opt_name, rest), members) in enumerate(lines.items()):
             style = style_of(opt_name)
             index = per_optimizer[opt_name] = per_optimizer.get(opt_name, -1) + 1
-            # Side by side, so that the bars do not hide each other.
+            # Points stand side by side, so that the bars do not hide each other.
             aside = number - (len(lines) - 1) / 2
             rhos = [g.config.rho * (1.04**aside if is_log else 1) for g in members]
             handles[", ".join(part for part in (title_of(opt_name), rest) if part)] = axes.errorbar(
@@ -338,9 +338,9 @@ def plot_against_rho(
 
 
 def plot_accuracy_against_sharpness(groups: Sequence[Group], title: str) -> Figure | None:
-    """A point for each group, with what tells it from others of its optimizer beside it.
+    """Plot a point for each group; beside it is what tells it from others of its optimizer.
 
-    Bars: one standard deviation over the seeds.
+    Bars are one standard deviation over the seeds.
     """
     known = [g for g in groups if g.values("sharpness")]
     if not known:
@@ -392,7 +392,7 @@ def place_labels(
     Returns:
         the boxes of the texts, in pixels.
     """
-    figure.draw_without_rendering()  # so that the axes have their place
+    figure.draw_without_rendering()  # then the axes have their place
     pixels = figure.dpi / 72
     points = [axes.transData.transform(point) for _, point, _ in labels]
     marks = []
@@ -447,7 +447,7 @@ def place_labels(
 def all_plots(
     groups: Sequence[Group], title: str, published: Published
 ) -> dict[str, Figure | None]:
-    """Every plot of a task by its name; None where the runs do not have what it shows."""
+    """Draw every plot of a task, by its name; None where the runs do not have what it shows."""
     return {
         "curves": plot_curves(groups, title),
         "accuracy-rho": plot_against_rho(

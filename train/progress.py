@@ -8,16 +8,16 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-LINE_EVERY = 10.0  # seconds
+LINE_EVERY = 10.0  # seconds pass from one line to the next
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Standard output; 80 columns where it is no terminal and has no width."""
+    """Make a console on standard output; it has 80 columns where that is no terminal."""
     return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=80, quiet=quiet)
 
 
 def duration(seconds: float) -> str:
-    """Such as 42 s, 12 min, 3.5 h."""
+    """Return text such as 42 s, 12 min, 3.5 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -27,16 +27,16 @@ _Work = TypeVar("_Work", bound="WorkProgress")
 
 
 class WorkProgress:
-    """Shows how much of `total` is done, what the work says of itself, and the time left."""
+    """A view of how much of `total` is done, what the work says of itself, and the time left."""
 
     def __init__(self, console: Console, title: str, total: int | None, done: int = 0) -> None:
-        """total: None if nobody knows; there is no time left then."""
+        """Begin at `done`. `total` is None if nobody knows; there is no time left then."""
         self._console, self._title, self._total, self._before = console, title, total, done
         self._started = self._last_line = time.perf_counter()
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                # 80 columns hold the longest name with this.
+                # 80 columns hold the longest name with this bar.
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=8),
                 TextColumn("{task.fields[state]}"),
@@ -60,14 +60,14 @@ class WorkProgress:
             self._bar.stop()
 
     def show(self, done: int, state: str) -> None:
-        """The state after `done` of the total."""
+        """Show the state after `done` of the total."""
         if self._bar:
             self._bar.update(self._task, completed=done, state=state)
             return
         now = time.perf_counter()
         if now - self._last_line >= LINE_EVERY:
             self._last_line = now
-            here = done - self._before  # by this process: what was resumed took no time
+            here = done - self._before  # this process did it: what was resumed took no time
             text = f"{self._title}  {state}"
             if self._total is not None and here:
                 left = (now - self._started) * (self._total - done) / here
@@ -76,7 +76,7 @@ class WorkProgress:
 
 
 class RunProgress(WorkProgress):
-    """Shows epoch, loss, accuracy, throughput and time left."""
+    """A view of epoch, loss, accuracy, throughput and time left."""
 
     def __init__(
         self, console: Console, title: str, epochs: int, steps_per_epoch: int, done: int = 0
@@ -93,7 +93,7 @@ class RunProgress(WorkProgress):
         val_accuracy: float | None,
         images_per_second: float,
     ) -> None:
-        """Show the state after `done` steps of the run; accuracies as shares."""
+        """Show the state after `done` steps of the run; accuracies are shares."""
         state = f"{epoch}/{self._epochs} loss {loss:.3f} acc {100 * accuracy:.1f}%"
         if val_accuracy is not None:
             state += f" val {100 * val_accuracy:.1f}%"

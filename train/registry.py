@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-TIMM = "timm:"  # before the name of a model of the library timm
+TIMM = "timm:"  # stands before the name of a model of the library timm
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row.
+    """A row of DATASETS or MODELS.
 
     Args:
-        title: in tables and plots.
+        title: the name in tables and plots.
         maker: "module:function", imported when it is called for: a typing error in a name is
             answered before torch is imported.
     """
@@ -24,7 +24,7 @@ class Entry:
 
     @property
     def make(self) -> Callable[..., Any]:
-        """The function."""
+        """Return the function."""
         module, _, name = self.maker.partition(":")
         made: Callable[..., Any] = getattr(importlib.import_module(module), name)
         return made
@@ -52,7 +52,7 @@ MODELS = {
 }
 
 
-# Gradients of the model's loss that a step takes, each with its forward pass; a Hessian-vector
+# A step takes so many gradients of the model's loss, each with its forward pass; a Hessian-vector
 # product takes about two more.
 PASSES = {"plain": 1, "one pass": 1, "hessian": 3, "two passes": 2}
 
@@ -62,11 +62,11 @@ class OptimizerEntry(Entry):
     """A row of OPTIMIZERS, whose maker is a class.
 
     Args:
-        colour: of its lines in plots.
+        colour: that of its lines in plots.
         step: how one is made, see PASSES; "plain": by torch's own optimizer, which has nothing to
             be compared with.
-        keys: of the configuration, which are arguments of this class of the same name.
-        usual: what keys of the configuration are by default, where not as for the others.
+        keys: those of the configuration that are arguments of this class, by the same name.
+        usual: the defaults of keys of the configuration, where they are not those of the others.
         every: the key that says in which steps there is a second pass: 10, in every tenth.
         needs_names: whether it takes named parameters.
     """
@@ -80,7 +80,7 @@ class OptimizerEntry(Entry):
 
 
 # BAR is not here: it balances the factors of LoRA, and no model here has any.
-# The first five in Okabe and Ito's colours, which colour-blind people tell apart.
+# The first five have Okabe and Ito's colours, which colour-blind people tell apart.
 OPTIMIZERS = {
     "sgd": OptimizerEntry("SGD", "torch.optim:SGD", "#000000", "plain"),
     "sgdhess": OptimizerEntry("SGDHess", "samkernels:SGDHess", "#cc79a7", "hessian", ("k",)),
@@ -122,7 +122,7 @@ OPTIMIZERS = {
 
 
 def optimizers_with(*, key: str = "", steps: tuple[str, ...] = tuple(PASSES)) -> tuple[str, ...]:
-    """Names of the optimizers that have the key of their own, and make their step in such a way."""
+    """Return the names of the optimizers that have the key of their own, and make such steps."""
     return tuple(
         name
         for name, row in OPTIMIZERS.items()

@@ -18,7 +18,7 @@ the first DIR). A folder that has a runs.jsonl and no runs is read from it.
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the report; the exit code of the process."""
+    """Write the report, and return the exit code of the process."""
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
         return 0 if "--help" in arguments or "-h" in arguments else 2

@@ -18,10 +18,14 @@ from train.models import build_model
 def restored(
     path: Path, here: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> tuple[Config, Dataset, nn.Module, int]:
-    """A checkpoint's configuration, overridden by some keys, its data set, network and epoch.
+    """Return a checkpoint's configuration, its data set, its network and its epoch.
+
+    Args:
+        here: keys that override those of the checkpoint.
+        flags: keys that override both.
 
     Raises:
-        CheckpointError: it is none, or not of its network.
+        CheckpointError: the file is no checkpoint, or none of its network.
     """
     checkpoint = load_checkpoint(path, ("model", "config", "epoch"))
     own = {"output_dir": str(path.parent), "resume": False, "overwrite": False}

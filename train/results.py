@@ -26,12 +26,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         StorageError: the disk is full, or refuses for another reason.
     """
-    # Not by tempfile, which would leave the result readable by its owner only.
+    # tempfile would leave the result readable by its owner only.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            # In one piece: torch.save would hide the file's own error behind one of its own.
+            # The content comes in one piece: torch.save would hide the file's error behind its own.
             content = io.BytesIO()
             write(content)
             file.write(content.getbuffer())
@@ -50,7 +50,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """Return the versions of what the figures depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -60,14 +60,14 @@ def versions() -> dict[str, str]:
 
 
 def describe_device(device: torch.device) -> str:
-    """The GPU's name, or the CPU's and the number of threads in use."""
+    """Return the GPU's name, or the CPU's and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor()}, threads: {torch.get_num_threads()}"
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for nan and inf, which JSON does not have."""
+    """Return the same with null for nan and inf, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -76,23 +76,23 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON, atomically."""
+    """Write indented JSON, atomically."""
     write_text(path, json.dumps(_finite(dict(content)), indent=2, allow_nan=False) + "\n")
 
 
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """A line of JSON for each, atomically."""
+    """Write a line of JSON for each mapping, atomically."""
     texts = (json.dumps(_finite(dict(line)), allow_nan=False) + "\n" for line in lines)
     write_text(path, "".join(texts))
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, atomically."""
+    """Write text in UTF-8, atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """A result.json.
+    """Read a result.json.
 
     Raises:
         CheckpointError: it cannot be read, or is something else.
@@ -109,7 +109,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def read_diverged(path: Path) -> dict[str, Any]:
-    """A diverged.json.
+    """Read a diverged.json.
 
     Raises:
         CheckpointError: it cannot be read, or is something else.
@@ -125,5 +125,5 @@ def read_diverged(path: Path) -> dict[str, Any]:
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """As PNG, atomically."""
+    """Write a figure as PNG, atomically."""
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -55,9 +55,9 @@ from train.timing import StepTimer
 from train.trackers import Several, Tracker, make_tracker, scalars
 
 EVAL_BATCH = 1000
-WARMUP_STEPS = 10  # not timed after the lockstep steps, where a single epoch is all there is
-GRAPH_AFTER = 5  # steps of a run, before one is recorded
-CUDA_CHECK_EVERY = 50  # steps between looks at the loss: each look waits for the device
+WARMUP_STEPS = 10  # steps after the lockstep steps are not timed, where there is one epoch only
+GRAPH_AFTER = 5  # a run takes so many steps before one is recorded
+CUDA_CHECK_EVERY = 50  # steps pass until the loss is looked at: each look waits for the device
 MEASURED = ("lambda_max", "trace", "sharpness", "largest_eigenvalue", "negative_share")
 STATISTICS = samkernels.ops.GradientStatistics._fields
 
@@ -65,7 +65,7 @@ Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def build_scheduler(optimizer: Any, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate per epoch: lr i / (n + 1) in the i-th of n epochs of warm-up, then the
+    """Schedule the learning rate: it is lr i / (n + 1) in the i-th of n epochs of warm-up, then the
     scheduler's over the epochs that are left."""
     factor = config.lr_gamma if config.scheduler == "exponential" else 1.0
     warmup = config.warmup_epochs
@@ -94,12 +94,12 @@ def sgd_step(
     observe: Callable[[], object] = lambda: None,
     backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> tuple[list[Tensor], Tensor]:
-    """One pass and an update. Returns its loss, in a list, and the predicted classes.
+    """Take one pass and an update. Return its loss, in a list, and the predicted classes.
 
     Args:
-        forward: images and labels to loss and logits.
-        observe: called when the gradients are there.
-        backward: of the loss.
+        forward: turns images and labels into loss and logits.
+        observe: is called when the gradients are there.
+        backward: is called with the loss.
     """
     loss, logits = forward(images, labels)
     backward(loss)
@@ -119,10 +119,10 @@ def sam_step(
     labels: Tensor,
     timer: StepTimer,
 ) -> tuple[list[Tensor], Tensor]:
-    """Two passes and an update. Returns the losses at w and w + e(w), and what is predicted at w.
+    """Take two passes and an update. Return the losses at w and w + e(w), and what w predicts.
     Where the optimizer wants no second pass, there is one loss.
 
-    Batch-norm statistics are those of the first pass.
+    The batch-norm statistics are those of the first pass.
 
     Args:
         network: the model, or what averages its gradients over processes.
@@ -158,12 +158,12 @@ def evaluate(
     processes: Processes = ALONE,
     *others: Tensor,
 ) -> tuple[float, ...]:
-    """(mean cross-entropy, accuracy as a share) in eval mode; the mode is put back.
+    """Return (mean cross-entropy, accuracy as a share) in eval mode; the mode is put back.
 
     Each process takes every world-th image.
 
     Args:
-        others: labels of the same images, int64 (N,), for an accuracy more each.
+        others: more labels of the same images, int64 (N,), each for an accuracy more.
     """
     training = model.training
     model.eval()
@@ -182,7 +182,7 @@ def evaluate(
 
 
 def accuracy_by_label(counts: Tensor) -> dict[str, float]:
-    """Shares of the training images of an epoch, as they were predicted in its passes.
+    """Return shares of an epoch's training images, as they were predicted in its passes.
 
     clean_accuracy: of those with the right label, predicted so; mislabelled_accuracy: of those with
     a wrong label, predicted as it says (learnt by heart); mislabelled_true_accuracy: predicted as
@@ -214,7 +214,7 @@ class Training:
         if config.threads:
             torch.set_num_threads(config.threads)
         set_numerics(config.precision)
-        # The writer first: it may have to download what the others find then.
+        # The writer loads first: it may have to download what the others find then.
         if processes.writes:
             self.dataset = load_dataset(config, self.device)
         processes.wait()
@@ -224,7 +224,7 @@ class Training:
         if config.cuda_graph:
             self._check_graph()
         torch.manual_seed(config.seed)
-        # Made on the CPU: the same weights on every device.
+        # The network is made on the CPU: so it has the same weights on every device.
         shape = self.dataset.train.images.shape[1:]
         self.model = build_model(config.model, shape, self.dataset.num_classes).to(self.device)
         if config.channels_last:
@@ -261,21 +261,21 @@ class Training:
             torch.cuda.set_stream(capture.stream)
             self.graphed = GraphedStep(self._recorded_step, capture)
         self.done = self.resumed = 0
-        self.last_test: tuple[float, ...] = ()  # loss and accuracy after the last epoch
+        self.last_test: tuple[float, ...] = ()  # it holds loss and accuracy after the last epoch
         self.history: list[dict[str, float]] = []
-        # Of the epoch that is under way, where training stopped within one.
+        # The part of an epoch is kept here, where training stopped within one.
         self.partial: dict[str, Any] | None = None
-        self.id = uuid.uuid4().hex  # of this run, in all of its files
-        # Takes the losses of every log_every-th step: epoch, step and values.
+        self.id = uuid.uuid4().hex  # it names this run in all of its files
+        # This function takes the losses of every log_every-th step: epoch, step and values.
         self.log_step: Callable[[int, int, dict[str, float]], object] = lambda *_: None
 
     @property
     def best(self) -> dict[str, float]:
-        """The epoch with the highest validation accuracy: the first of equals."""
+        """Return the epoch with the highest validation accuracy: the first of equals."""
         return max(self.history, key=lambda entry: entry["val_accuracy"])
 
     def state(self) -> dict[str, Any]:
-        """All that a bit-exact continuation needs. The order of the data follows from the seed."""
+        """Return all that a bit-exact continuation needs. The seed gives the order of the data."""
         with self._unperturbed():
             weights = self.model.state_dict()
             if self.row.step == "one pass":  # they move on when the weights are perturbed again
@@ -299,13 +299,13 @@ class Training:
         }
 
     def take_weights(self, weights: dict[str, Any]) -> None:
-        """The model's, after the last step."""
+        """Give the model these weights, after the last step."""
         if self.row.step == "one pass":
             self.optimizer.restore()  # it would put those of the last step there later
         self.model.load_state_dict(weights)
 
     def _unperturbed(self) -> contextlib.AbstractContextManager[None]:
-        """The weights are w, also those of an optimizer that perturbs them between its steps."""
+        """Keep the weights at w, also those of an optimizer that perturbs them between steps."""
         if self.row.step != "one pass":
             return contextlib.nullcontext()
         found: contextlib.AbstractContextManager[None] = self.optimizer.unperturbed()
@@ -332,17 +332,17 @@ class Training:
     def epoch(
         self, number: int, progress: RunProgress, stops: Callable[[], bool] = lambda: False
     ) -> dict[str, float]:
-        """Train epoch `number` (from 1) and evaluate it. Returns its entry of the history.
+        """Train epoch `number` (from 1) and evaluate it. Return its entry of the history.
 
-        Goes on within the epoch where `partial` says so.
+        Training goes on within the epoch where `partial` says so.
 
         Args:
-            stops: asked after steps; True: the state is that after the step, with what a
+            stops: is asked after steps; True: the state is that after the step, with what a
                 continuation needs in `partial`.
 
         Raises:
             TerminatedError: `stops` was True in one of the processes.
-            DivergedError: a loss is not finite; names the epoch, the step and the pass.
+            DivergedError: a loss is not finite; the message names epoch, step and pass.
             VerificationError: see Lockstep.
         """
         config = self.config
@@ -356,7 +356,7 @@ class Training:
         begin, before = 0, 0.0
         if self.partial is not None:
             begin, before = self.partial["step"], self.partial["seconds"]
-            if self.processes.rank == 0:  # sums over all of them
+            if self.processes.rank == 0:  # these are sums over all of them
                 weighted += self.partial["weighted"].to(self.device)
                 right += self.partial["right"].to(self.device)
             observed = [values.to(self.device) for values in self.partial["observed"]]
@@ -460,12 +460,12 @@ class Training:
         return entry
 
     def _label_counts(self, number: int, begin: int, answers: list[Tensor]) -> Tensor:
-        """int64 (5,), over all processes: what accuracy_by_label takes.
+        """Return int64 (5,), over all processes: what accuracy_by_label takes.
 
         Args:
-            number: of the epoch.
-            begin: its steps before the first of the answers.
-            answers: predicted classes, by step.
+            number: the number of the epoch.
+            begin: the number of its steps before the first of the answers.
+            answers: the predicted classes, by step.
         """
         train, config, processes = self.dataset.train, self.config, self.processes
         counts = torch.zeros(5, dtype=torch.int64, device=self.device)
@@ -487,7 +487,7 @@ class Training:
         return counts
 
     def evaluate(self, split: Split, *others: Tensor) -> tuple[float, ...]:
-        """(mean cross-entropy, accuracy) at w; see evaluate()."""
+        """Return (mean cross-entropy, accuracy) at w; see evaluate()."""
 
         def forward(images: Tensor) -> Tensor:
             with self._autocast():
@@ -509,10 +509,10 @@ class Training:
     def take_step(
         self, images: Tensor, labels: Tensor, count: int, observing: bool, observed: list[Tensor]
     ) -> tuple[list[Tensor], Tensor]:
-        """A step with a batch. Returns the losses of its passes, and the predicted classes.
+        """Take a step with a batch. Return the losses of its passes, and the predicted classes.
 
         Args:
-            count: images of the batch, in all processes together.
+            count: the number of images of the batch, in all processes together.
             observing: whether to append STATISTICS to `observed`.
         """
         images = self._laid_out(images)
@@ -523,7 +523,7 @@ class Training:
         return self._eager_step(images, labels, count, observing, observed, self.timer)
 
     def _recorded_step(self, images: Tensor, labels: Tensor) -> tuple[list[Tensor], Tensor]:
-        # No event of a recording can be read: another timer, whose times nobody looks at.
+        # No event of a recording can be read, so the timer is one whose times nobody looks at.
         timer = StepTimer(torch.device("cpu"))
         return self._eager_step(images, labels, len(labels), False, [], timer)
 
@@ -555,19 +555,19 @@ class Training:
         else:
             self.optimizer.track_statistics = observing
             taken = sam_step(forward, self.model, self.network, optimizer, *batch)
-            if observing and self.optimizer.statistics is not None:  # no second pass, none
+            if observing and self.optimizer.statistics is not None:  # one pass has none
                 observed.append(torch.stack(list(self.optimizer.statistics)))
         if self.lockstep is not None:
             self.verification = self.lockstep.summary()
             if self._is_verified():
-                self.lockstep = None  # with the twin's weights and state
+                self.lockstep = None  # the twin's weights and state go with it
         return taken
 
     def _is_verified(self) -> bool:
         return self.lockstep is not None and self.lockstep.steps >= self.config.verify_steps
 
     def _single_statistics(self) -> Tensor:
-        """STATISTICS where there is one gradient only: nan for the rest."""
+        """Return STATISTICS where there is one gradient only: nan for the rest."""
         params = [p for p in self.model.parameters() if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
         missing = torch.full((), math.nan, device=self.device)
@@ -578,7 +578,7 @@ class Training:
         return torch.stack([known.get(name, missing) for name in STATISTICS])
 
     def _counted(self, epoch: int) -> bool:
-        """Whether the next step's time counts: not while verified, nor while warming up."""
+        """Return whether the next step's time counts: not while verified, nor while warming up."""
         verified = 0 if self.row.step == "plain" else self.config.verify_steps
         warm = epoch > 1 or (self.config.epochs == 1 and self.done >= verified + WARMUP_STEPS)
         return warm and self.done >= verified
@@ -623,7 +623,7 @@ class Training:
             )
 
     def _look_at_losses(self, losses: list[Tensor], epoch: int, before: int) -> None:
-        """Log them; the step before the first of them was the epoch's `before`-th.
+        """Log the losses; the step before the first of them was the epoch's `before`-th.
 
         Raises:
             DivergedError: one is not finite.
@@ -656,43 +656,43 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """What a run keeps in its folder, beside its report."""
+    """The files that a run keeps in its folder, beside its report."""
 
     folder: Path
 
     @property
     def best(self) -> Path:
-        """The weights with the best validation accuracy."""
+        """Return the path of the weights with the best validation accuracy."""
         return self.folder / "best.pt"
 
     @property
     def last(self) -> Path:
-        """The state after the last epoch; gone when the run is complete."""
+        """Return the path of the state after the last epoch; gone when the run is complete."""
         return self.folder / "last.pt"
 
     @property
     def result(self) -> Path:
-        """Where it is, the run is complete but for what is measured of the best weights."""
+        """Return the path of the result: with it, the run is complete but for what is measured."""
         return self.folder / "result.json"
 
     @property
     def sharpness(self) -> Path:
-        """What is measured of them."""
+        """Return the path of what is measured of the best weights."""
         return self.folder / "sharpness.json"
 
     @property
     def diverged(self) -> Path:
-        """Where it is, the loss was not finite."""
+        """Return the path of the record that is there if the loss was not finite."""
         return self.folder / "diverged.json"
 
 
 RESUMABLE = ("config", "epoch", "model", "optimizer", "scheduler", "generators", "history", "done")
-# What is measured of the first sharpness_samples images; the rest is of sharpness_batches.
+# These are measured of the first sharpness_samples images; the rest is of sharpness_batches.
 OF_SAMPLES = ("lambda_max", "lambda_min", "trace", "trace_error", "density")
 
 
 def finished_result(config: Config) -> dict[str, Any] | None:
-    """The result of the complete run in the folder of the configuration; None if there is none.
+    """Return the result of the complete run in the configuration's folder; None if there is none.
 
     Raises:
         CheckpointError: it is of another configuration, or damaged.
@@ -702,7 +702,7 @@ def finished_result(config: Config) -> dict[str, Any] | None:
         return None
     result = results.read_result(files.result)
     if files.last.exists():
-        # Of the same run, if the process ended just then; of a later one, which replaces it.
+        # last.pt is of the same run if the process ended just then, or of a later one in its place.
         state = load_checkpoint(files.last, RESUMABLE)
         if state.get("id") != result.get("id"):
             return None
@@ -711,7 +711,7 @@ def finished_result(config: Config) -> dict[str, Any] | None:
 
 
 def diverged_before(config: Config) -> str | None:
-    """What the run of this configuration said when it diverged; None if it did not."""
+    """Return what the run of this configuration said when it diverged; None if it did not."""
     try:
         found = json.loads(Files(config.folder).diverged.read_text(encoding="utf-8"))
         return None if config.differences(found["config"]) else str(found["error"])
@@ -722,12 +722,12 @@ def diverged_before(config: Config) -> str | None:
 
 
 def is_measured(config: Config) -> bool:
-    """Whether all that the configuration asks to measure of a finished run is there."""
+    """Return whether all that the configuration asks to measure of a finished run is there."""
     return not any(_to_measure(config))
 
 
 def _to_measure(config: Config) -> tuple[bool, bool]:
-    """Whether the batches, and whether the samples, are still to be measured.
+    """Return whether the batches, and whether the samples, are still to be measured.
 
     What was measured by train.sharpness in another way stands for what the run itself asked for.
     """
@@ -762,7 +762,7 @@ def _read_sharpness(files: Files) -> dict[str, Any] | None:
 
 
 def _prepare(config: Config) -> dict[str, Any] | None:
-    """The state to go on from, if any; on the CPU.
+    """Return the state to go on from, if any; it is on the CPU.
 
     Raises:
         CheckpointError: a run would be lost, or cannot be resumed.
@@ -800,10 +800,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
     Raises:
         DriverError: whatever stops the run, in one sentence.
-        KeyboardInterrupt: says how the run goes on.
+        KeyboardInterrupt: the user ends it; the message says how the run goes on.
     """
     files = Files(config.folder)
-    # Of torchrun's processes, one writes.
+    # Only one of torchrun's processes writes.
     is_writer = os.environ.get("RANK", "0") == "0"
     claimed: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if is_writer:
@@ -828,9 +828,9 @@ def run(config: Config, console: Console) -> dict[str, Any]:
             if not processes.writes:  # the rest is for one
                 return {"name": config.run_name, "figures": {"test_accuracy": test_accuracy}}
         result = _result(training, test_loss, test_accuracy, begun)
-        for path in (files.sharpness, files.diverged):  # of an earlier run
+        for path in (files.sharpness, files.diverged):  # they are of an earlier run
             path.unlink(missing_ok=True)
-        # Before anything is measured, which may take long and fail: the run is complete.
+        # The result goes first: measuring may take long and fail, and the run is complete.
         results.write_json(files.result, result)
         if termination.asked:
             raise TerminatedError(
@@ -844,7 +844,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _resumable(files: Files) -> Iterator[None]:
-    """Ctrl-C says how to go on."""
+    """Make Ctrl-C say how to go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -864,7 +864,7 @@ def _train(
     termination: Termination,
     closed_last: contextlib.ExitStack,
 ) -> tuple[Training, Tracker]:
-    """All epochs; the training then has the best weights."""
+    """Train all epochs; the training then has the best weights."""
     files = Files(config.folder)
     state = _prepare(config)
     training = Training(config, processes)
@@ -918,20 +918,20 @@ def _train(
 
 
 def _check_measures(config: Config, dataset: Dataset) -> None:
-    """What could not be measured in the end is said before the training."""
+    """Say before the training what could not be measured in the end."""
     if config.sharpness_batches:
         check_batch_size(dataset, config.sharpness_batch_size)
 
 
 def _save(files: Files, training: Training) -> None:
-    """Checkpoints, in an order in which none is lost: killed in between, _repair_best helps."""
+    """Save checkpoints in an order that loses none: after a kill in between, _repair_best helps."""
     if not training.processes.writes:
         return
     state = training.state()
     save_checkpoint(files.last, state)
     epochs = len(training.history)
     if epochs == 0 or (epochs == 1 and training.partial is None):
-        # Of an earlier run, which stays until this one has something.
+        # These are of an earlier run, which stays until this one has something.
         for path in (files.result, files.sharpness, files.diverged, files.best):
             path.unlink(missing_ok=True)
     if training.history and training.partial is None and training.best is training.history[-1]:
@@ -944,10 +944,10 @@ def _save_best(files: Files, state: dict[str, Any]) -> None:
 
 
 def _repair_best(files: Files, training: Training, state: dict[str, Any]) -> None:
-    """After a death between the two checkpoints: best.pt is missing, or an earlier one.
+    """Save best.pt where, after a death between the two checkpoints, it is missing or earlier.
 
     Raises:
-        CheckpointError: it is missing, and last.pt does not have the weights.
+        CheckpointError: it is missing or not the best, and last.pt does not have the weights.
     """
     if not training.history:
         return
@@ -975,7 +975,7 @@ def _not_the_best(files: Files, best: dict[str, Any], training: Training) -> Che
 
 
 def _record(training: Training, error: str) -> dict[str, Any]:
-    """Of a run that diverged."""
+    """Return the record of a run that diverged."""
     config = training.config
     about = {"name": config.run_name, "config": dataclasses.asdict(config), "error": error}
     return {**about, "versions": results.versions(), "history": training.history}
@@ -984,7 +984,7 @@ def _record(training: Training, error: str) -> dict[str, Any]:
 def _result(
     training: Training, test_loss: float, test_accuracy: float, begun: float
 ) -> dict[str, Any]:
-    """What result.json holds before anything is measured."""
+    """Return what result.json holds before anything is measured."""
     config, dataset = training.config, training.dataset
     return {
         "id": training.id,
@@ -1007,7 +1007,7 @@ def _result(
             **dict.fromkeys(MEASURED),
             **training.timer.summary(),
             "seconds_per_epoch": sum(e["seconds"] for e in training.history) / config.epochs,
-            # Of an interrupted run: what the last process took, and the epochs before it.
+            # For an interrupted run, this is what the last process took, and the epochs before it.
             "seconds": time.perf_counter()
             - begun
             + sum(e["seconds"] for e in training.history[: training.resumed]),
@@ -1020,10 +1020,10 @@ def _result(
 def _completed(
     config: Config, result: dict[str, Any], console: Console, training: Training | None = None
 ) -> dict[str, Any]:
-    """A finished run with what its configuration asks to measure, and its report.
+    """Measure what a finished run's configuration asks for, write its report, and return it.
 
     Args:
-        training: with the best weights; None: they are read if need be.
+        training: the training, with the best weights; None: they are read if need be.
     """
     files = Files(config.folder)
     files.last.unlink(missing_ok=True)
@@ -1060,7 +1060,7 @@ def _completed(
 def _with_earlier(
     found: dict[str, Any], earlier: dict[str, Any] | None, batches: bool, samples: bool
 ) -> dict[str, Any]:
-    """What was measured now, and of what was not, what is known."""
+    """Return what was measured now, and of what was not, what is known."""
     if earlier is None or (batches and samples):
         return found
     for name, value in earlier.items():

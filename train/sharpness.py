@@ -40,7 +40,7 @@ ALLOWED = (*HERE, "data_root", "device", "threads", "seed", "output_dir")
 
 
 def write_density(path: Path, curves: Sequence[tuple[str, dict[str, list[float]]]]) -> None:
-    """The spectral densities, one line for each (name, density)."""
+    """Draw the spectral densities into a file, one line for each (name, density)."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, density in curves:
@@ -55,7 +55,7 @@ def write_density(path: Path, curves: Sequence[tuple[str, dict[str, list[float]]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure a checkpoint; the exit code of the process."""
+    """Measure a checkpoint, and return the exit code of the process."""
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
         return 0 if "--help" in arguments or "-h" in arguments else 2
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"{name} is settled by the checkpoint: allowed {', '.join(ALLOWED)}")
     config, dataset, model, epoch = restored(path, HERE, flags)
     console = make_console()
-    with locked(Path(config.output_dir)):  # which may be the folder of a run that is under way
+    with locked(Path(config.output_dir)):  # the folder may be that of a run that is under way
         return _write(path, config, dataset, model, epoch, console)
 
 

@@ -47,7 +47,7 @@ first on: one process or machine for each I, with the same --output_dir. The rep
 
 
 def expand(layer: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the values of a layer in which some are lists."""
+    """Return every combination of the values of a layer in which some are lists."""
     values = [v if isinstance(v, list) else [v] for v in layer.values()]
     return [
         dict(zip(layer, combination, strict=True)) for combination in itertools.product(*values)
@@ -57,10 +57,10 @@ def expand(layer: dict[str, Any]) -> list[dict[str, Any]]:
 def study_configs(
     study: dict[str, Any], name: str, flags: dict[str, str]
 ) -> tuple[Path, list[Config]]:
-    """The study's folder and the configuration of each run, whose results go into folders there.
+    """Return the study's folder, and each run's configuration, whose results go into folders there.
 
     Args:
-        name: of a file of STUDIES, or a path; its last part names the study.
+        name: the name of a file of STUDIES, or a path; its last part names the study.
 
     Raises:
         ConfigError: a key or value is wrong, or two runs differ only in what is measured or logged.
@@ -106,10 +106,10 @@ def study_configs(
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """(index, number) of `I/N`.
+    """Return (index, number) of `I/N`.
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: the text is something else.
     """
     index, _, number = text.partition("/")
     if not (index.isdecimal() and number.isdecimal() and int(index) < int(number)):
@@ -118,9 +118,9 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def time_left(spent: Sequence[tuple[Config, float]], waiting: Sequence[Config]) -> float | None:
-    """Seconds that the waiting runs will take: as those of their kind did, per epoch.
+    """Return the seconds that the waiting runs will take: as their kind did, per epoch.
 
-    Of another kind: as the mean of all did. None where no run tells.
+    Runs of another kind take as long as the mean of all did. It is None where no run tells.
     """
     if not spent:
         return None
@@ -137,7 +137,7 @@ def time_left(spent: Sequence[tuple[Config, float]], waiting: Sequence[Config]) 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the study and write its report; the exit code of the process."""
+    """Run the study, write its report, and return the exit code of the process."""
     if not arguments or arguments[0].startswith("-"):
         known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
         print(f"{USAGE}\nNAME is one of: {known}")
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str]) -> int:
     flags = parse_flags(arguments[1:])
     index, shards = parse_shard(flags.pop("shard", "0/1"))
     folder, configs = study_configs(study, name, flags)
-    # Here, so that a typing error is answered before torch is imported.
+    # These are imported here, so that a typing error is answered before torch is imported.
     from train import cost, page
     from train.progress import duration, make_console
     from train.run import diverged_before, finished_result, is_measured, run

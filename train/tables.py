@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-NUMBERS = "---:"  # the alignment of columns of numbers
+NUMBERS = "---:"  # columns of numbers have this alignment
 
 
 def markdown(rows: Iterable[Sequence[str]], align: str = "---") -> str:

@@ -10,7 +10,7 @@ from train.errors import TerminatedError
 
 
 class Termination:
-    """Within it, SIGTERM raises TerminatedError; within held(), it is only noted in `asked`.
+    """A block in which SIGTERM raises TerminatedError; in held(), it is only noted in `asked`.
 
     Outside of the main thread, which alone may handle signals, it does nothing.
     """
@@ -36,7 +36,7 @@ class Termination:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """What is in it is not interrupted, and has to look at `asked`."""
+        """Let nothing interrupt the block, which has to look at `asked`."""
         self._is_held = True
         try:
             yield

@@ -13,7 +13,7 @@ Span = tuple[Any, Any]
 
 
 class StepTimer:
-    """Collects the time of whole training steps and of the optimizer's share of each."""
+    """The collected times of whole training steps and of the optimizer's share of each."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -24,7 +24,7 @@ class StepTimer:
 
     @contextmanager
     def step(self, counted: bool = True) -> Iterator[None]:
-        """Around a training step; one that is not counted (warm-up, verified) is forgotten."""
+        """Time a training step; one that is not counted (warm-up, verified) is forgotten."""
         self._optimizer_spans = []
         start = self._mark()
         yield
@@ -33,7 +33,7 @@ class StepTimer:
 
     @contextmanager
     def optimizer(self) -> Iterator[None]:
-        """Around each call into the optimizer within a step; their times add up."""
+        """Time each call into the optimizer within a step; the times add up."""
         start = self._mark()
         yield
         self._optimizer_spans.append((start, self._mark()))
@@ -49,7 +49,7 @@ class StepTimer:
         self._pending = []
 
     def summary(self) -> dict[str, float | int | None]:
-        """Medians in milliseconds over the counted steps, None where there are none."""
+        """Return medians in milliseconds over the counted steps, None where there are none."""
         self.collect()
         counted = len(self._step_ms)
         optimizer = self._optimizer_ms

@@ -18,32 +18,32 @@ from train.errors import ConfigError
 
 
 class Tracker(Protocol):
-    """Takes what is logged."""
+    """An object that takes what is logged."""
 
     def log_step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """The losses of a step; steps and epochs count from 1."""
+        """Log the losses of a step; steps and epochs count from 1."""
 
     def log_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """The entry of the history, after the epoch's last step."""
+        """Log the entry of the history, after the epoch's last step."""
 
     def finish(
         self, epoch: int, step: int, figures: Mapping[str, float], pictures: Mapping[str, Path]
     ) -> None:
-        """The figures of the run, and PNG files by name."""
+        """Log the figures of the run, and PNG files by name."""
 
     def close(self) -> None:
         """Write what is left."""
 
 
 class MetricsFile:
-    """metrics.jsonl: a line for each thing logged, with its epoch and step, written at once.
+    """The file metrics.jsonl: a line for each thing logged, with epoch and step, written at once.
 
     A resumed run goes on behind its checkpoint's step.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path, self._step = folder / "metrics.jsonl", step
-        # Opened when there is something: until then the file of an earlier run stays.
+        # The file is opened when there is something: until then that of an earlier run stays.
         self._file: IO[str] | None = None
 
     def log_step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
@@ -71,14 +71,14 @@ class MetricsFile:
         self._file.flush()
 
     def _known_lines(self) -> list[str]:
-        """Those up to the step of the checkpoint: what came after it is trained again."""
+        """Return the lines up to the checkpoint's step: what came after it is trained again."""
         if not self._step or not self._path.exists():
             return []
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
                 entry = json.loads(line)
-            except ValueError:  # cut off, as the process was killed
+            except ValueError:  # the line was cut off, as the process was killed
                 break
             if entry["step"] <= self._step and "best_epoch" not in entry:
                 kept.append(line)
@@ -92,8 +92,8 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._config, self._epoch = config, epoch
-        # One after another: purge_step counts in the unit of its own events. What an interrupted
-        # run logged after its checkpoint is hidden.
+        # There are two writers, since purge_step counts in the unit of its own events. What an
+        # interrupted run logged after its checkpoint is hidden.
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
         self._steps: Any = None
         self._folder = folder / "tensorboard" / "steps"
@@ -117,7 +117,7 @@ class TensorBoard:
         import numpy as np
         from PIL import Image
 
-        # Figures and hyperparameters in one, as its page HPARAMS wants them, in this very run.
+        # TensorBoard's page HPARAMS wants figures and hyperparameters in one, in this very run.
         named = {f"run/{name}": value for name, value in figures.items()}
         self._writer.add_hparams(dataclasses.asdict(self._config), named, run_name=".")
         for name, path in pictures.items():
@@ -142,7 +142,7 @@ class WandB:
         import wandb
 
         self._wandb = wandb
-        # The same id again when the run is resumed, so that its curves go on.
+        # A resumed run has the same id again, so that its curves go on.
         name = folder / "wandb" / "id"
         name.parent.mkdir(parents=True, exist_ok=True)
         if epoch == 0 or not name.exists():
@@ -157,7 +157,7 @@ class WandB:
             dir=str(folder),
             config=dataclasses.asdict(config),
         )
-        # Two axes: wandb's own step only ever grows, and a resumed run repeats some.
+        # There are two axes: wandb's own step only ever grows, and a resumed run repeats some.
         self._run.define_metric("epoch")
         self._run.define_metric("*", step_metric="epoch")
         self._run.define_metric("step")
@@ -182,7 +182,7 @@ class WandB:
 
 
 class Several:
-    """All of some trackers."""
+    """Several trackers, each of which takes all."""
 
     def __init__(self, trackers: list[Tracker]) -> None:
         self._trackers = trackers
@@ -210,7 +210,7 @@ TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoa
 
 
 def make_tracker(config: Config, folder: Path, epoch: int, step: int) -> Tracker:
-    """metrics.jsonl and the tracker of the configuration, going on after an epoch and a step.
+    """Make metrics.jsonl and the configuration's tracker, going on after an epoch and a step.
 
     Raises:
         ConfigError: its package is not installed, or wandb has no login here.
@@ -236,6 +236,6 @@ def make_tracker(config: Config, folder: Path, epoch: int, step: int) -> Tracker
 
 
 def scalars(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a history entry or of figures, without the epoch."""
+    """Return the numbers of a history entry or of figures, without the epoch."""
     numbers = {k: v for k, v in entry.items() if isinstance(v, int | float) and k != "epoch"}
     return {k: float(v) for k, v in numbers.items()}

@@ -18,7 +18,7 @@ lockstep with the reference backend, and says the largest deviation. Nothing is 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Take the steps and print the deviation; the exit code of the process."""
+    """Take the steps, print the deviation, and return the exit code of the process."""
     if "--help" in arguments or "-h" in arguments:
         print(USAGE)
         return 0

@@ -37,7 +37,7 @@ of a step, from steps.json in that folder: --time=true measures it, for which th
 there.
 """
 STEPS = "steps.json"
-ROUNDS, STEPS_EACH = 12, 10  # of all optimizers in turn, so that a busy minute is everybody's
+ROUNDS, STEPS_EACH = 12, 10  # all optimizers take turns, so that a busy minute is everybody's
 
 LAST, BEST, NOISY = "last epoch", "best epoch", "by wrong labels"
 NOTES = f"""\
@@ -52,7 +52,7 @@ NOTES = f"""\
 
 
 def short_labels(members: Sequence[Group], with_rho: bool = True) -> list[str]:
-    """What tells the groups of a task apart, without what is usual or most have."""
+    """Return labels that tell the groups of a task apart, without what is usual or most have."""
     most = {
         name: Counter(str(g.recipe.get(name)) for g in members).most_common(1)[0][0]
         for name in FIELDS
@@ -77,26 +77,26 @@ def short_labels(members: Sequence[Group], with_rho: bool = True) -> list[str]:
 
 
 def planned(group: Group) -> tuple[int, float]:
-    """Steps of a run, and gradients per step."""
+    """Return the steps of a run, and the gradients per step."""
     config, images = group.config, group.runs[0]["images"]["train"]
     steps = config.epochs * math.ceil(images / config.batch_size)
     return steps, passes(config, steps)
 
 
 def gradients(group: Group) -> float:
-    """Gradient evaluations of one image, of a run."""
+    """Return the gradient evaluations of one image, of a run."""
     return planned(group)[1] * group.config.epochs * float(group.runs[0]["images"]["train"])
 
 
 def _key(group: Group) -> str:
-    """Of a time: what a step's depends on, which rho is not."""
+    """Return the key of a time: what a step's time depends on, which rho is not."""
     config = group.config
     name = config.run_name.replace(f"-rho{config.rho:g}", "", 1)
     return f"{config.dataset}-{config.model}-batch{config.batch_size}-{name}"
 
 
 def seconds(group: Group, steps: Mapping[str, Mapping[str, float]]) -> float | None:
-    """Of the steps of a run, by the times of steps with one and with two passes."""
+    """Return the seconds of a run's steps, by the times of steps with one and with two passes."""
     known = steps.get(_key(group))
     if known is None:
         return None
@@ -109,14 +109,14 @@ def seconds(group: Group, steps: Mapping[str, Mapping[str, float]]) -> float | N
 
 
 def time_steps(groups: Sequence[Group], data_root: str = "") -> dict[str, dict[str, float]]:
-    """Medians, in ms, of steps with one and with two passes, by _key. On a CPU, of the processor's
-    time, which others on the machine hardly change."""
+    """Measure steps with one and with two passes: medians, in ms, by _key. On a CPU, it is the
+    processor's time, which others on the machine hardly change."""
     trainings: dict[str, tuple[Training, dict[str, list[float]]]] = {}
     for group in groups:
         config = replace(
             group.config, verify_steps=0, epochs=max(2, group.config.epochs), label_noise=0.0,
             data_root=data_root or group.config.data_root,
-            # Both kinds of steps, whichever come first.
+            # Both kinds of steps are to be there, whichever come first.
             when="periodic:2" if group.config.policy else "always",
         )  # fmt: skip
         if _key(group) not in trainings:
@@ -152,7 +152,7 @@ def _take_steps(training: Any, number: int, times: dict[str, list[float]]) -> No
 
 
 def by_wrong_labels(group: Group) -> dict[int, float]:
-    """Validation accuracy, in percent, at the epoch that wrong labels choose, by seed."""
+    """Return validation accuracy, in percent, at the epoch that wrong labels choose, by seed."""
     found = {}
     for run in group.runs:
         known = [entry for entry in run["history"] if "val_noisy_accuracy" in entry]
@@ -163,7 +163,7 @@ def by_wrong_labels(group: Group) -> dict[int, float]:
 
 
 def measures(group: Group) -> dict[str, dict[int, float]]:
-    """The three accuracies, by seed; without those that no run has."""
+    """Return the three accuracies, by seed; without those that no run has."""
     found = {
         LAST: group.by_seed("last_test_accuracy"),
         BEST: group.by_seed("test_accuracy"),
@@ -173,7 +173,7 @@ def measures(group: Group) -> dict[str, dict[int, float]]:
 
 
 def mean_interval(values: Mapping[int, float]) -> Comparison | None:
-    """The mean and its 95% interval."""
+    """Return the mean and its 95% interval."""
     return paired(values, dict.fromkeys(values, 0.0))
 
 
@@ -189,7 +189,7 @@ def _in_brackets(comparison: Comparison | None) -> str:
 def accuracy_table(
     members: Sequence[Group], steps: Mapping[str, Mapping[str, float]]
 ) -> list[list[str]]:
-    """A row for each group, by what it costs; head first."""
+    """Return a row for each group, by what it costs; head first."""
     names = [name for name in (LAST, BEST, NOISY) if any(name in measures(g) for g in members)]
     rows = []
     for label, group in zip(short_labels(members), members, strict=True):
@@ -204,13 +204,13 @@ def accuracy_table(
 
 
 def smallest(differences: Iterable[Comparison]) -> tuple[Comparison, bool]:
-    """The difference that statements rest on, and whether all have its sign."""
+    """Return the difference that statements rest on, and whether all have its sign."""
     found = sorted(differences, key=lambda comparison: abs(comparison.mean))
     return found[0], all(other.mean * found[0].mean > 0 for other in found)
 
 
 def difference_table(members: Sequence[Group], plain: Group) -> list[list[str]]:
-    """Every other group minus this one, head first; [] where there is none."""
+    """Return every other group minus this one, head first; [] where there is none."""
     theirs = measures(plain)
     found = []
     for label, group in zip(short_labels(members), members, strict=True):
@@ -235,8 +235,8 @@ def difference_table(members: Sequence[Group], plain: Group) -> list[list[str]]:
 
 
 def chosen(members: Sequence[Group]) -> list[list[str]]:
-    """Of groups that differ in rho alone, the one with the best validation accuracy; head first.
-    [] where there are no several."""
+    """Return which of the groups that differ in rho alone has the best validation accuracy; head
+    first. It is [] where there are no several."""
     families: dict[str, list[tuple[str, Group]]] = {}
     labels = short_labels(members, with_rho=False)
     for label, group in zip(labels, members, strict=True):
@@ -263,7 +263,7 @@ def chosen(members: Sequence[Group]) -> list[list[str]]:
 
 
 def _beside(places: Sequence[float]) -> list[float]:
-    """The same, those that coincide side by side."""
+    """Return the same places, but those that coincide side by side."""
     span = (max(places) - min(places)) or 1.0
     moved = list(places)
     order = sorted(range(len(places)), key=lambda index: places[index])
@@ -276,7 +276,7 @@ def _beside(places: Sequence[float]) -> list[float]:
 
 
 def plot(parts: Sequence[Sequence[Group]], steps: Mapping[str, Mapping[str, float]]) -> Figure:
-    """A row of panels for each task: accuracy over gradients, and over seconds."""
+    """Draw a row of panels for each task: accuracy over gradients, and over seconds."""
     costs = {"gradients of an image, thousands": [[gradients(g) / 1000 for g in m] for m in parts]}
     took = [[seconds(g, steps) for g in m] for m in parts]
     if all(value is not None for values in took for value in values):
@@ -334,7 +334,7 @@ def plot(parts: Sequence[Sequence[Group]], steps: Mapping[str, Mapping[str, floa
 def write_worth(
     sources: Sequence[Path], folder: Path, is_timing: bool = False, data_root: str = ""
 ) -> Path:
-    """worth.md, worth.png and, where steps are timed, steps.json.
+    """Write worth.md, worth.png and, where steps are timed, steps.json.
 
     Returns:
         the path of worth.md.
@@ -377,7 +377,7 @@ def write_worth(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page; the exit code of the process."""
+    """Write the page, and return the exit code of the process."""
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
         return 0 if "--help" in arguments or "-h" in arguments else 2
