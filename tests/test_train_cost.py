@@ -34,6 +34,7 @@ def test_gradient_evaluations_are_counted() -> None:
         ({"opt_name": "gsam", "when": "periodic:4"}, 1.25),
         ({"opt_name": "sam", "when": "bernoulli:0"}, 1),
         ({"opt_name": "sam", "when": "from:9"}, 1.7),
+        ({"opt_name": "sam", "when": "norm:0:0"}, 2),
     ):  # fmt: skip
         assert cost.evaluations(config(**keys), 1000)[0] == pytest.approx(passes * 3000)
     batches = config(sharpness_batches=40, sharpness_batch_size=256)

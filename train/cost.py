@@ -44,7 +44,7 @@ class Cost:
 
 def passes(config: Config, steps: int) -> float:
     """Return the gradients of the model's loss per step, on the average of so many steps."""
-    name, number = config.policy or ("always", 0.0)
+    name, number, *_ = config.policy or ("always", 0.0)
     if name == "from" and OPTIMIZERS[config.opt_name].step == "two passes":
         return 1 + max(0.0, steps - number) / steps
     return config.passes

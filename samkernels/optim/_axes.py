@@ -38,6 +38,8 @@ def ascent(
     like: Tensor,
 ) -> Ascent:
     """Make an Ascent of options. Raise TypeError or ValueError if one of them is wrong."""
+    if type(adaptive) is not bool:
+        raise TypeError(f"adaptive={adaptive!r}: give True or False")
     if scaling is None:
         scaling = "elementwise" if adaptive else "none"
     checks.check_choice("scaling", scaling, SCALINGS)

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 from samkernels.optim import _shards, _wrapping
 from samkernels.optim._axes import Selection
 from samkernels.optim._bases import FUSED_BASES, FusedBase
-from samkernels.optim._lists import laid_out_like
+from samkernels.optim._lists import fits, laid_out_like
 from samkernels.optim._perturbation import Axes
 from samkernels.optim._ranks import Ranks
 from samkernels.optim._scalers import Scalers
@@ -234,7 +234,10 @@ class Checkpointed(Variant):
             if _W in state:
                 with torch.no_grad():
                     slot.local.copy_(state.pop(_W))
-            slot.own.update(state)
+            for name, tensor in state.items():
+                # A parameter may have been cast or laid out anew since the state was made.
+                alike = tensor.shape != slot.old.shape or fits(tensor, slot.old)
+                slot.own[name] = tensor if alike else laid_out_like(slot.old, tensor)
 
     def _without_empty_momentum(self, states: dict[Any, Any]) -> dict[Any, Any]:
         """Return states, by parameter or number, without the buffers whose steps were all skipped.

@@ -196,13 +196,14 @@ class Slots:
         for the parameter; None if all are of one kind."""
         self.perturbation: Perturbation | None = None  # between the steps; see hold
         self._weakly = weakref.ref(self)
-        self.kind_of = kind_of
+        # The optimizer, whose method this is, holds the slots: weakly, both are freed at once.
+        self._kind_of = None if kind_of is None else weakref.WeakMethod(kind_of)
         self._backend = backend
         self._options = options
         self._keys = keys
         self._places: dict[tuple[Any, ...], Place] = {}
         self._slots: dict[int, Slot] = {}  # by id of the parameter, which its slot keeps alive
-        self._has_new = False  # whether slots came since parameters were last compared
+        self._has_new = False  # whether slots or addresses came since parameters were compared
         self._num_params = 0
         # By group, the buckets of the last step; and in _seen, if there are several, the parameters
         # of the group, those from which each bucket has its own, and all others.
@@ -318,7 +319,10 @@ class Slots:
         looked = False
         for index, group in enumerate(groups):
             num_params += len(group["params"])
-            current = self._as_before(index, group)
+            if perturbation is None and self._kind_of is not None and self._had_new(index):
+                current = None  # they may have got state since
+            else:
+                current = self._as_before(index, group)
             if current is None:
                 current = self._look_closely(index, group, perturbation)
                 looked = looked or bool(current) or index in self._last
@@ -326,8 +330,12 @@ class Slots:
                     continue
                 self._last[index] = current
             buckets += current
-        if looked:
-            self._refuse_shared(groups, buckets)
+        if looked or self._has_new:
+            try:
+                self._refuse_shared(groups, buckets)
+            except ValueError:
+                self.forget_lists()  # or the next step would take them as they were
+                raise
         if perturbation is None and (looked or num_params != self._num_params):
             self._forget_all_but(groups)
             self._num_params = num_params
@@ -355,6 +363,9 @@ class Slots:
                 if not any(id(slot.param) in gone for b in buckets for slot in b.slots)
             }
 
+    def _had_new(self, index: int) -> bool:
+        return any(bucket.kind.is_new for bucket in self._last.get(index, ()))
+
     def _as_before(self, index: int, group: dict[str, Any]) -> list[Bucket] | None:
         """Return the last step's buckets with the gradients of now, if nothing else differs."""
         last = self._last.get(index)
@@ -371,6 +382,8 @@ class Slots:
             read = bucket.ops.gradients_of(of_bucket, bucket.params)
             if read is None:
                 read = _read_alike(bucket, of_bucket)
+            elif read[0] is not bucket.params:
+                self._has_new = True  # a parameter lies elsewhere now, maybe where another does
             if read is None:
                 return None
             bucket.group = group
@@ -421,7 +434,8 @@ class Slots:
         return [bucket_of(group, *key, *lists, self._keys) for key, lists in found.items()]
 
     def _kind(self, group: dict[str, Any], i: int, slot: Slot | None) -> Kind:
-        return KIND if self.kind_of is None else self.kind_of(group, i, slot.own if slot else {})
+        kind_of = None if self._kind_of is None else self._kind_of()
+        return KIND if kind_of is None else kind_of(group, i, slot.own if slot else {})
 
     def _remember(self, index: int, group: dict[str, Any], found: list[tuple[Place, Kind]]) -> None:
         """Note from which parameters each bucket has its own: those without a gradient, too."""

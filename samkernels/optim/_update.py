@@ -148,12 +148,10 @@ class _Step:
             self.mixes.append(x.mix(u, *self.guards(x.bucket, divisor)))
         if optimizer.has_terms_beside:
             for x in lists:
-                for terms, of in (
-                    (self.beside, optimizer.beside(x, dots)),
-                    (self.before, optimizer.before(x, dots)),
-                ):
-                    if of is not None:
-                        terms.append((x, of))
+                if (of := optimizer.before(x, dots)) is not None:
+                    self.before.append((x, of))
+                if perturbation.has_second_pass and (of := optimizer.beside(x, dots)) is not None:
+                    self.beside.append((x, of))
 
     def guards(self, bucket: Bucket, divisor: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return divisor, ascent_square and found_inf of a Mix."""

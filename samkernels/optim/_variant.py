@@ -75,7 +75,8 @@ class Variant(Optimizer):
         return None
 
     def beside(self, x: Lists, dots: Products) -> Combination | None:
-        """Return what is subtracted from w, times lr, after the base optimizer's step."""
+        """Return what is subtracted from w, times lr, after the base optimizer's step. It is asked
+        for in steps with two passes."""
         return None
 
     # -- construction ------------------------------------------------------------------------------
