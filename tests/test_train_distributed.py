@@ -135,11 +135,11 @@ DYING = (
     "run.Training.epoch = dying\n"
 )
 TERMINATED = (
-    "step = run.Training._step\n"
+    "step = run.Training.take_step\n"
     "def signalled(self, *arguments):\n"
     "    if self.done == 5 and self.processes.rank == 1: signal.raise_signal(signal.SIGTERM)\n"
     "    return step(self, *arguments)\n"
-    "run.Training._step = signalled\n"
+    "run.Training.take_step = signalled\n"
 )
 
 
