@@ -71,6 +71,7 @@ class Update:
         else:
             is_empty.logical_and_(takes_place.logical_not())
         is_known = is_empty.device.type == "cpu" and not is_empty
+        self.bucket.place.notes_empty_momenta |= not is_known
         for slot in self.bucket.slots:
             buffer = state[slot.param]["momentum_buffer"]
             slot.empty_momentum = (
@@ -133,7 +134,8 @@ class Sgd:
         options = bucket.checked(sgd_options, *_SGD_VALUES(bucket.group))
         if options.momentum == 0:
             return [Update(bucket, "sgd_", (None,), options, {})]
-        if all(slot.empty_momentum is None for slot in bucket.slots):
+        notes_some = bucket.place.notes_empty_momenta
+        if not (notes_some and any(slot.empty_momentum is not None for slot in bucket.slots)):
             buffers = bucket.ops.state_of(state, bucket.params, "momentum_buffer")
             if buffers is not None:
                 return [Update(bucket, "sgd_", (buffers,), options, {})]

@@ -34,6 +34,8 @@ class Place:
     backend: str
     process_groups: tuple[Any, ...] = ()  # over which parameters here are sharded
     has_addresses: bool = True  # see checks.has_address
+    # Whether a slot here has had an empty_momentum: most steps need not look at each.
+    notes_empty_momenta: bool = False
 
     def __post_init__(self) -> None:
         self.ops = backends.get(self.backend)
