@@ -3,10 +3,6 @@ DistributedDataParallel and over FSDP2's shards."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +16,9 @@ if not hasattr(torch.distributed.fsdp, "fully_shard"):
 from tests import family_ranks
 from tests.family import Halves, loss
 from tests.family_ranks import CASES, SAVED_AFTER, STEPS, Case, train, weights
+from tests.processes import run_ranks
 from tests.test_family import by_rule
 
-ROOT = Path(__file__).parent.parent
 Results = list[dict[str, Any]]  # of each rank
 each_case = pytest.mark.parametrize("name", CASES)
 
@@ -30,20 +26,8 @@ each_case = pytest.mark.parametrize("name", CASES)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("family")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.family_ranks", str(rank), str(folder)],
-            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(errors)
+    codes, errors = run_ranks("tests.family_ranks", 2, folder)
+    assert not any(codes), "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

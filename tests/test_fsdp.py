@@ -4,9 +4,6 @@ tests/fsdp_worker.py; they run once as 2 and once as 4 processes."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,8 @@ if not hasattr(torch.distributed.fsdp, "fully_shard"):
 
 from tests import fsdp_worker
 from tests.fsdp_worker import ALL_STEPS, BASES, SAVED_AFTER, TOLERANCE, Net, all_of, train
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).parent.parent
 SIZES = (2, 4)
 
 
@@ -28,22 +25,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the processes left what they found, and their checkpoints."""
     folder = tmp_path_factory.mktemp("fsdp")
     for size in SIZES:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.fsdp_worker", str(rank), str(size), str(folder)],
-                cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                stderr=subprocess.PIPE, text=True,
-            )
-            for rank in range(size)
-        ]  # fmt: skip
-        try:
-            errors = [process.communicate(timeout=240)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
+        codes, errors = run_ranks("tests.fsdp_worker", size, size, folder)
         if not (folder / f"{size}-0.json").exists():
             pytest.fail(f"{size} processes did not start: {errors[0]}")
-        if any(process.returncode for process in processes):
+        if any(codes):
             break  # more processes need what these were to save
     return folder
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,29 +16,16 @@ from samkernels import SAM, frozen_batchnorm_stats
 from tests import ranks
 from tests.by_hand import RHO, SGD, STEPS, by_hand, close, is_far, loss_of_share, norm_of, share
 from tests.optim_helpers import ConvNet, images, linear, snapshot, unchanged
+from tests.processes import run_ranks
 from tests.ranks import PERTURBATIONS, VARIANTS
 
-ROOT = Path(__file__).parent.parent
 Results = list[dict[str, Any]]  # of each rank
 
 
 def results_of(world: int, folder: Path) -> Results:
     """What all cases of tests/ranks.py gave in `world` processes."""
-    commands = [
-        [sys.executable, "-m", "tests.ranks", str(rank), str(world), str(folder)]
-        for rank in range(world)
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for command in commands
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(errors)
+    codes, errors = run_ranks("tests.ranks", world, world, folder)
+    assert not any(codes), "\n".join(errors)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
