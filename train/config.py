@@ -770,6 +770,25 @@ def named_yaml(name: str, folder: Path, kind: str) -> Path:
     return folder / f"{name}.yaml"
 
 
+def folders_and_flags(
+    arguments: Sequence[str], allowed: Mapping[str, str]
+) -> tuple[list[Path], dict[str, str]]:
+    """Read the arguments of a command that takes folders and a few flags.
+
+    Args:
+        allowed: by flag, the word that stands for its value in the message.
+
+    Raises:
+        ConfigError: another flag is among them.
+    """
+    folders = [Path(word) for word in arguments if not word.startswith("--")]
+    flags = parse_flags([word for word in arguments if word.startswith("--")])
+    if unknown := [name for name in flags if name not in allowed]:
+        known = ", ".join(f"--{name}={value}" for name, value in allowed.items())
+        raise ConfigError(f"unknown flag --{unknown[0]}: allowed {known}")
+    return folders, flags
+
+
 def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
     """Read `--key=value`, `--key value`, `--set section.key=value`; the last of equal keys wins.
 

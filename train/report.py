@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.config import parse_flags
-from train.errors import ConfigError, guarded
+from train.config import folders_and_flags
+from train.errors import guarded
 from train.page import write_report
 
 USAGE = """\
@@ -22,10 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
         return 0 if "--help" in arguments or "-h" in arguments else 2
-    folders = [Path(word) for word in arguments if not word.startswith("--")]
-    flags = parse_flags([word for word in arguments if word.startswith("--")])
-    if set(flags) - {"output_dir"}:
-        raise ConfigError(f"unknown flag --{next(iter(flags))}: allowed --output_dir=DIR")
+    folders, flags = folders_and_flags(arguments, {"output_dir": "DIR"})
     path = write_report(folders, Path(flags.get("output_dir", folders[0])))
     print(f"written: {path}")
     return 0

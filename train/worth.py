@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from train import results
 from train.claims import LEVEL, interval, p_in_words, verdict
-from train.config import FIELDS, parse_flags
+from train.config import FIELDS, folders_and_flags
 from train.cost import passes
 from train.data import train_batches
 from train.errors import CheckpointError, ConfigError, guarded
@@ -381,13 +381,8 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print(USAGE)
         return 0 if "--help" in arguments or "-h" in arguments else 2
-    folders = [Path(word) for word in arguments if not word.startswith("--")]
-    flags = parse_flags([word for word in arguments if word.startswith("--")])
-    for name in flags:
-        if name not in ("output_dir", "time", "data_root"):
-            raise ConfigError(
-                f"unknown flag --{name}: allowed --output_dir=DIR, --time=true, --data_root=DIR"
-            )
+    allowed = {"output_dir": "DIR", "time": "true", "data_root": "DIR"}
+    folders, flags = folders_and_flags(arguments, allowed)
     if (is_timing := flags.get("time", "false")) not in ("true", "false"):
         raise ConfigError(f"time={is_timing}: allowed true, false")
     folder = Path(flags.get("output_dir", folders[0]))
