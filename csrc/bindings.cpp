@@ -70,10 +70,7 @@ class Shapes {
   const Tensors& tensors() const { return tensors_; }
 
   MutableList List(const char* name, const TensorList& list) const {
-    if (list.size() != list_.size()) {
-      throw std::invalid_argument(std::string(name) + " has " + std::to_string(list.size()) +
-                                  " tensors and " + name_ + " has " + std::to_string(list_.size()));
-    }
+    RequireAsMany(name, list);
     if (!list_.IsAlike(list)) {
       throw std::invalid_argument(std::string(name) + " and " + name_ +
                                   " differ in dtype, device, shape or strides of a tensor");
@@ -96,10 +93,7 @@ class Shapes {
 
   // Says of a list of numbers, one for each tensor, which are float64; the others are float32.
   std::unique_ptr<bool[]> AreDouble(const char* name, const TensorList& numbers) const {
-    if (numbers.size() != list_.size()) {
-      throw std::invalid_argument(std::string(name) + " has " + std::to_string(numbers.size()) +
-                                  " tensors and " + name_ + " has " + std::to_string(list_.size()));
-    }
+    RequireAsMany(name, numbers);
     std::vector<const void*> sorted(numbers.addresses().begin(), numbers.addresses().end());
     std::sort(sorted.begin(), sorted.end());
     if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
@@ -127,6 +121,12 @@ class Shapes {
   }
 
  private:
+  void RequireAsMany(const char* name, const TensorList& list) const {
+    if (list.size() == list_.size()) return;
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(list.size()) +
+                                " tensors and " + name_ + " has " + std::to_string(list_.size()));
+  }
+
   const char* name_;
   const TensorList& list_;
   // Keeps what tensors_ points into, whatever happens to the list during the call.
@@ -182,6 +182,18 @@ struct PyMix {
     return mix;
   }
 };
+
+// Runs an op while other threads of Python run, and notes it in the journal: where no signal
+// handler can come between. See contract.Backend.perturb_.
+template <typename Args>
+void Run(const Target& target, void (*OpTable::*op)(const Args&, const Execution&),
+         const Args& args, std::optional<py::list> journal = std::nullopt) {
+  {
+    py::gil_scoped_release release;
+    (target.ops->*op)(args, target.execution);
+  }
+  if (journal) journal->append(true);
+}
 
 }  // namespace
 
@@ -316,8 +328,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                            room.address(),
                            Required<double>("per_tensor", per_tensor),
                            Required<double>("total", total)};
-    py::gil_scoped_release release;
-    target.ops->dots(args, target.execution);
+    Run(target, &OpTable::dots, args);
   });
   m.def("perturb",
         [](const Target& target, const TensorList& params, const TensorList& direction,
@@ -337,27 +348,19 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                                     eta.value_or(0.0f),
                                     rounds_at_random,
                                     saves};
-          {
-            py::gil_scoped_release release;
-            target.ops->perturb(args, target.execution);
-          }
-          // Here, where no signal handler of Python can come between: see
-          // contract.Backend.perturb_. The same in the updates.
-          if (journal) journal->append(true);
+          Run(target, &OpTable::perturb, args, journal);
         });
   m.def("restore",
         [](const Target& target, const TensorList& params, const TensorList& old_params) {
           const Shapes shapes("params", params, *target.ops);
           const RestoreArgs args = {shapes.tensors(), shapes.List("params", params),
                                     shapes.List("old_params", old_params)};
-          py::gil_scoped_release release;
-          target.ops->restore(args, target.execution);
+          Run(target, &OpTable::restore, args);
         });
   m.def("mix", [](const Target& target, const PyMix& mix, const TensorList& out, bool keeps) {
     const Shapes shapes("out", out, *target.ops);
     const MixArgs args = {shapes.tensors(), mix.For(shapes), keeps, shapes.List("out", out)};
-    py::gil_scoped_release release;
-    target.ops->mix(args, target.execution);
+    Run(target, &OpTable::mix, args);
   });
   m.def("sgd", [](const Target& target, const PyMix& mix, const TensorList& params,
                   const TensorList& old_params, const OptionalList& momentum_buffers,
@@ -372,11 +375,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
     if (options.has_momentum && args.momentum_buffer == nullptr) {
       throw std::invalid_argument("momentum_buffers is missing");
     }
-    {
-      py::gil_scoped_release release;
-      target.ops->sgd(args, target.execution);
-    }
-    if (journal) journal->append(true);
+    Run(target, &OpTable::sgd, args, journal);
   });
   m.def("sgd_hess",
         [](const Target& target, const TensorList& params, const TensorList& grads,
@@ -408,11 +407,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
           if (options.has_momentum && args.momentum_buffer == nullptr) {
             throw std::invalid_argument("momentum_buffers is missing");
           }
-          {
-            py::gil_scoped_release release;
-            target.ops->sgd_hess(args, target.execution);
-          }
-          if (journal) journal->append(true);
+          Run(target, &OpTable::sgd_hess, args, journal);
         });
   m.def("adam",
         [](const Target& target, const PyMix& mix, const TensorList& params,
@@ -430,11 +425,7 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
                                  {steps.addresses().data(), are_double.get()},
                                  Required<BiasCorrections>("bias_corrections", bias_corrections),
                                  options};
-          {
-            py::gil_scoped_release release;
-            target.ops->adam(args, target.execution);
-          }
-          if (journal) journal->append(true);
+          Run(target, &OpTable::adam, args, journal);
         });
 }
 

@@ -1,7 +1,8 @@
 #include <vector>
 
 #include "../op_functions.h"
-#include "mix.cuh"
+#include "../update_math.h"
+#include "vectors.cuh"
 
 namespace samkernels::cuda {
 
@@ -104,25 +105,17 @@ struct AdamFunctor {
 template <typename T>
 constexpr int kMinResidentBlocks<AdamFunctor<T, true>> = sizeof(T) == 2 ? 1024 / kThreads : 0;
 
-template <typename T, bool kHasY>
-static void AdamOf(const AdamArgs& args, const Execution& execution) {
-  const Mix& mix = args.mix;
-  const AdamFunctor<T, kHasY> functor = {mix, args.options, args.bias_corrections};
-  if constexpr (kHasY) {
-    const ReadOnlyList lists[] = {args.params,  args.old_params, mix.x,
-                                  args.exp_avg, args.exp_avg_sq, mix.y};
-    MultiTensorApply(args.tensors, lists, functor, execution.stream);
-  } else {
-    const ReadOnlyList lists[] = {args.params, args.old_params, mix.x, args.exp_avg,
-                                  args.exp_avg_sq};
-    MultiTensorApply(args.tensors, lists, functor, execution.stream);
-  }
-}
-
 void Adam(const AdamArgs& args, const Execution& execution) {
   CountSteps(args, execution);
+  const Mix& mix = args.mix;
   DispatchDType(args.tensors.dtype, [&](auto zero) {
-    DispatchHasY(args.mix, [&](auto has_y) { AdamOf<decltype(zero), has_y>(args, execution); });
+    const auto apply = [&](auto has_y, const auto&... y) {
+      const ReadOnlyList lists[] = {args.params,  args.old_params, mix.x,
+                                    args.exp_avg, args.exp_avg_sq, y...};
+      const AdamFunctor<decltype(zero), has_y> functor = {mix, args.options, args.bias_corrections};
+      MultiTensorApply(args.tensors, lists, functor, execution.stream);
+    };
+    mix.y ? apply(std::true_type(), mix.y) : apply(std::false_type());
   });
 }
 

@@ -1,5 +1,6 @@
 #include "../op_functions.h"
-#include "mix.cuh"
+#include "../update_math.h"
+#include "vectors.cuh"
 
 namespace samkernels::cuda {
 
@@ -46,10 +47,11 @@ void MixLists(const MixArgs& args, const Execution& execution) {
   const Mix& mix = args.mix;
   const ReadOnlyList lists[] = {mix.x, args.out, mix.y ? mix.y : mix.x};
   DispatchDType(args.tensors.dtype, [&](auto zero) {
-    DispatchHasY(mix, [&](auto has_y) {
+    const auto apply = [&](auto has_y) {
       MultiTensorApply(args.tensors, lists, MixFunctor<decltype(zero), has_y>{mix, args.keeps},
                        execution.stream);
-    });
+    };
+    mix.y ? apply(std::true_type()) : apply(std::false_type());
   });
 }
 

@@ -1,5 +1,6 @@
 #include "../op_functions.h"
-#include "mix.cuh"
+#include "../update_math.h"
+#include "vectors.cuh"
 
 namespace samkernels::cuda {
 
@@ -67,16 +68,11 @@ void Sgd(const SgdArgs& args, const Execution& execution) {
       const SgdFunctor<T, has_y, has_buffer> functor = {mix, args.options};
       MultiTensorApply(args.tensors, lists, functor, execution.stream);
     };
-    DispatchHasY(mix, [&](auto has_y) {
-      const bool has_buffer = args.options.has_momentum;
-      if constexpr (has_y) {
-        if (has_buffer) return apply(has_y, std::true_type(), mix.y, args.momentum_buffer);
-        apply(has_y, std::false_type(), mix.y);
-      } else {
-        if (has_buffer) return apply(has_y, std::true_type(), args.momentum_buffer);
-        apply(has_y, std::false_type());
-      }
-    });
+    const auto with = [&](auto has_y, const auto&... y) {
+      args.options.has_momentum ? apply(has_y, std::true_type(), y..., args.momentum_buffer)
+                                : apply(has_y, std::false_type(), y...);
+    };
+    mix.y ? with(std::true_type(), mix.y) : with(std::false_type());
   });
 }
 
