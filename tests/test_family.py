@@ -838,7 +838,9 @@ def test_a_selection_that_selects_nothing_is_refused(option: str) -> None:
             SAM(params, lr=0.1, **{option: selected})
     with pytest.raises(ValueError, match=f"{option} selects 0"):
         SAM(model.named_parameters(), lr=0.1, **{option: lambda name: "bn" in name})
-    with pytest.raises(TypeError, match="its strength is alpha"):
+    with pytest.raises(
+        TypeError, match=r"rho: BAR perturbs nothing: .* BAR\(params, base_optimizer, alpha"
+    ):
         samkernels.BAR(params, lr=0.1, rho=0.1)
     with pytest.raises(ValueError, match="pairs selects 0"):
         samkernels.BAR(params, lr=0.1, pairs=[tuple(other.parameters())[:2]])
@@ -1030,6 +1032,11 @@ def test_what_goes_with_lr_is_refused_where_there_is_none(make: Callable[..., SA
         ({"own_options": "rho"}, "own_options of Mine is str"),
         ({"own_options": options(rho=Option(1.0))}, "has rho, which SAM itself has"),
         ({"own_options": options(when=Option(1.0))}, "has when, which SAM itself has"),
+        (
+            {"own_arguments": ("pairs",)},
+            r"own_arguments of Mine is tuple: give options",
+        ),
+        ({"own_arguments": {"mask": None}}, "own_arguments of Mine has mask"),
         ({"own_state": "m"}, r"own_state of Mine is a string: .* \('m',\)"),
         ({"positional": "rho"}, r"positional of Mine is a string"),
     ],

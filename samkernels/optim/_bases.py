@@ -1,12 +1,12 @@
-"""Serve base optimizers whose update is one kernel with restore and mix: say when that kernel can
-serve, and prepare its calls."""
+"""Serve base optimizers: those whose update is one kernel with restore and mix, and any other, that
+finds the mix in `.grad` and makes its own step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from torch.optim.optimizer import Optimizer
 
 from samkernels import checks
 from samkernels.backends import AdamOptions, Mix, SgdOptions, TensorList
-from samkernels.optim import _shards
+from samkernels.optim import _shards, _wrapping
 from samkernels.optim._lists import Bucket, EmptyMomentum, Slot, fits, laid_out_like, refuse_capture
+
+if TYPE_CHECKING:
+    from samkernels.optim.sam import SAM
 
 State = dict[str, Any]  # of one parameter
 
@@ -79,7 +82,40 @@ class Update:
             )
 
 
-class FusedBase(Protocol):
+@dataclass
+class MixIntoGrad:
+    """Holds the call that leaves u in `.grad`, for a base optimizer that makes its own step."""
+
+    bucket: Bucket
+    journal: list[bool] = field(default_factory=list)  # stays empty: w takes its place again
+
+    def run(
+        self,
+        old_params: TensorList,
+        mix: Mix,
+        state: dict[Tensor, State],
+        out: TensorList | None = None,
+    ) -> None:
+        bucket = self.bucket
+        bucket.ops.mix_(bucket.grads, mix)
+        for slot, u in zip(bucket.slots, bucket.grads, strict=True):
+            put_grad(slot.param, u)
+
+
+def put_grad(p: Tensor, u: Tensor) -> None:
+    """Put u into p.grad, if u is a copy since p.grad has another layout or dtype (grad_dtype)."""
+    if p.grad is None or _shards.local(p.grad) is u:
+        return
+    if p.grad.dtype is u.dtype:
+        p.grad = _shards.as_part_of(p, u)
+    else:
+        p.grad.copy_(_shards.as_part_of(p, u))
+
+
+class Fused(Protocol):
+    """What a base optimizer with a kernel says of a group."""
+
+    restores: bool = True  # the update brings w back, by itself
     tensors: tuple[str, ...]  # in the state of a parameter, of its shape
 
     def needed(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -97,22 +133,63 @@ class FusedBase(Protocol):
     def updates(self, bucket: Bucket, state: dict[Tensor, State]) -> list[Update]:
         """Prepare calls. Raise TypeError or ValueError if a hyperparameter or a state is wrong."""
 
+    def finish(self, optimizer: SAM, buckets: Sequence[Bucket]) -> None:
+        """Do what is left when all updates are made."""
+        optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for its scheduler
 
-def check_state(base: FusedBase, bucket: Bucket, state: dict[Tensor, State]) -> None:
-    """Raise ValueError if the state of a parameter lacks what a step of its group reads: somebody
-    has edited it, or switched amsgrad on."""
-    needed = base.needed(bucket.group)
-    for slot in bucket.slots:
-        of_param = state.get(slot.param)
-        for name in needed if of_param else ():
-            if name not in of_param:  # type: ignore[operator]
-                raise ValueError(
-                    f"the state of a parameter of shape {tuple(slot.param.shape)} has no {name}: "
-                    "put it there, or remove the state of this parameter, which begins anew then"
-                )
+    def check_state(self, bucket: Bucket, state: dict[Tensor, State]) -> None:
+        """Raise ValueError if the state of a parameter lacks what a step of its group reads:
+        somebody has edited it, or switched amsgrad on."""
+        needed = self.needed(bucket.group)
+        for slot in bucket.slots:
+            of_param = state.get(slot.param)
+            for name in needed if of_param else ():
+                if name not in of_param:  # type: ignore[operator]
+                    raise ValueError(
+                        f"the state of a parameter of shape {tuple(slot.param.shape)} has no "
+                        f"{name}: put it there, or remove the state of this parameter, which "
+                        "begins anew then"
+                    )
 
 
-class Sgd:
+class ByItself:
+    """Any base optimizer that makes its own step.
+
+    Args:
+        fused: what is known of its class, if it is one of those with a kernel, which does not
+            serve all groups.
+    """
+
+    restores = False
+
+    def __init__(self, fused: Fused | None) -> None:
+        self._fused = fused
+
+    def updates(self, bucket: Bucket, state: dict[Tensor, State]) -> list[MixIntoGrad]:
+        if self._fused is not None:
+            self._fused.check_state(bucket, state)
+        checks.check_disjoint(".grad of the parameters", bucket.grads)  # u goes in there
+        return [MixIntoGrad(bucket)]
+
+    def finish(self, optimizer: SAM, buckets: Sequence[Bucket]) -> None:
+        """Let it make its step with the parameters of these buckets, and no others."""
+        updated = {slot.param for bucket in buckets for slot in bucket.slots}
+        hidden = {
+            p: p.grad for p in optimizer._all_params() if p not in updated and p.grad is not None
+        }
+        for p in hidden:
+            p.grad = None
+        try:
+            _wrapping.step(optimizer.base_optimizer)
+        finally:
+            for p, grad in hidden.items():
+                p.grad = grad
+
+
+Base = Fused | ByItself
+
+
+class Sgd(Fused):
     tensors: tuple[str, ...] = ("momentum_buffer",)
 
     def needed(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -225,7 +302,7 @@ def sgd_options(
     )
 
 
-class Adam:
+class Adam(Fused):
     """Adam and AdamW, without amsgrad."""
 
     tensors: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
@@ -255,7 +332,7 @@ class Adam:
         lists = self._known(bucket, state)
         new_states: dict[Tensor, State] = {}
         if lists is None:
-            check_state(self, bucket, state)
+            self.check_state(bucket, state)
             states, new_states = self._states(bucket, state)
             moments = [_laid_out(bucket, states, name) for name in self.tensors]
             lists = [*moments, [of_param["step"] for of_param in states]]
@@ -342,7 +419,7 @@ def _adam_options(
 
 
 # The keys are exact classes: a subclass may have changed anything.
-FUSED_BASES: dict[type[Optimizer], FusedBase] = {
+FUSED_BASES: dict[type[Optimizer], Fused] = {
     torch.optim.SGD: Sgd(),
     torch.optim.Adam: Adam(decoupled_weight_decay=False),
     torch.optim.AdamW: Adam(decoupled_weight_decay=True),

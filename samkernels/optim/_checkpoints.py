@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from samkernels.optim import _shards, _wrapping
 from samkernels.optim._axes import Selection
-from samkernels.optim._bases import FUSED_BASES, FusedBase
+from samkernels.optim._bases import FUSED_BASES, Base, ByItself, Fused
 from samkernels.optim._lists import fits, laid_out_like
 from samkernels.optim._perturbation import Axes
 from samkernels.optim._ranks import Ranks
@@ -332,7 +332,8 @@ class Checkpointed(Variant):
         self._require_unperturbed("copying or pickling")
         own = {p: dict(of) for p in self._all_params() if (of := self._slots.own_of(p))}
         kept = {
-            name: getattr(self, name) for name in ("base_optimizer", *_KEPT, *self.own_attributes)
+            name: getattr(self, name)
+            for name in ("base_optimizer", *_KEPT, *self.own_arguments, *self.own_attributes)
         }
         state = {**super().__getstate__(), **kept, "_own": own}
         return {**state, "state": self._without_empty_momentum(self.state)}
@@ -361,11 +362,18 @@ class Checkpointed(Variant):
         self._load_own(own)
 
     @property
-    def _fused_base(self) -> FusedBase | None:
+    def _fused_base(self) -> Fused | None:
         base = self.base_optimizer
         if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
             return None  # the hooks of its step are to be called
         return FUSED_BASES.get(type(base))
+
+    def _base_for(self, groups: Iterable[dict[str, Any]]) -> Base:
+        """Return what makes the step of these groups."""
+        fused = self._fused_base
+        if fused is not None and all([fused.serves(group) for group in groups]):
+            return fused
+        return ByItself(fused)
 
     def _only_makes_state(self) -> bool:
         """Say whether by this step torch.distributed.checkpoint has an optimizer make the state
@@ -382,8 +390,8 @@ class Checkpointed(Variant):
             for slot in bucket.slots:
                 slot.own.update({name: torch.zeros_like(slot.old) for name in names})
         self._slots.forget_lists()
-        fused = self._fused_base
-        if fused is None or not all(map(fused.serves, self.param_groups)):
+        fused = self._base_for(self.param_groups)
+        if isinstance(fused, ByItself):
             _wrapping.step(self.base_optimizer)
             return
         # A step would count, and make weight_decay * w of a momentum.

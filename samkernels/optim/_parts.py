@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from torch import Tensor
 
 from samkernels import ops
+from samkernels.optim import _shards
+from samkernels.optim._bases import put_grad
 from samkernels.optim._lists import Bucket, Slot
 from samkernels.optim._perturbation import Perturbation
 
@@ -66,14 +68,19 @@ class PartSums:
             _add(self._second, zip(bucket.slots, bucket.grads, strict=True))
         _add(self._first, perturbation.first_grads.items())
 
-    def means_into(self, perturbation: Perturbation) -> dict[Slot, Tensor]:
-        """Make the perturbation of the last part one of all parts. Return the means of g2."""
+    def average_into(self, perturbation: Perturbation) -> None:
+        """Make the perturbation of the last part one of all parts, and leave the means of g2 in
+        `.grad`."""
         # One part whose norm is not finite makes this one so, and the step is skipped.
         if self._ascent_squares:
             perturbation.ascent_square = ops.total_of(self._ascent_squares)
         perturbation.first_grads = self._means(self._first)
         perturbation.first_dots.clear()
-        return self._means(self._second)
+        for slot, mean in self._means(self._second).items():
+            if slot.param.grad is None:
+                slot.param.grad = _shards.as_part_of(slot.param, mean)
+            else:
+                put_grad(slot.param, mean)
 
     def _means(self, sums: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
         means = ops.means_of(list(sums.values()), self.count, [slot.old for slot in sums])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from samkernels import checks, ops
 from samkernels.backends import Mix, SgdOptions
-from samkernels.optim import _shards, _wrapping
-from samkernels.optim._bases import FusedBase, Update, check_state
+from samkernels.optim import _shards
+from samkernels.optim._bases import Base, MixIntoGrad, Update
 from samkernels.optim._lists import Bucket, Slot
 from samkernels.optim._perturbation import Perturbation, lists_of, restore
 from samkernels.optim._rule import Combination, Lists, Products, over_shards
@@ -71,17 +71,12 @@ def finish(
         The buckets that were updated, and whether w lies in that room.
     """
     step = _Step(optimizer, perturbation)
-    base = optimizer._fused_base
-    if base is not None and all([base.serves(bucket.group) for bucket in step.buckets]):
-        step.update_by_kernels(base, into_old)
-        lies_in_old = into_old
-    else:
-        step.update_by_base()
-        lies_in_old = False
+    base = optimizer._base_for([bucket.group for bucket in step.buckets])
+    step.update(base, into_old)
     for x in step.lists:
         if x.is_new:
             optimizer._slots.forget_lists()  # parameters are of another kind now
-    return step.buckets, lies_in_old
+    return step.buckets, into_old and base.restores
 
 
 class _Step:
@@ -162,8 +157,8 @@ class _Step:
             None if found_inf is None else bucket.bring(found_inf),
         )
 
-    def update_by_kernels(self, base: FusedBase, into_old: bool) -> None:
-        """Restore w, mix and update by one kernel."""
+    def update(self, base: Base, into_old: bool) -> None:
+        """Restore the weights, mix the gradients and update: in one kernel if `base` has one."""
         optimizer, perturbation, buckets = self.optimizer, self.perturbation, self.buckets
         state = optimizer.state
         # All groups come first, so that a wrong one is found before any is updated.
@@ -171,71 +166,48 @@ class _Step:
         for bucket, mix in zip(buckets, self.mixes, strict=True):
             for update in base.updates(bucket, state):
                 updates.append((update, bucket, mix))
-        if not perturbation.moved_just(buckets):
-            done = {slot for bucket in buckets for slot in bucket.slots}
+        if not (base.restores and perturbation.moved_just(buckets)):
+            done = {slot for bucket in buckets for slot in bucket.slots} if base.restores else ()
             rest: dict[Slot, None] = {s: None for s in perturbation.slots if s not in done}
             restore(rest, optimizer._slots)
-        self._begin()
-        _make_all(updates, state, perturbation, into_old)
-        optimizer.base_optimizer._opt_called = True  # type: ignore[attr-defined]  # for its scheduler
-        for x, of in self.beside:
-            self._descend(x, x.mix(of))
-        self._write_state()
-
-    def update_by_base(self) -> None:
-        """Update by the base optimizer, which finds u in `.grad`."""
-        optimizer, perturbation, found_inf = self.optimizer, self.perturbation, self.found_inf
-        fused = optimizer._fused_base
-        for bucket in self.buckets:
-            if fused is not None:
-                check_state(fused, bucket, optimizer.state)
-            checks.check_disjoint(".grad of the parameters", bucket.grads)  # u goes in there
-        restore(dict(perturbation.slots), optimizer._slots)
-        if found_inf is not None and found_inf.item():
-            return
-        self._write_state()  # its lists are about to be lost; so are those of `beside`
-        self._begin()
-        beside = [(x, _kept(x, of)) for x, of in self.beside]
-        for bucket, mix in zip(self.buckets, self.mixes, strict=True):
-            bucket.ops.mix_(bucket.grads, mix)
-            for slot, u in zip(bucket.slots, bucket.grads, strict=True):
-                put_grad(slot.param, u)
-        _step_base(optimizer, {slot.param for bucket in self.buckets for slot in bucket.slots})
-        perturbation.slots = {}  # an interrupt from here on undoes nothing
+        if not base.restores:
+            if self.found_inf is not None and self.found_inf.item():
+                return
+            self._write_state()  # its lists are about to be lost; so are those of `beside`
+        for x, of in self.before:  # maximize does not turn it
+            descend(x.bucket, x.mix(of, *self.guards(x.bucket, None)), maximize=False)
+        beside = [(x, x.mix(of) if base.restores else _kept(x, of)) for x, of in self.beside]
+        _make_all(updates, base, optimizer, perturbation, into_old)
         for x, mix in beside:
-            self._descend(x, mix)
+            mix = Mix(*mix[:5], *self.guards(x.bucket, self.scale))
+            descend(x.bucket, mix, x.group.get("maximize", False))
+        if base.restores:
+            self._write_state()
 
     def _write_state(self) -> None:
         for x in self.lists:
             if x.waiting:
                 x.write(x.waiting, *self.guards(x.bucket, self.scale))
 
-    def _begin(self) -> None:
-        """Subtract what comes before the base optimizer's step; maximize does not turn it."""
-        for x, of in self.before:
-            descend(x.bucket, x.mix(of, *self.guards(x.bucket, None)), maximize=False)
-
-    def _descend(self, x: Lists, mix: Mix) -> None:
-        mix = Mix(*mix[:5], *self.guards(x.bucket, self.scale))
-        descend(x.bucket, mix, x.group.get("maximize", False))
-
 
 ALONE = 1.0, 1.0, "linear"  # the rest of a Mix of one list as it is
 
 
 def _make_all(
-    updates: Sequence[tuple[Update, Bucket, Mix]],
-    state: dict[Tensor, Any],
+    updates: Sequence[tuple[Update | MixIntoGrad, Bucket, Mix]],
+    base: Base,
+    optimizer: SAM,
     perturbation: Perturbation,
     into_old: bool,
 ) -> None:
     """Make all of them or none, whatever comes in between; unless a backend that is no single call
-    was interrupted in the middle of a list: then all weights come back, and part of the state is
-    that of after the step.
+    was interrupted in the middle of a list, or a base optimizer in a step of its own: then all
+    weights come back, and part of the state is that of after the step.
 
     Args:
         updates: each with its whole bucket, and the mix that updates that.
     """
+    state = optimizer.state
     calls = []
     for update, whole, mix in updates:
         bucket = update.bucket
@@ -244,6 +216,7 @@ def _make_all(
     try:
         for update, old, mix, out in calls:
             update.run(old, mix, state, out)
+        base.finish(optimizer, [update.bucket for update, _, _ in updates])
         perturbation.slots = {}  # nothing to restore
     except BaseException:
         journals = [update.journal for update, _, _ in updates]
@@ -299,28 +272,6 @@ def _keep_statistics(
         dots.learn(("g1", "g2", "w"), measured)
     numel = sum(bucket.numel for bucket in both)
     optimizer._statistics = ops.gradient_statistics(measured, numel, scale)
-
-
-def _step_base(optimizer: SAM, updated: set[Tensor]) -> None:
-    params = optimizer._all_params()
-    hidden = {p: p.grad for p in params if p not in updated and p.grad is not None}
-    for p in hidden:
-        p.grad = None
-    try:
-        _wrapping.step(optimizer.base_optimizer)
-    finally:
-        for p, grad in hidden.items():
-            p.grad = grad
-
-
-def put_grad(p: Tensor, u: Tensor) -> None:
-    """Put u into p.grad, if u is a copy since p.grad has another layout or dtype (grad_dtype)."""
-    if p.grad is None or _shards.local(p.grad) is u:
-        return
-    if p.grad.dtype is u.dtype:
-        p.grad = _shards.as_part_of(p, u)
-    else:
-        p.grad.copy_(_shards.as_part_of(p, u))
 
 
 def _select(buckets: list[Bucket], keep: Callable[[Slot], bool]) -> list[Bucket]:

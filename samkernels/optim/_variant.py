@@ -42,10 +42,17 @@ class Variant(Optimizer):
     compares_scales: ClassVar[bool] = True  # whether u depends on how g1 is scaled against g2
     has_norm_of: ClassVar[str | None] = None  # the gradient whose norm u has, if it has one's
     counts_steps: ClassVar[bool] = False  # whether `perturbs` looks at the step
-    own_attributes: ClassVar[tuple[str, ...]] = ()  # attributes that a copy has, too
+    own_arguments: ClassVar[
+        Mapping[str, Any]
+    ] = {}  # attributes of which the constructor makes arguments
+    own_attributes: ClassVar[tuple[str, ...]] = ()  # further ones that a copy has, too
+    moves: ClassVar[bool] = (
+        True  # False: no step has a second pass, and no option says how it moves
+    )
     sign: ClassVar[float] = 1.0  # -1: against the direction
 
     # __init_subclass__ sees from the methods what of the rule there is to evaluate.
+    decides: ClassVar[bool]  # it says itself which steps have a second pass
     goes_along_g1: ClassVar[bool]
     takes_one_gradient: ClassVar[bool]  # u is g2, or g1 where there is no other
     has_terms_beside: ClassVar[bool]
@@ -56,7 +63,7 @@ class Variant(Optimizer):
 
     def perturbs(self, options: dict[str, Any], step: int) -> bool:
         """Say whether this step, 0 at first, has a second pass."""
-        return True
+        return self.moves
 
     def direction(self, x: Lists) -> str | Combination:
         """Return d, along which the first step perturbs. A rule may call x.set and x.moved."""
@@ -89,6 +96,7 @@ class Variant(Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _check_declarations(cls)
+        cls.decides = cls.perturbs is not Variant.perturbs or not cls.moves
         cls.goes_along_g1 = cls.direction is Variant.direction
         cls.has_terms_beside = not (cls.before is Variant.before and cls.beside is Variant.beside)
         mixes = cls.mix is not Variant.mix or cls.mix_alone is not Variant.mix_alone
@@ -127,7 +135,7 @@ class Variant(Optimizer):
                 f'perturbation="{perturbation}": each rank of {type(self).__name__} would move its '
                 f'{", ".join(self.own_state)} by another gradient; leave it "global"'
             )
-        if when is not None and type(self).perturbs is not Variant.perturbs:
+        if when is not None and self.decides:
             raise ValueError(
                 f"when: {type(self).__name__} says itself which steps have a second pass: leave "
                 "it out"
@@ -276,11 +284,10 @@ class Variant(Optimizer):
     def needs_second_pass(self) -> bool:
         """Say whether the next step has two passes. It is known before the forward pass, but for
         policies that look at g1: it is True for them, and first_step() returns what they say."""
-        decides = type(self).perturbs is not Variant.perturbs
-        if not decides and self._when is None:
+        if not self.decides and self._when is None:
             return True
         step = self.option("sam_step") if "sam_step" in self._keys else 0
-        if decides and not self.perturbs({n: self.option(n) for n in self.own_options}, step):
+        if self.decides and not self.perturbs({n: self.option(n) for n in self.own_options}, step):
             return False
         return self._when is None or self._when.needs_norm or self._when.wants(step, math.nan, {})
 
@@ -477,18 +484,20 @@ COMMON_OPTIONS: dict[str, Option] = {
 
 def _check_declarations(cls: type[Variant]) -> None:
     """Raise TypeError if a class declares what cannot be meant."""
-    if not isinstance(cls.own_options, Mapping):
-        raise TypeError(
-            f"own_options of {cls.__name__} is {type(cls.own_options).__name__}: give options("
-            "NAME=Option(..))"
-        )
     arguments = inspect.signature(Variant._init).parameters
-    taken = {"rho", *COMMON_OPTIONS, *arguments} & cls.own_options.keys()
-    if taken:
-        raise TypeError(
-            f"own_options of {cls.__name__} has {', '.join(sorted(taken))}, which SAM itself has: "
-            "give it another name"
-        )
+    for name, example in {"own_options": "Option(..)", "own_arguments": "DEFAULT"}.items():
+        declared = getattr(cls, name)
+        if not isinstance(declared, Mapping):
+            raise TypeError(
+                f"{name} of {cls.__name__} is {type(declared).__name__}: give "
+                f"options(NAME={example})"
+            )
+        taken = {"rho", *COMMON_OPTIONS, *arguments} & declared.keys()
+        if taken:
+            raise TypeError(
+                f"{name} of {cls.__name__} has {', '.join(sorted(taken))}, which SAM itself has: "
+                "give it another name"
+            )
     for name in ("own_state", "own_attributes", "positional"):
         if isinstance(value := getattr(cls, name), str):
             raise TypeError(
@@ -498,10 +507,15 @@ def _check_declarations(cls: type[Variant]) -> None:
 
 def _arguments(cls: type[Variant]) -> list[inspect.Parameter]:
     """Return the arguments of the constructor of a variant that declares its options."""
-    common = inspect.signature(_sam().__init__).parameters
+    common = dict(inspect.signature(_sam().__init__).parameters)
+    for name in () if cls.moves else _axes.OF_PERTURBATIONS:
+        del common[name]
     named = {name: option.default for name, option in cls.own_options.items()}
+    named.update(cls.own_arguments)
     defaults = {"rho": cls.default_rho, **named, **cls.axes}
-    positional = [p for p in (common[name] for name in ("self", "params", "base_optimizer"))]
+    base = common["base_optimizer"]
+    base = base.replace(default=defaults.get("base_optimizer", base.default))
+    positional = [common["self"], common["params"], base]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     for name in cls.positional:
         default = defaults.get(name, common[name].default if name in common else None)
@@ -540,6 +554,15 @@ def _constructor(cls: type[Variant]) -> Callable[..., None]:
         values = dict(bound.arguments)
         del values["self"]
         values.update(values.pop("base_options", {}))
+        if not cls.moves:
+            if name := next(filter(values.__contains__, _axes.OF_PERTURBATIONS), None):
+                raise TypeError(
+                    f"{name}: {cls.__name__} perturbs nothing: leave it out. It is called "
+                    f"{cls.__name__}{_call(cls)}"
+                )
+            values["rho"] = 0.0
+        for name in cls.own_arguments:
+            setattr(self, name, values.pop(name))
         _sam().__init__(self, **values)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
@@ -549,6 +572,6 @@ def _constructor(cls: type[Variant]) -> Callable[..., None]:
 
 def _call(cls: type[Variant]) -> str:
     """Return the first arguments, for messages."""
-    named = [name for name in cls.own_options if name not in cls.positional]
+    named = [n for n in (*cls.own_options, *cls.own_arguments) if n not in cls.positional]
     shown = ["params", "base_optimizer", *cls.positional, *(["*"] if named else []), *named]
     return f"({', '.join(shown)}, ...)"

@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 
-from samkernels.optim._axes import OF_PERTURBATIONS, partners
+from samkernels.optim._axes import partners
 from samkernels.optim._rule import Combination, Lists, Option, Products, linear, options
-from samkernels.optim._variant import Base
 from samkernels.optim.sam import SAM
 
 
@@ -22,26 +21,17 @@ class BAR(SAM):
     Source: Li et al., arXiv:2410.14802.
     """
 
-    own_options = options(alpha=Option(None, 0), kind=Option("n", choices=("n", "o")))
-    own_attributes = ("pairs", "partners")
-
-    def __init__(
-        self, params: Any, base_optimizer: Base = torch.optim.AdamW, alpha: float = 0.05,
-        pairs: Any = None, kind: str = "n", **others: Any,
-    ) -> None:  # fmt: skip
-        if name := next(filter(others.__contains__, OF_PERTURBATIONS), None):
-            raise TypeError(
-                f"{name}: BAR perturbs nothing, and its strength is alpha; leave it out"
-            )
-        self.pairs = pairs
-        super().__init__(params, base_optimizer, 0.0, alpha=alpha, kind=kind, **others)
+    positional = ("alpha", "pairs", "kind")
+    own_options = options(alpha=Option(0.05, 0), kind=Option("n", choices=("n", "o")))
+    own_arguments = options(pairs=None)
+    own_attributes = ("partners",)
+    axes = options(base_optimizer=torch.optim.AdamW)
+    moves = False
+    pairs: Any
 
     def _check_selections(self) -> None:
         self.partners = partners(self.pairs, self.param_groups)
         self.pairs = None if self.pairs is None else self.partners
-
-    def perturbs(self, options: dict[str, Any], step: int) -> bool:
-        return False
 
     def before(self, x: Lists, dots: Products) -> Combination:
         pair, sign = ("g1.g1", -1.0) if x.option("kind") == "n" else ("w.w", 1.0)

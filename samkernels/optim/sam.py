@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from samkernels.optim import _shards, _wrapping
+from samkernels.optim import _wrapping
 from samkernels.optim._axes import Selected
 from samkernels.optim._checkpoints import Checkpointed
 from samkernels.optim._closures import step_with_closure
@@ -20,7 +20,7 @@ from samkernels.optim._grad import without_grad
 from samkernels.optim._parts import Parts, PartSums, check_parts, each_of
 from samkernels.optim._perturbation import Perturbation, restore
 from samkernels.optim._scalers import unscale
-from samkernels.optim._update import finish, gradients, put_grad
+from samkernels.optim._update import finish, gradients
 from samkernels.optim._variant import Base, Radius
 from samkernels.optim.when import When
 
@@ -442,8 +442,4 @@ class SAM(Checkpointed):
     @without_grad
     def _average(self, sums: PartSums) -> None:
         assert self._perturbation is not None
-        for slot, mean in sums.means_into(self._perturbation).items():
-            if slot.param.grad is None:
-                slot.param.grad = _shards.as_part_of(slot.param, mean)
-            else:
-                put_grad(slot.param, mean)
+        sums.average_into(self._perturbation)
