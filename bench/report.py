@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import memory_floor, plots
 from bench.names import PEER
-from train.tables import NUMBERS, markdown
+from train.pages.tables import NUMBERS, markdown
 
 Rows = list[list[str]]
 

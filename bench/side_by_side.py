@@ -27,7 +27,7 @@ from bench import memory_floor
 from bench.candidates import candidates, problem
 from bench.clock import Clock, Work
 from bench.lists import LISTS, Shapes, numel_of
-from train.machine import commit, processor
+from train.shared.machine import commit, processor
 
 WARMUP_ROUNDS = 3
 

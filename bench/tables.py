@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.tables import markdown
+from train.pages.tables import markdown
 
 LONGEST_CELL = 100
 

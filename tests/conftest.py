@@ -112,7 +112,7 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of the driver write empty ones: to draw them takes longer than a short training."""
-    from train import results
+    from train.shared import results
 
     monkeypatch.setattr(results, "save_figure", lambda path, figure: path.write_bytes(b""))
 

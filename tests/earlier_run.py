@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from train import run
-from train.config import Config
+from train.loop import run
 from train.models import resnet
+from train.settings.config import Config
 
 KEYS: dict[str, Any] = {
     "dataset": "digits", "model": "resnet_small", "opt_name": "sammagnitude", "rho": 0.1,

@@ -26,7 +26,7 @@ from bench.gpu.runner import FAILED, MISSING, NOT_NEEDED, OK, SKIPPED, STOPPED, 
 from bench.lists import vit_large_shapes, wrn_28_10_shapes
 from bench.names import COMPILED, FOREACH
 from samkernels.backends import native
-from train.config import from_command_line
+from train.settings.config import from_command_line
 
 ROOT = Path(__file__).parents[1]
 # One thread, and memory that is kept: the kernel takes long to give the same pages again and again.

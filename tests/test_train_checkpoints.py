@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from tests.train_helpers import no_progress, quiet
-from train import checkpoint, results, run
-from train.config import Config
-from train.errors import (
+from train.loop import checkpoint, run
+from train.settings.config import Config
+from train.shared import results
+from train.shared.errors import (
     CheckpointError,
     ConfigError,
     DivergedError,
@@ -300,7 +301,7 @@ def test_death_while_a_finished_run_is_replaced(
 def test_a_folder_is_for_one_process(tmp_path: Path, uninterrupted: Path) -> None:
     """Held by another process: refused, with its number; when that is killed, it is free."""
     code = (
-        "import sys, time; from pathlib import Path; from train.checkpoint import locked\n"
+        "import sys, time; from pathlib import Path; from train.loop.checkpoint import locked\n"
         "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
     )
     shutil.copytree(uninterrupted, tmp_path / "run")

@@ -1,11 +1,13 @@
 """Configuration: files, flags, errors."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from train.config import (
+from train.pages.page import PUBLISHED
+from train.settings.config import (
     EXPERIMENTS,
     FIELDS,
     SECTIONS,
@@ -18,9 +20,8 @@ from train.config import (
     parse_flags,
     read_yaml,
 )
-from train.errors import ConfigError
-from train.page import PUBLISHED
-from train.registry import OPTIMIZERS
+from train.settings.registry import OPTIMIZERS
+from train.shared.errors import ConfigError
 from train.study import STUDIES, parse_shard, study_configs
 
 
@@ -431,7 +432,7 @@ def test_what_the_reports_files_may_not_say(tmp_path: Path, old: str, new: str, 
 
 
 def test_extends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.config.EXPERIMENTS", tmp_path)
+    monkeypatch.setattr("train.settings.config.EXPERIMENTS", tmp_path)
     (tmp_path / "a.yaml").write_text("rho: 0.1\nlr: 0.3\n")
     (tmp_path / "b.yaml").write_text("extends: a\nrho: 0.2\n")
     (tmp_path / "c.yaml").write_text("extends: d\n")
@@ -510,3 +511,15 @@ def test_when_is_read(when: str, policy: Any) -> None:
 def test_a_wrong_when_is_said(when: str) -> None:
     with pytest.raises(ConfigError, match=f"when={when} is not known: allowed always.*nearest"):
         Config(opt_name="sam", when=when)
+
+
+def test_folders_of_the_driver_read_those_below_them_only() -> None:
+    order = ["shared", "settings", "inputs", "models", "spectrum", "pages", "loop"]
+    train = Path(__file__).parents[1] / "train"
+    read = {
+        (path.parent.name, other)
+        for path in train.glob("*/*.py")
+        for other in re.findall(r"(?:from|import) train\.(\w+)", path.read_text())
+    }
+    assert {folder for pair in read for folder in pair} == {*order}
+    assert all(order.index(other) <= order.index(folder) for folder, other in read)

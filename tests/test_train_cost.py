@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from train import cost, study
-from train.config import Config
-from train.data import load_dataset
-from train.errors import DataError
+from train import study
+from train.inputs.data import load_dataset
+from train.loop import cost
+from train.settings.config import Config
+from train.shared.errors import DataError
 
 CPU = torch.device("cpu")
 

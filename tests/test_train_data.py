@@ -17,9 +17,9 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from train import data, noise
-from train.config import Config
-from train.errors import DataError
+from train.inputs import data, noise
+from train.settings.config import Config
+from train.shared.errors import DataError
 
 CPU = torch.device("cpu")
 

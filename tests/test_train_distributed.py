@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from train import distributed, run
-from train.config import Config
-from train.errors import ConfigError
+from train.loop import distributed, run
+from train.settings.config import Config
+from train.shared.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -95,7 +95,7 @@ def test_groups_divide_the_processes(tmp_path: Path) -> None:
 SCRIPT = """
 import torch
 import torch.nn.functional as F
-from train import distributed
+from train.loop import distributed
 from train.models import build_model
 
 torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def test_two_processes_resume(tmp_path: Path, whole: Path, end: str) -> None:
     """Killed after the first epoch, or one of them told to end within the second: resumed, they do
     bit for bit what two processes do without a break."""
     script = (
-        "import os, signal, sys, train.run as run\n"
+        "import os, signal, sys, train.loop.run as run\n"
         f"from train.__main__ import main\n{end}main(sys.argv[1:])\n"
     )
     (tmp_path / "dying.py").write_text(script)

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from tests import earlier_run
-from train import report, run, sharpness
-from train.config import Config
+from train import report, sharpness
+from train.loop import run
 from train.models import resnet
+from train.settings.config import Config
 
 EARLIER = Path(__file__).parent / "data" / "9ba4230"
 

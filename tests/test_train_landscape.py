@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from tests.train_helpers import quiet
-from train import landscape, run
-from train.config import Config
-from train.data import Split, load_dataset
-from train.errors import ConfigError
+from train import landscape
+from train.inputs.data import Split, load_dataset
+from train.loop import run
+from train.settings.config import Config
+from train.shared.errors import ConfigError
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from train.config import FIELDS, Config
-from train.errors import ConfigError
 from train.models import build_model
-from train.registry import DATASETS, MODELS
+from train.settings.config import FIELDS, Config
+from train.settings.registry import DATASETS, MODELS
+from train.shared.errors import ConfigError
 
 # With 3 channels and 100 classes: as published for the customary CIFAR ResNets (11.22, 21.33,
 # 23.71, 42.70, 58.34 M: weiaicunzai/pytorch-cifar100) and WRN-28-10 (36.5 M: arXiv:1605.07146).

@@ -13,11 +13,13 @@ from torch import nn
 
 import samkernels
 from tests.train_helpers import no_progress, quiet
-from train import data, devices, distributed, graphs, optimizers, progress, run, trackers
-from train.config import Config
-from train.errors import ConfigError
-from train.registry import MODELS
-from train.registry import OPTIMIZERS as ROWS
+from train.inputs import data
+from train.loop import distributed, graphs, optimizers, run, trackers
+from train.settings.config import Config
+from train.settings.registry import MODELS
+from train.settings.registry import OPTIMIZERS as ROWS
+from train.shared import devices, progress
+from train.shared.errors import ConfigError
 
 OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude", "sgdhess")
 

@@ -14,9 +14,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tests.train_helpers import no_progress, quiet
-from train import __main__, devices, groups, progress, results, run, study, timing
-from train.config import Config
-from train.errors import ConfigError, DivergedError, StorageError, VerificationError
+from train import __main__, study
+from train.loop import run, timing
+from train.pages import groups
+from train.settings.config import Config
+from train.shared import devices, progress, results
+from train.shared.errors import ConfigError, DivergedError, StorageError, VerificationError
 
 ROOT = Path(__file__).parent.parent
 OPTIMIZERS = ("sgd", "sam", "samdirection", "sammagnitude", "sgdhess")

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tests.train_helpers import quiet
-from train import curvature, run, sharpness
-from train.checkpoint import locked
-from train.config import Config
-from train.curvature import eigenvalues, lambda_max, report_sharpness
-from train.data import load_dataset
-from train.errors import CheckpointError, ConfigError, InUseError, NumericsError
-from train.hessian import Batch, Hessian
-from train.lanczos import extreme_eigenvalues
+from train import sharpness
+from train.inputs.data import load_dataset
+from train.loop import run
+from train.loop.checkpoint import locked
+from train.settings.config import Config
+from train.shared.errors import CheckpointError, ConfigError, InUseError, NumericsError
+from train.spectrum import curvature
+from train.spectrum.curvature import eigenvalues, lambda_max, report_sharpness
+from train.spectrum.hessian import Batch, Hessian
+from train.spectrum.lanczos import extreme_eigenvalues
 
 
 def tiny(dtype: torch.dtype) -> tuple[nn.Module, list[Batch]]:
@@ -80,7 +82,7 @@ def test_graphs_of_gradients_are_kept_where_they_fit(monkeypatch: pytest.MonkeyP
         passes.clear()
         _ = operator @ vector
         assert passes == expected
-    monkeypatch.setattr("train.hessian.free_memory", lambda _: 5 * per_image / 0.6 + 1)
+    monkeypatch.setattr("train.spectrum.hessian.free_memory", lambda _: 5 * per_image / 0.6 + 1)
     operator = Hessian(model, batches)
     passes.clear()
     _ = operator @ vector
@@ -203,7 +205,7 @@ def test_lanczos_of_a_small_operator_has_all_its_eigenvalues() -> None:
 
 
 def test_lanczos_that_does_not_converge_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.lanczos.MAX_PRODUCTS", 20)
+    monkeypatch.setattr("train.spectrum.lanczos.MAX_PRODUCTS", 20)
     values = torch.linspace(-1, 1, 500)
     with pytest.raises(NumericsError, match=r"did not converge in \d+ products: residuals"):
         extreme_eigenvalues(lambda v: values * v, torch.ones(500), 5, "LM", tolerance=1e-6)
@@ -313,7 +315,7 @@ def test_the_whole_protocol_against_dense_hessians() -> None:
 
 
 def test_every_part_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.progress.LINE_EVERY", 0.0)
+    monkeypatch.setattr("train.shared.progress.LINE_EVERY", 0.0)
     config = settings(
         sharpness_batches=1, sharpness_batch_size=20, sharpness_samples=20, trace_vectors=2,
         density_steps=3,

@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from scipy.stats import ttest_rel
 
-from train import cost, page, plots, report, run, study
-from train import groups as groups_of_runs
-from train.config import Config
-from train.errors import CheckpointError, ConfigError, DataError, DivergedError
-from train.registry import OPTIMIZERS
+from train import report, study
+from train.loop import cost, run
+from train.pages import groups as groups_of_runs
+from train.pages import page, plots
+from train.settings.config import Config
+from train.settings.registry import OPTIMIZERS
+from train.shared.errors import CheckpointError, ConfigError, DataError, DivergedError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 QUICK = [

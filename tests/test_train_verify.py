@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train import verify
-from train.config import Config
-from train.errors import ConfigError, DivergedError, VerificationError
-from train.lockstep import TOLERANCE, Lockstep, relative_deviation
+from train.loop.lockstep import TOLERANCE, Lockstep, relative_deviation
+from train.loop.optimizers import build_optimizer, names_of_norms
 from train.models import build_model
-from train.optimizers import build_optimizer, names_of_norms
+from train.settings.config import Config
+from train.shared.errors import ConfigError, DivergedError, VerificationError
 
 SAM_FAMILY = ("sam", "samdirection", "sammagnitude")
 

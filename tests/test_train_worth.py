@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import t as student
 
 from train import worth
-from train.config import Config
-from train.errors import ConfigError
-from train.groups import Group, grouped, load_runs
+from train.pages.groups import Group, grouped, load_runs
+from train.settings.config import Config
+from train.shared.errors import ConfigError
 
 COMMON: dict[str, Any] = {
     "dataset": "digits", "model": "mlp", "epochs": 4, "batch_size": 100, "lr": 0.05,

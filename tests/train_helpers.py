@@ -4,7 +4,8 @@ import io
 
 from rich.console import Console
 
-from train import progress, run
+from train.loop import run
+from train.shared import progress
 
 
 def quiet() -> Console:

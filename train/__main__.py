@@ -4,8 +4,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from train.config import describe_keys, from_command_line
-from train.errors import guarded
+from train.settings.config import describe_keys, from_command_line
+from train.shared.errors import guarded
 
 USAGE = """\
 python -m train [--experiment=NAME] [--KEY=VALUE ...] [--set SECTION.KEY=VALUE ...]
@@ -24,9 +24,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     config = from_command_line(arguments)
     # These are imported here, so that a typing error is answered before torch is imported.
-    from train import page
-    from train.progress import make_console
-    from train.run import run
+    from train.loop.run import run
+    from train.pages import page
+    from train.shared.progress import make_console
 
     # Only one of torchrun's processes speaks.
     console = make_console(quiet=os.environ.get("RANK", "0") != "0")

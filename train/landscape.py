@@ -15,13 +15,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from train import results
-from train.config import check_keys, parse_flags
-from train.data import Dataset, Split
-from train.errors import ConfigError, guarded
-from train.progress import WorkProgress, make_console
-from train.restore import restored
-from train.run import evaluate
+from train.inputs.data import Dataset, Split
+from train.loop.restore import restored
+from train.loop.run import evaluate
+from train.settings.config import check_keys, parse_flags
+from train.shared import results
+from train.shared.errors import ConfigError, guarded
+from train.shared.progress import WorkProgress, make_console
 
 USAGE = """\
 python -m train.landscape CHECKPOINT [CHECKPOINT ...] [--KEY=VALUE ...]

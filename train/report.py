@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.config import folders_and_flags
-from train.errors import guarded
-from train.page import write_report
+from train.pages.page import write_report
+from train.settings.config import folders_and_flags
+from train.shared.errors import guarded
 
 USAGE = """\
 python -m train.report DIR [DIR ...] [--output_dir=DIR]

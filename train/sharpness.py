@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
-from train import results
-from train.checkpoint import locked
-from train.config import Config, check_keys, parse_flags
-from train.curvature import measure
-from train.data import Dataset
-from train.errors import ConfigError, guarded
-from train.progress import make_console
-from train.restore import restored
+from train.inputs.data import Dataset
+from train.loop.checkpoint import locked
+from train.loop.restore import restored
+from train.settings.config import Config, check_keys, parse_flags
+from train.shared import results
+from train.shared.errors import ConfigError, guarded
+from train.shared.progress import make_console
+from train.spectrum.curvature import measure
 
 USAGE = """\
 python -m train.sharpness CHECKPOINT [--KEY=VALUE ...]

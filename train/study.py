@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.config import (
+from train.loop.termination import Termination
+from train.settings.config import (
     FIELDS,
     Config,
     check_keys,
@@ -20,7 +21,7 @@ from train.config import (
     parse_flags,
     read_yaml,
 )
-from train.errors import (
+from train.shared.errors import (
     ConfigError,
     DataError,
     DriverError,
@@ -28,7 +29,6 @@ from train.errors import (
     TerminatedError,
     guarded,
 )
-from train.termination import Termination
 
 STUDIES = Path(__file__).parent / "studies"
 
@@ -153,9 +153,10 @@ def main(arguments: Sequence[str]) -> int:
     index, shards = parse_shard(flags.pop("shard", "0/1"))
     folder, configs = study_configs(study, name, flags)
     # These are imported here, so that a typing error is answered before torch is imported.
-    from train import cost, page
-    from train.progress import duration, make_console
-    from train.run import diverged_before, finished_result, is_measured, run
+    from train.loop import cost
+    from train.loop.run import diverged_before, finished_result, is_measured, run
+    from train.pages import page
+    from train.shared.progress import duration, make_console
 
     console = make_console()
     finished: list[dict[str, Any]] = []

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-from train.config import from_command_line
-from train.data import train_batches
-from train.errors import ConfigError, guarded
-from train.registry import MODELS, OPTIMIZERS
-from train.run import Training
+from train.inputs.data import train_batches
+from train.loop.run import Training
+from train.settings.config import from_command_line
+from train.settings.registry import MODELS, OPTIMIZERS
+from train.shared.errors import ConfigError, guarded
 
 USAGE = """\
 python -m train.verify [--verify_steps=N] [--KEY=VALUE ...]

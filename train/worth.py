@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from train import results
-from train.claims import LEVEL, interval, p_in_words, verdict
-from train.config import FIELDS, folders_and_flags
-from train.cost import passes
-from train.data import train_batches
-from train.errors import CheckpointError, ConfigError, guarded
-from train.groups import Comparison, Group, grouped, holm, in_words, load_runs, paired, tasks
-from train.plots import MARKERS, style_of
-from train.registry import OPTIMIZERS
-from train.run import Training
-from train.tables import markdown
+from train.inputs.data import train_batches
+from train.loop.cost import passes
+from train.loop.run import Training
+from train.pages.claims import LEVEL, interval, p_in_words, verdict
+from train.pages.groups import Comparison, Group, grouped, holm, in_words, load_runs, paired, tasks
+from train.pages.plots import MARKERS, style_of
+from train.pages.tables import markdown
+from train.settings.config import FIELDS, folders_and_flags
+from train.settings.registry import OPTIMIZERS
+from train.shared import results
+from train.shared.errors import CheckpointError, ConfigError, guarded
 
 USAGE = """\
 python -m train.worth DIR [DIR ...] [--time=true] [--output_dir=DIR]

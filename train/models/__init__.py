@@ -1,11 +1,11 @@
-"""Networks by name: train/registry.py has the names."""
+"""Networks by name: train/settings/registry.py has the names."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
-from train.errors import ConfigError
-from train.registry import MODELS, TIMM
+from train.settings.registry import MODELS, TIMM
+from train.shared.errors import ConfigError
 
 
 def build_model(name: str, shape: Sequence[int], num_classes: int) -> nn.Module:

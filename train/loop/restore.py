@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.checkpoint import load_checkpoint
-from train.config import Config, known_keys, make_config
-from train.data import Dataset, load_dataset
-from train.devices import pick_device, set_numerics
-from train.errors import CheckpointError
+from train.inputs.data import Dataset, load_dataset
+from train.loop.checkpoint import load_checkpoint
 from train.models import build_model
+from train.settings.config import Config, known_keys, make_config
+from train.shared.devices import pick_device, set_numerics
+from train.shared.errors import CheckpointError
 
 
 def restored(

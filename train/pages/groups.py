@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train import results
-from train.config import FIELDS, Config, known_keys, named_value
-from train.errors import CheckpointError, ConfigError
-from train.registry import DATASETS, MODELS, OPTIMIZERS
+from train.settings.config import FIELDS, Config, known_keys, named_value
+from train.settings.registry import DATASETS, MODELS, OPTIMIZERS
+from train.shared import results
+from train.shared.errors import CheckpointError, ConfigError
 
 TITLES = {name: entry.title for name, entry in {**OPTIMIZERS, **MODELS, **DATASETS}.items()}
 # Results that do not say so were tested on these: (classes, images).

@@ -2,7 +2,7 @@
 
 import torch
 
-from train.errors import ConfigError
+from train.shared.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:

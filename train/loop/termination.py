@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-from train.errors import TerminatedError
+from train.shared.errors import TerminatedError
 
 
 class Termination:

@@ -16,12 +16,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from train.config import Config
-from train.data import Dataset, plain_batches, train_batches
-from train.errors import ConfigError
-from train.hessian import Batch, Hessian
-from train.lanczos import extreme_eigenvalues
-from train.progress import WorkProgress
+from train.inputs.data import Dataset, plain_batches, train_batches
+from train.settings.config import Config
+from train.shared.errors import ConfigError
+from train.shared.progress import WorkProgress
+from train.spectrum.hessian import Batch, Hessian
+from train.spectrum.lanczos import extreme_eigenvalues
 
 BATCH = 256  # the fixed set is summed over batches of so many images
 EIGENVALUES = 5  # the report takes so many per batch

@@ -11,9 +11,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from train import claims, results
-from train.config import FIELDS, Config, known_keys
-from train.groups import (
+from train.pages import claims
+from train.pages.groups import (
     ALL_RUNS,
     ROUNDING,
     Group,
@@ -23,8 +22,10 @@ from train.groups import (
     tasks,
     title_of,
 )
-from train.plots import all_plots
-from train.tables import markdown
+from train.pages.plots import all_plots
+from train.pages.tables import markdown
+from train.settings.config import FIELDS, Config, known_keys
+from train.shared import results
 
 PUBLISHED = Path(__file__).parent / "published.yaml"
 # These optimizers are in the tables of the published figures.

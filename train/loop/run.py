@@ -17,19 +17,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import samkernels
-from train import page, results
-from train.checkpoint import (
+from train.inputs.data import Dataset, Split, load_dataset, plain_batches, train_batches, visits
+from train.loop.checkpoint import (
     LEFT_ALONE,
     check_same_run,
     load_checkpoint,
     locked,
     save_checkpoint,
 )
-from train.config import FIELDS, Config
-from train.curvature import check_batch_size, measure
-from train.data import Dataset, Split, load_dataset, plain_batches, train_batches, visits
-from train.devices import pick_device, set_numerics
-from train.distributed import (
+from train.loop.distributed import (
     ALONE,
     Processes,
     mean_loss,
@@ -37,22 +33,27 @@ from train.distributed import (
     process_group,
     synchronise_batchnorm,
 )
-from train.errors import CheckpointError, ConfigError, DivergedError, TerminatedError
-from train.graphs import CudaCapture, GraphedStep
-from train.lockstep import Lockstep
-from train.models import build_model
-from train.optimizers import (
+from train.loop.graphs import CudaCapture, GraphedStep
+from train.loop.lockstep import Lockstep
+from train.loop.optimizers import (
     OnePassOptimizer,
     TwoPassOptimizer,
     backend_names,
     build_optimizer,
     names_of_norms,
 )
-from train.progress import RunProgress, make_console
-from train.registry import OPTIMIZERS
-from train.termination import Termination
-from train.timing import StepTimer
-from train.trackers import Several, Tracker, make_tracker, scalars
+from train.loop.termination import Termination
+from train.loop.timing import StepTimer
+from train.loop.trackers import Several, Tracker, make_tracker, scalars
+from train.models import build_model
+from train.pages import page
+from train.settings.config import FIELDS, Config
+from train.settings.registry import OPTIMIZERS
+from train.shared import results
+from train.shared.devices import pick_device, set_numerics
+from train.shared.errors import CheckpointError, ConfigError, DivergedError, TerminatedError
+from train.shared.progress import RunProgress, make_console
+from train.spectrum.curvature import check_batch_size, measure
 
 EVAL_BATCH = 1000
 WARMUP_STEPS = 10  # steps after the lockstep steps are not timed, where there is one epoch only

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.errors import DataError
+from train.shared.errors import DataError
 
 SEED = 42
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.errors import DivergedError, VerificationError
+from train.shared.errors import DivergedError, VerificationError
 
 TOLERANCE = 1e-5  # the tolerance is some tens of roundings in fp32, far below any wrong formula
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from train.errors import ConfigError
-from train.registry import DATASETS, MODELS, OPTIMIZERS, PASSES, TIMM, optimizers_with
+from train.settings.registry import DATASETS, MODELS, OPTIMIZERS, PASSES, TIMM, optimizers_with
+from train.shared.errors import ConfigError
 
-EXPERIMENTS = Path(__file__).parent / "configs"
+EXPERIMENTS = Path(__file__).parents[1] / "configs"
 PRESETS = {"bf16": {"precision": "bf16", "channels_last": "true"}}
 
 SECTIONS = ("data", "network", "optimizer", "schedule", "run", "sharpness")

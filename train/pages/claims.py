@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from train.groups import Comparison, Group, holm, paired
+from train.pages.groups import Comparison, Group, holm, paired
 
 LEVEL = 0.05
 Scale = Callable[[Mapping[int, float]], dict[int, float]]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.errors import ConfigError
+from train.shared.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from train.config import Config
-from train.data import Dataset, load_dataset
-from train.devices import pick_device, set_numerics
+from train.inputs.data import Dataset, load_dataset
 from train.models import build_model
-from train.progress import duration
-from train.registry import OPTIMIZERS
+from train.settings.config import Config
+from train.settings.registry import OPTIMIZERS
+from train.shared.devices import pick_device, set_numerics
+from train.shared.progress import duration
 
 # Five eigenvalues of a batch, or one of the fixed set, converge in about so many products, and each
 # product costs about so many forward and backward passes of its images: both were seen.

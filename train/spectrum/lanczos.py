@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from train.errors import NumericsError
+from train.shared.errors import NumericsError
 
 SUBSPACE = 24  # the subspace has so many vectors; ARPACK's own choice is 20
 MAX_PRODUCTS = 2000

@@ -32,11 +32,11 @@ class Entry:
 
 # make(config) is the Dataset, without noise.
 DATASETS = {
-    "cifar100": Entry("CIFAR-100", "train.data:cifar100"),
-    "cifar10": Entry("CIFAR-10", "train.data:cifar10"),
-    "fashion": Entry("Fashion-MNIST", "train.data:fashion"),
-    "digits": Entry("digits", "train.data:digits"),
-    "folder": Entry("class folders", "train.data:folder"),
+    "cifar100": Entry("CIFAR-100", "train.inputs.data:cifar100"),
+    "cifar10": Entry("CIFAR-10", "train.inputs.data:cifar10"),
+    "fashion": Entry("Fashion-MNIST", "train.inputs.data:fashion"),
+    "digits": Entry("digits", "train.inputs.data:digits"),
+    "folder": Entry("class folders", "train.inputs.data:folder"),
 }
 
 # make(shape, num_classes) is the network for images of the shape (C, H, W).

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
-from train.groups import Group, title_of
-from train.registry import OPTIMIZERS
+from train.pages.groups import Group, title_of
+from train.settings.registry import OPTIMIZERS
 
 MARKERS = "osD^vPX*<>hpd8"
 LIGHTEST = 0.6  # the colour of the smallest rho has this share of white

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train import noise
-from train.config import Config
-from train.errors import DataError
-from train.folders import has_class_folders, read_class_folders
-from train.registry import DATASETS
+from train.inputs import noise
+from train.settings.config import Config
+from train.settings.registry import DATASETS
+from train.shared.errors import DataError
+from train.shared.folders import has_class_folders, read_class_folders
 
 SPLIT_SEED = 42  # the seed is the report's
 # Debian's package dataset-fashion-mnist has its four files there.

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import samkernels
-from train.config import Config
-from train.distributed import own_group
-from train.errors import ConfigError
-from train.registry import OPTIMIZERS
+from train.loop.distributed import own_group
+from train.settings.config import Config
+from train.settings.registry import OPTIMIZERS
+from train.shared.errors import ConfigError
 
 
 class OnePassOptimizer(Protocol):

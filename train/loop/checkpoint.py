@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from train.config import Config
-from train.errors import CheckpointError, ConfigError, InUseError
-from train.results import write_atomically
+from train.settings.config import Config
+from train.shared.errors import CheckpointError, ConfigError, InUseError
+from train.shared.results import write_atomically
 
 FORMAT = "samkernels training, 1"
 LEFT_ALONE = "it was left as it is"

@@ -14,8 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 import samkernels
-from train.errors import CheckpointError, StorageError
-from train.machine import commit, processor
+from train.shared.errors import CheckpointError, StorageError
+from train.shared.machine import commit, processor
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

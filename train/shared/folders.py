@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.errors import DataError
+from train.shared.errors import DataError
 
 
 def has_class_folders(root: Path) -> bool:

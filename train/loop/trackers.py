@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from train import results
-from train.config import Config
-from train.errors import ConfigError
+from train.settings.config import Config
+from train.shared import results
+from train.shared.errors import ConfigError
 
 
 class Tracker(Protocol):

@@ -1,0 +1,1 @@
+"""One run: training, its checkpoints, and what goes on beside it."""

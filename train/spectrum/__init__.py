@@ -1,0 +1,1 @@
+"""The Hessian, its eigenvalues, and what is measured of them."""
