@@ -1,8 +1,8 @@
 """What all tests share: one thread, the stand-ins for GPUs, markers, and who runs which cases.
 
 Nothing is marked by hand that can be read off the parameters or the module of a test. What takes
-long is marked: `thin`, of which the slice for every day has only enough cases that every value
-occurs, or `full`, of which it has none.
+long is marked `full`: the slice for every day has none of it. Of optimizers, the driver and the
+slow stand-ins it has only enough cases that every value occurs.
 
     pytest                    the full matrix (make test-all)
     pytest -m "not full"      its slice for every day (make test)
@@ -48,6 +48,8 @@ FIXTURES = {"emulated_core": "emulated", "interpreted_kernels": "interpreted"}
 LEFT_TO_TEST_ALL = {"build", "frameworks", "load", "processes"}
 # Whose cases look at what was done once for all of them: every combination is as good as free.
 SHARED_WORK = {"build", "processes"}
+# Of whose cases `make test` has only enough that every value occurs, on whatever backend.
+THIN = "test_family", "test_optim", "test_train", "test_triton"
 # Whose fixtures are made once for the module: by one worker.
 ONE_WORKER = {name for name, markers in MARKERS.items() if markers & SHARED_WORK}
 ONE_WORKER |= {"test_bench", "test_instructions", "test_train_checkpoints", "test_train_sharpness"}
@@ -149,8 +151,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         cases = [case for case in cases if not takes_minutes(case)]
         if not SHARED_WORK & markers_of(cases[0]):
             cases = covering(cases, 2)
-        for kind in ("thin",) if cases[0].get_closest_marker("thin") else stand_ins.STAND_INS:
-            slow = [case for case in cases if case.get_closest_marker(kind)]
+        daily = [case for case in cases if not case.get_closest_marker("full")]
+        is_thin = module_of(cases[0].nodeid).startswith(THIN)
+        for kind in (None,) if is_thin else stand_ins.STAND_INS:
+            slow = [case for case in daily if kind is None or case.get_closest_marker(kind)]
             few = covering(slow, 1)
             for case in slow:
                 if case not in few:

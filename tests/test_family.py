@@ -176,7 +176,6 @@ def weights_of(model: Network, optimizer: SAM) -> Network:
     return model
 
 
-@pytest.mark.thin
 @each_row
 @pytest.mark.parametrize("base", BASES)
 def test_a_variant_equals_its_formula(row: Row, base: str) -> None:
@@ -197,7 +196,6 @@ AXES = {
 }
 
 
-@pytest.mark.thin
 @each_row
 @pytest.mark.parametrize("axes", AXES.values(), ids=AXES.keys())
 def test_every_variant_with_every_scaling(row: Row, axes: dict[str, Any]) -> None:

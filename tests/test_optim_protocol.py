@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 import warnings
@@ -970,6 +971,35 @@ def test_unscaling_before_first_step_is_refused(
         other.second_step(zero_grad=True)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_scalers_are_looked_for_only_where_there_are_new_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All objects of the process are gone through for that: not in each step with another kind of
+    scaler."""
+    scans = []
+    objects = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: (scans.append(1), objects())[1])
+    model = linear()
+    optimizer = SAM(model.parameters(), lr=0.1)
+    of_others = torch.amp.GradScaler("cpu")
+    for _ in range(3):
+        for half in (optimizer.first_step, optimizer.step):
+            loss_of(model).backward()
+            optimizer.found_inf = torch.zeros(())
+            half()
+        del optimizer.found_inf
+        optimizer.zero_grad()
+    assert len(scans) == 1
+    scaler = torch.amp.GradScaler("cpu")
+    scaled_step(model, optimizer, scaler)
+    assert len(scans) == 2
+    scaler.scale(loss_of(model)).backward()
+    scaler.unscale_(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(\) was called before first_step"):
+        optimizer.first_step()
+    del of_others
 
 
 @pytest.mark.parametrize("unscaled", [False, True])

@@ -417,7 +417,6 @@ def conv_net_run(
     return cls(groups, base_of(name), backend=backend, lr=1.0, **variant), backward
 
 
-@pytest.mark.thin
 @pytest.mark.parametrize(
     ("name", "backend"),
     [

@@ -64,7 +64,6 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-@pytest.mark.thin
 @pytest.mark.parametrize("scheduler", ["cosine", "exponential"])
 @pytest.mark.parametrize(
     "opt_name",

@@ -181,7 +181,6 @@ def compiled_code(arch: int, call: Callable[[], Any]) -> tuple[compiled.Code, An
     return compiled.code_of(kernels[-1]), kernels[-1]
 
 
-@pytest.mark.thin
 @every_architecture
 @pytest.mark.parametrize(("dtype", "name"), COMPILED)
 def test_kernels_are_compiled_to_vectors_without_spills(

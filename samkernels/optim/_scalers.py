@@ -40,6 +40,7 @@ class Scalers:
     def __init__(self, optimizer: object) -> None:
         self._optimizer = id(optimizer)  # as scalers know it
         self._known: list[weakref.ref[GradScaler]] | None = None
+        self._references = _WITHOUT_SCALERS  # when they became known
 
     def refuse_unscaled(self) -> None:
         """Raise RuntimeError if the gradients that the optimizer has now are unscaled."""
@@ -54,14 +55,17 @@ class Scalers:
             )
 
     def look(self) -> None:
-        """Find scalers, unless one is known or there are none. It takes a while: once is enough."""
+        """Find scalers, unless one is known that has to do with the optimizer, or there are no
+        others than before. It takes a while: once is enough."""
         if self._stages():
             return
-        found: list[GradScaler] = []
-        if _references() != _WITHOUT_SCALERS:
-            classes = set(_family())
-            found = [x for x in gc.get_objects() if type(x) in classes]
-        self._known = [weakref.ref(scaler) for scaler in found]
+        references = _references()
+        if references == self._references and all(scaler() for scaler in self._known or ()):
+            self._known = self._known or []
+            return
+        classes = set(_family())
+        self._known = [weakref.ref(x) for x in gc.get_objects() if type(x) in classes]
+        self._references = references
 
     def _stages(self) -> list[OptState]:
         scalers = [scaler() for scaler in self._known or ()]
