@@ -81,6 +81,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("ours", "theirs"), BOUNDS)
 def test_instructions_per_step(ours: str, theirs: str, counts: dict[str, float]) -> None:
     bound = BOUNDS[ours, theirs][0 if HAS_EXCHANGE_API else 1]

@@ -603,6 +603,7 @@ def test_fused_attention_by_its_math_kernel(backward: Backward) -> None:
 def test_other_functions_without_second_derivatives(backward: Backward) -> None:
     """The message says what to do, whatever it is."""
     bag, linear_ = nn.EmbeddingBag(5, 3, mode="sum"), linear()
+    torch.compiler.reset()  # what was compiled for other shapes would be compiled for any
     compiled = torch.compile(linear_, backend="aot_eager")
     losses = {
         "replace the function": (bag, lambda: bag(torch.tensor([[1, 2]])).square().mean()),
@@ -613,6 +614,16 @@ def test_other_functions_without_second_derivatives(backward: Backward) -> None:
         with pytest.raises(RuntimeError, match=f"needs second derivatives: {cure}"):
             backward(optimizer, loss())
             optimizer.step()
+
+
+def test_networks_that_are_compiled_for_any_shape() -> None:
+    """Autograd says nothing of second derivatives then."""
+    torch.compiler.reset()
+    model = linear()
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    optimizer = SGDHess(model.parameters(), **OPTIONS)
+    with pytest.raises(RuntimeError, match=r"leave out torch.compile.* donated buffer"):
+        optimizer.backward(compiled(torch.ones(2, 4)).square().mean())
 
 
 # Seeds and checkpoints

@@ -892,6 +892,7 @@ class StepsAfterOverflow(SAM):
         return None if name == "found_inf" else super()._of_scaler(name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -161,6 +161,7 @@ def test_lockstep_changes_nothing_in_the_training() -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("wrong", "right", "phase"),
     [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +30,23 @@ CURES = {
         "torch.nn.attention.SDPBackend.MATH):`, since fused attention has none"
     ),
     "aot_autograd": "leave out torch.compile, whose networks have none",
+    "donated buffer": "leave out torch.compile, whose networks have none",
     "is not implemented": (
         "replace the function that has none by others, or take SAM, which needs none"
     ),
 }
+
+
+@contextlib.contextmanager
+def _cures() -> Iterator[None]:
+    """Say with what autograd says, where derivatives are missing, what helps."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError, too
+        cure = next((cure for what, cure in CURES.items() if what in str(error)), None)
+        if cure is None:
+            raise
+        raise RuntimeError(f"SGDHess needs second derivatives: {cure}. ({error})") from error
 
 
 @dataclass
@@ -200,7 +214,8 @@ class SGDHess(Optimizer):
             raise TypeError(f"loss is {type(loss).__name__}: give a torch.Tensor of shape ()")
         params = [p for p in self._all_params() if p.requires_grad]
         is_due = self.needs_graph
-        found = torch.autograd.grad(loss, params, create_graph=is_due, allow_unused=True)
+        with _cures():
+            found = torch.autograd.grad(loss, params, create_graph=is_due, allow_unused=True)
         grads = {p: g for p, g in zip(params, found, strict=True) if g is not None}
         self._check_gradients(grads)
         products = self._hessian_products(grads) if is_due else {}
@@ -400,20 +415,13 @@ class SGDHess(Optimizer):
         differentiable = {p: g for p, g in grads.items() if g.requires_grad}
         products: Iterable[Tensor | None] = [None] * len(grads)
         if differentiable:
-            try:
+            with _cures():
                 products = torch.autograd.grad(
                     list(differentiable.values()),
                     list(grads),
                     [directions(p) for p in differentiable],
                     allow_unused=True,
                 )
-            except RuntimeError as error:  # NotImplementedError, too
-                cure = next((cure for what, cure in CURES.items() if what in str(error)), None)
-                if cure is None:
-                    raise
-                raise RuntimeError(
-                    f"SGDHess needs second derivatives: {cure}. ({error})"
-                ) from error
         return {
             p: torch.zeros_like(p) if product is None else product.detach()
             for p, product in zip(grads, products, strict=True)
