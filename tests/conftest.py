@@ -11,6 +11,7 @@ slow stand-ins it has only enough cases that every value occurs.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections import defaultdict
@@ -64,6 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = {name: why for name, why in MISSING.items() if why != stand_ins.SWITCHED_OFF}
     if missing and os.environ.get("CI") == "true":
         raise pytest.UsageError(f"CI is set, and tests would be skipped: {missing}")
+
+
+def pytest_collection_finish() -> None:
+    # The cases and modules stay: the collector need not go through them again and again.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart() -> None:

@@ -28,6 +28,7 @@ SHAPES = [torch.Size(shape) for shape in [(8, 3, 3, 3), (8,), (10, 8), (10,)]]
 CASES = [(variant, name) for variant in VARIANTS for name in candidates(variant, CPU)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("variant", "name"), CASES)
 def test_candidates_compute_the_same(variant: str, name: str) -> None:
     makes = candidates(variant, CPU)

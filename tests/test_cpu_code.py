@@ -44,6 +44,7 @@ POSITIONS: dict[str, Callable[[int], tuple[int, int]]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 @pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 def test_sgd_hess_takes_time_in_proportion_to_the_elements(

@@ -247,22 +247,23 @@ def test_steps_go_in_the_right_direction(build: Build, contiguous: bool) -> None
 
 @each_info_of_all
 def test_schedulers_of_groups_go_in_the_right_direction(info: Any) -> None:
-    for case in info.optim_inputs_func("cpu"):
-        for constructors in info.scheduler_inputs:
-            weight, bias = weight_and_bias()
-            groups = [{"params": [weight], "lr": 0.01}, {"params": [bias]}]
-            optimizer = info.optim_cls(groups, **copy.deepcopy(case.kwargs))
-            schedulers = [constructor(optimizer) for constructor in constructors]
-            closure = closure_of(optimizer, weight, bias)
-            before = closure().item()
-            optimizer.zero_grad()  # or what is there would be taken for g1
-            for _ in range(20):
-                loss = optimizer.step(closure)
-                for scheduler in schedulers:
-                    of_plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-                    scheduler.step(loss) if of_plateau else scheduler.step()
-            after = closure().item()
-            assert after > before if maximizes(optimizer) else after < before
+    cases, schedulers_of = info.optim_inputs_func("cpu"), info.scheduler_inputs
+    for i in range(max(len(cases), len(schedulers_of))):  # each of both, not all pairs
+        weight, bias = weight_and_bias()
+        groups = [{"params": [weight], "lr": 0.01}, {"params": [bias]}]
+        optimizer = info.optim_cls(groups, **copy.deepcopy(cases[i % len(cases)].kwargs))
+        constructors = schedulers_of[i % len(schedulers_of)]
+        schedulers = [constructor(optimizer) for constructor in constructors]
+        closure = closure_of(optimizer, weight, bias)
+        before = closure().item()
+        optimizer.zero_grad()  # or what is there would be taken for g1
+        for _ in range(20):
+            loss = optimizer.step(closure)
+            for scheduler in schedulers:
+                of_plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+                scheduler.step(loss) if of_plateau else scheduler.step()
+        after = closure().item()
+        assert after > before if maximizes(optimizer) else after < before
 
 
 @each_case_of_all

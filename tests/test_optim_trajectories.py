@@ -423,7 +423,7 @@ def conv_net_run(
         pytest.param(name, backend, marks=[pytest.mark.full] if is_slow else [])
         for name in OPTIONS
         for backend in (*BACKENDS, "interpreted")
-        for is_slow in [backend == "interpreted" and name not in ("momentum", "AdamW")]
+        for is_slow in [backend == "interpreted" and name != "momentum"]
         # The slow ones without variations, all of them or Adam's.
         if backend in ("native", "foreach")
         or name in ("momentum", "AdamW")
