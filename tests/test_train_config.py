@@ -312,7 +312,7 @@ def test_every_study_is_right(path: Path) -> None:
     folder, configs = study_configs(read_yaml(path), path.stem, {})
     expected = {
         "quickstart": 4, "digits": 39, "fashion": 39, "fashion-small": 13,
-        "cost-grid": 77, "cost-noise": 70, "cost-clean": 40, "cifar100-small": 21,
+        "cost-grid": 86, "cost-noise": 140, "cost-clean": 140, "cifar100-small": 21,
         "cifar100-resnet18": 10, "cifar100-resnet34": 9,
         "cifar100-resnet50": 9, "cifar100-wrn28-10": 9, "cifar100-sgdhess": 4, "cifar100-all": 40,
     }  # fmt: skip
