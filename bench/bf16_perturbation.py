@@ -1,4 +1,5 @@
-"""How much of SAM's perturbation survives in bfloat16 weights: `python -m bench.bf16_perturbation`.
+"""Measure how much of SAM's perturbation survives in bfloat16 weights: `python -m
+bench.bf16_perturbation`.
 
 Weights and gradients are normal; the standard deviation of the weights is 0.02, as in transformers.
 """

@@ -1,4 +1,4 @@
-"""Who is benchmarked: the optimizers of the SAM family on every backend, and the peers."""
+"""Make what is benchmarked: the optimizers of the SAM family on every backend, and their peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time and memory of a piece of work on a device, measured so that the figures can be compared.
+"""Measure time and memory of a piece of work on a device, so that the figures can be compared.
 
 A GPU works behind the host's back, so it has three times: of the device alone (CUDA events, with
 the device kept busy while the host enqueues), of the host alone (until the work is enqueued), and

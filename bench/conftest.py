@@ -1,4 +1,4 @@
-"""What all benchmarks share: the device, and a fixture that takes every figure of a case."""
+"""Define what all benchmarks share: the device, and a fixture that takes every figure of a case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parameter lists that are benchmarked: those of real networks, and a thousand tiny tensors."""
+"""List the parameters that are benchmarked: those of real networks, and a thousand tiny tensors."""
 
 from __future__ import annotations
 

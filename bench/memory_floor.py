@@ -1,4 +1,5 @@
-"""The time that memory allows for one SAM step: memory_floor.cpp, compiled where it is needed."""
+"""Measure the time that memory allows for one SAM step, by memory_floor.cpp, which is compiled
+where it is needed."""
 
 from __future__ import annotations
 

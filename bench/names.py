@@ -1,4 +1,4 @@
-"""Names of candidates that tables and goals speak of; without an import of torch."""
+"""Name the candidates that tables and goals speak of, without an import of torch."""
 
 PEER = "peer: "  # begins the names of other implementations
 EAGER = "peer: eager, per tensor"

@@ -1,4 +1,4 @@
-"""SAM as users write it today: what the kernels are compared with.
+"""Write SAM as users have it today: what the kernels are compared with.
 
 All do what samkernels.SAM does, and tests/test_bench.py checks that they compute the same.
 """

@@ -1,4 +1,4 @@
-"""The plots of bench.report."""
+"""Draw the plots of bench.report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables and plots from committed results.
+"""Make tables and plots of committed results.
 
     python -m bench.report FILES... [--output docs/benchmarks.md] [--readme README.md]
 

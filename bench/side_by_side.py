@@ -1,4 +1,4 @@
-"""One SAM step on the CPU, gradients given: all candidates in turn, round after round.
+"""Time one SAM step on the CPU, gradients given: all candidates in turn, round after round.
 
     python -m bench.side_by_side [--list ResNet-18] [--rounds 50] [--output FILE.json]
 

@@ -1,4 +1,4 @@
-"""Tables of what was measured, in Markdown."""
+"""Make tables in Markdown of what was measured."""
 
 from __future__ import annotations
 

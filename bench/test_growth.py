@@ -1,4 +1,4 @@
-"""pytest-benchmark of how the cost of a SAM step grows: `make bench`.
+"""Benchmark how the cost of a SAM step grows: `make bench`.
 
 With the number of parameters in 64 tensors, with the number of tensors that hold 4 M parameters
 together, and with threads.

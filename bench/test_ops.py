@@ -1,4 +1,4 @@
-"""pytest-benchmark of every op on every backend: `make bench`."""
+"""Benchmark every op on every backend: `make bench`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pytest-benchmark of whole optimizer steps, gradients given: `make bench`.
+"""Benchmark whole optimizer steps, gradients given: `make bench`.
 
 The cases run one after the other. Ratios that are to hold on a machine whose speed drifts come from
 bench.side_by_side, in which all candidates take turns.

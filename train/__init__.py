@@ -1,1 +1,1 @@
-"""The experiment driver: `python -m train` runs one training, `python -m train.study` a set."""
+"""Run the experiments: `python -m train` makes one training run, `python -m train.study` a set."""

@@ -1,4 +1,4 @@
-"""`python -m train`: one training run."""
+"""Make one training run: `python -m train`."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Loss around checkpoints: `python -m train.landscape CHECKPOINT...`.
+"""Draw the loss around checkpoints: `python -m train.landscape CHECKPOINT...`.
 
 The loss is taken along random directions whose filters are as long as those of the weights: biases
 and normalisation stay as they are. So networks may be compared whose weights differ in scale.

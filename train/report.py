@@ -1,4 +1,5 @@
-"""`python -m train.report DIR...`: the report's tables beside the published figures, and plots."""
+"""Write the report's tables beside the published figures, and plots: `python -m train.report
+DIR...`."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Sharpness of a checkpoint: `python -m train.sharpness CHECKPOINT`."""
+"""Measure the sharpness of a checkpoint: `python -m train.sharpness CHECKPOINT`."""
 
 import sys
 from collections.abc import Sequence

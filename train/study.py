@@ -1,4 +1,4 @@
-"""`python -m train.study NAME`: the runs of a grid in a YAML file, with tables and plots."""
+"""Make the runs of a grid in a YAML file, with tables and plots: `python -m train.study NAME`."""
 
 import itertools
 import os

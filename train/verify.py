@@ -1,4 +1,4 @@
-"""`python -m train.verify`: the lockstep check of a run, without the run."""
+"""Check the first steps of a run in lockstep, without the run: `python -m train.verify`."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""`python -m train.worth DIR...`: accuracy against what it costs, and radii by validation."""
+"""Compare accuracy with what it costs, and choose radii by validation: `python -m train.worth
+DIR...`."""
 
 import json
 import math

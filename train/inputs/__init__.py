@@ -1,1 +1,1 @@
-"""Data sets and wrong labels."""
+"""Read data sets, and make labels wrong."""

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors on the training device, and their augmentation in batches there."""
+"""Hold data sets as uint8 tensors on the training device, and augment them there, in batches."""
 
 import gzip
 import hashlib

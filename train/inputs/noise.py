@@ -1,4 +1,4 @@
-"""Wrong labels, of which everybody has the same: they belong to the data set, not to the run."""
+"""Make labels wrong, the same ones for everybody: they belong to the data set, not to the run."""
 
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""One run: training, its checkpoints, and what goes on beside it."""
+"""Make one run: training, its checkpoints, and what goes on beside it."""

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read with a clear error, never changed by reading; the lock of
+"""Write checkpoints atomically, read them with a clear error and without changing them, and lock
 the folder in which they lie."""
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What runs will cost, before they start: gradient evaluations, and time by measured steps."""
+"""Say what runs will cost before they start: gradient evaluations, and time by measured steps."""
 
 import dataclasses
 import math

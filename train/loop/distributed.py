@@ -1,4 +1,4 @@
-"""Data parallel over the processes that torchrun starts; without it, one process.
+"""Train data parallel over the processes that torchrun starts; without it, in one process.
 
 Each process gets its share of every batch and of every split that is evaluated. Batch norm uses
 the statistics of the whole batch, and the gradients are averaged, so that the number of processes

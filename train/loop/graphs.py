@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: recorded once, replayed from then on, without the host's work
+"""Record a training step as a CUDA graph once, and replay it from then on, without the host's work
 for each kernel."""
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The first steps of a run, compared with the reference backend as they are taken."""
+"""Compare the first steps of a run with the reference backend as they are taken."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Optimizers by name, from a configuration."""
+"""Make optimizers by name, from a configuration."""
 
 from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager

@@ -1,4 +1,4 @@
-"""A checkpoint, with all that it was trained with."""
+"""Load a checkpoint, with all that it was trained with."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One training run, from the configuration to the result."""
+"""Make one training run, from the configuration to the result."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""SIGTERM, with which queues end jobs: training stops after a step, and saves where it was."""
+"""Heed SIGTERM, with which queues end jobs: training stops after a step, and saves where it was."""
 
 import contextlib
 import signal

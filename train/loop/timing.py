@@ -1,4 +1,5 @@
-"""Durations of steps: device events on CUDA, so that no step waits; the clock elsewhere."""
+"""Measure durations of steps: by device events on CUDA, so that no step waits; by the clock
+elsewhere."""
 
 import statistics
 import time

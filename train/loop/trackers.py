@@ -1,4 +1,5 @@
-"""Curves while a run trains: metrics.jsonl always; TensorBoard or Weights & Biases on demand.
+"""Record curves while a run trains: metrics.jsonl always; TensorBoard or Weights & Biases on
+demand.
 
 What is logged is one of three: the losses of a step, the entry of an epoch, and the figures and
 pictures of the finished run.

@@ -1,4 +1,4 @@
-"""Networks by name: train/settings/registry.py has the names."""
+"""Make networks by name: train/settings/registry.py has the names."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from train.shared.errors import ConfigError
 
 
 def build_model(name: str, shape: Sequence[int], num_classes: int) -> nn.Module:
-    """The network `name` for images of the shape (C, H, W); weights from torch's RNG.
+    """Make the network `name` for images of the shape (C, H, W); its weights are from torch's RNG.
 
     Raises:
         ConfigError: a model of timm, and timm is not there, or does not have it, or it is not made

@@ -1,4 +1,4 @@
-"""A multilayer perceptron: cheap enough for many seeds, and easily larger than its data."""
+"""Define a multilayer perceptron: cheap enough for many seeds, and easily larger than its data."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ HIDDEN = (512, 512)
 
 
 def mlp(shape: Sequence[int], num_classes: int) -> nn.Sequential:
-    """ReLU between linear layers, no normalisation: 669,706 parameters with 28x28 pixels and 10
-    classes (784-512-512-10)."""
+    """Make linear layers with ReLU between them, without normalisation: 669,706 parameters with
+    28x28 pixels and 10 classes (784-512-512-10)."""
     sizes = [prod(shape), *HIDDEN]
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs, outputs in itertools.pairwise(sizes):

@@ -1,4 +1,4 @@
-"""ResNets for small images: a 3x3 stem with stride 1 and no max-pool.
+"""Define ResNets for small images: a 3x3 stem with stride 1 and no max-pool.
 
 Source: He et al., arXiv:1512.03385, in the form customary for CIFAR. The initialisation is
 torch's default.
@@ -21,7 +21,7 @@ def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; the first convolution and the shortcut stride."""
+    """Has two 3x3 convolutions and a shortcut; the first convolution and the shortcut stride."""
 
     expansion = 1
 
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which strides) and 1x1 convolutions, four times as wide at the end."""
+    """Has 1x1, 3x3 (which strides) and 1x1 convolutions; it is four times as wide at the end."""
 
     expansion = 4
 
@@ -55,7 +55,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of blocks; every stage but the first halves the image.
+    """Has stages of blocks; every stage but the first halves the image.
 
     Args:
         block: the residual block; its output has `width * block.expansion` channels.
@@ -82,7 +82,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images (N, in_channels, H, W)."""
+        """Return the logits (N, num_classes) of images (N, in_channels, H, W)."""
         return self.head(self.features(x).mean(dim=(2, 3)))
 
 
@@ -90,30 +90,30 @@ WIDTHS = (64, 128, 256, 512)
 
 
 def resnet18(shape: Sequence[int], num_classes: int) -> ResNet:
-    """The CIFAR ResNet-18: 11,220,132 parameters with 3 channels and 100 classes."""
+    """Make the CIFAR ResNet-18: 11,220,132 parameters with 3 channels and 100 classes."""
     return ResNet(BasicBlock, (2, 2, 2, 2), WIDTHS, shape[0], num_classes)
 
 
 def resnet34(shape: Sequence[int], num_classes: int) -> ResNet:
-    """The CIFAR ResNet-34: 21,328,292 parameters with 3 channels and 100 classes."""
+    """Make the CIFAR ResNet-34: 21,328,292 parameters with 3 channels and 100 classes."""
     return ResNet(BasicBlock, (3, 4, 6, 3), WIDTHS, shape[0], num_classes)
 
 
 def resnet50(shape: Sequence[int], num_classes: int) -> ResNet:
-    """The CIFAR ResNet-50: 23,705,252 parameters with 3 channels and 100 classes."""
+    """Make the CIFAR ResNet-50: 23,705,252 parameters with 3 channels and 100 classes."""
     return ResNet(Bottleneck, (3, 4, 6, 3), WIDTHS, shape[0], num_classes)
 
 
 def resnet101(shape: Sequence[int], num_classes: int) -> ResNet:
-    """The CIFAR ResNet-101: 42,697,380 parameters with 3 channels and 100 classes."""
+    """Make the CIFAR ResNet-101: 42,697,380 parameters with 3 channels and 100 classes."""
     return ResNet(Bottleneck, (3, 4, 23, 3), WIDTHS, shape[0], num_classes)
 
 
 def resnet152(shape: Sequence[int], num_classes: int) -> ResNet:
-    """The CIFAR ResNet-152: 58,341,028 parameters with 3 channels and 100 classes."""
+    """Make the CIFAR ResNet-152: 58,341,028 parameters with 3 channels and 100 classes."""
     return ResNet(Bottleneck, (3, 8, 36, 3), WIDTHS, shape[0], num_classes)
 
 
 def resnet_small(shape: Sequence[int], num_classes: int) -> ResNet:
-    """Four blocks in two stages: about 43,000 parameters, for 8x8 digits on a CPU."""
+    """Make four blocks in two stages: about 43,000 parameters, for 8x8 digits on a CPU."""
     return ResNet(BasicBlock, (2, 2), (16, 32), shape[0], num_classes)

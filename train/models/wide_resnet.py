@@ -1,4 +1,4 @@
-"""WideResNet: residual blocks with the activation before the convolution.
+"""Define the WideResNet: residual blocks with the activation before the convolution.
 
 Source: Zagoruyko and Komodakis, arXiv:1605.07146, without dropout. Weights are drawn as there:
 normal with deviation sqrt(2 / fan_in), those of batch normalisation uniform in [0, 1).
@@ -15,7 +15,7 @@ def _conv(channels_in: int, channels_out: int, size: int, stride: int = 1) -> nn
 
 
 class WideBlock(nn.Module):
-    """Batch norm, ReLU and 3x3 convolution, twice; the first convolution and the shortcut stride.
+    """Has batch norm, ReLU and 3x3 convolution, twice; the first one and the shortcut stride.
 
     Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
     """
@@ -37,7 +37,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times `widen` channels."""
+    """Has three stages of (depth - 4) / 6 blocks with 16, 32 and 64 times `widen` channels."""
 
     def __init__(self, depth: int, widen: int, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -57,10 +57,10 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images (N, in_channels, H, W)."""
+        """Return the logits (N, num_classes) of images (N, in_channels, H, W)."""
         return self.head(self.features(x).mean(dim=(2, 3)))
 
 
 def wrn28_10(shape: Sequence[int], num_classes: int) -> WideResNet:
-    """WideResNet-28-10: 36,536,884 parameters with 3 channels and 100 classes."""
+    """Make WideResNet-28-10: 36,536,884 parameters with 3 channels and 100 classes."""
     return WideResNet(28, 10, shape[0], num_classes)

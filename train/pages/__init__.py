@@ -1,1 +1,1 @@
-"""Tables, tests and plots of many runs."""
+"""Make tables, tests and plots of many runs."""

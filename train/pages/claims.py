@@ -1,4 +1,5 @@
-"""What runs say of the report's claims: paired tests over seeds, and verdicts by them alone."""
+"""Say what runs show of the report's claims: paired tests over seeds, and verdicts by them
+alone."""
 
 import itertools
 import math

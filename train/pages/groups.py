@@ -1,4 +1,5 @@
-"""Finished runs, in groups of seeds; means, deviations and paired tests over the seeds."""
+"""Group finished runs by all but their seed, and take means, deviations and paired tests over the
+seeds."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The report: tables of runs beside the published figures, plots, and the page with them."""
+"""Write the report: tables of runs beside the published figures, plots, and the page with them."""
 
 import csv
 import functools

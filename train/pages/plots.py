@@ -1,4 +1,4 @@
-"""Plots of groups of runs: one colour and marker for each optimizer, darker for larger rho."""
+"""Draw plots of groups of runs: one colour and marker for each optimizer, darker for larger rho."""
 
 import math
 import statistics

@@ -1,1 +1,1 @@
-"""The keys of a run, and the names that they take."""
+"""Define the keys of a run, and the names that they take."""

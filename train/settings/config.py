@@ -1,4 +1,4 @@
-"""The typed configuration: YAML and command-line flags with the same keys."""
+"""Read the typed configuration: YAML and command-line flags have the same keys."""
 
 import contextlib
 import dataclasses

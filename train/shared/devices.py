@@ -1,4 +1,4 @@
-"""The device of a run, and how it computes."""
+"""Choose the device of a run, and how it computes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Errors that end a run with one sentence instead of a traceback."""
+"""End a run with one sentence instead of a traceback."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Images in class folders, FOLDER/CLASS/IMAGE, as torchvision's ImageFolder finds them."""
+"""Find images in class folders, FOLDER/CLASS/IMAGE, as torchvision's ImageFolder does."""
 
 import functools
 from pathlib import Path

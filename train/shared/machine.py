@@ -1,4 +1,4 @@
-"""What results were made with: the processor, and the commit of this working copy."""
+"""Say what results were made with: the processor, and the commit of this working copy."""
 
 import platform
 import subprocess

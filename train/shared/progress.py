@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, an occasional line elsewhere."""
+"""Show the progress of long work: a bar on a terminal, an occasional line elsewhere."""
 
 import sys
 import time

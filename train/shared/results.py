@@ -1,4 +1,4 @@
-"""How results are written and read, and what they were made with."""
+"""Write and read results, with what they were made with."""
 
 import contextlib
 import io

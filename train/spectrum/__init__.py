@@ -1,1 +1,1 @@
-"""The Hessian, its eigenvalues, and what is measured of them."""
+"""Compute with the Hessian: products, eigenvalues, and what is measured of them."""

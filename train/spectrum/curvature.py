@@ -1,4 +1,4 @@
-"""The curvature at a network's weights: sharpness, eigenvalues, trace and spectral density.
+"""Measure the curvature at a network's weights: sharpness, eigenvalues, trace and spectral density.
 
 Everything is about the Hessian H of the mean cross-entropy, without weight decay, in eval mode and
 fp32, over all parameters.

@@ -1,4 +1,4 @@
-"""Products with the Hessian of the mean cross-entropy."""
+"""Multiply vectors by the Hessian of the mean cross-entropy."""
 
 import math
 import os

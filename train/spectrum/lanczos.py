@@ -1,4 +1,4 @@
-"""Extreme eigenvalues of a symmetric operator, on the device that its vectors are on."""
+"""Find extreme eigenvalues of a symmetric operator, on the device that its vectors are on."""
 
 import math
 from collections.abc import Callable
