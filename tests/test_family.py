@@ -17,7 +17,7 @@ import torch
 
 import samkernels
 from samkernels import SAM
-from samkernels.optim._rule import Option, options
+from samkernels.optim._rule import Option, linear, options
 from samkernels.optim.when import Bernoulli, FromStep, GradientNormPolicy, Periodic
 from tests import family
 from tests.family import Network, Run, loss
@@ -426,6 +426,26 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(row: Row, steps: int) -> No
     resumed.load_state_dict(saved["optimizer"])
     take_steps(model, resumed, range(steps, steps + 6))
     assert unchanged(model.parameters(), list(expected.parameters()))
+
+
+class Fails(torch.optim.SGD):
+    """A base optimizer that is interrupted in its own step, when it has written a weight."""
+
+    def step(self, closure: Any = None) -> None:
+        self.param_groups[0]["params"][0].data.add_(1.0)
+        raise KeyboardInterrupt
+
+
+@each_row
+def test_a_base_optimizer_that_fails_loses_no_weights(row: Row) -> None:
+    model = Network()
+    optimizer = row.cls(groups_of(row, "SGD", model), Fails, **SGD[1])
+    if row_has_one_pass(optimizer):
+        return  # it keeps no w before there is momentum
+    before = snapshot(model.parameters())
+    with pytest.raises(KeyboardInterrupt):
+        take_steps(model, optimizer, range(1))
+    assert unchanged(model.parameters(), before)
 
 
 def transpose_memory(model: Network) -> None:
@@ -1086,3 +1106,19 @@ def test_nobody_holds_gradients_between_the_halves_of_a_step(backend: str) -> No
         half()
         p.grad = None
         assert gone() is None
+
+
+def test_a_variant_that_moves_nothing_takes_no_radius() -> None:
+    class Decay(SAM):
+        moves = False
+
+        def before(self, x: Any, dots: Any) -> Any:
+            return linear(w=0.5)
+
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = Decay([w], torch.optim.SGD, lr=0.1)
+    w.grad = torch.zeros(2)
+    optimizer.step()
+    assert torch.equal(w, torch.full((2,), 0.95))
+    with pytest.raises(TypeError, match="rho: Decay perturbs nothing"):
+        Decay([w], torch.optim.SGD, lr=0.1, rho=0.1)

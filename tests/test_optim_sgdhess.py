@@ -626,6 +626,13 @@ def test_networks_that_are_compiled_for_any_shape() -> None:
         optimizer.backward(compiled(torch.ones(2, 4)).square().mean())
 
 
+def test_a_first_derivative_that_is_missing_is_no_second_one() -> None:
+    w = nn.Parameter(torch.ones(3))
+    optimizer = SGDHess([w], **OPTIONS)
+    with pytest.raises(NotImplementedError, match=r"^the derivative for 'zeta'"):
+        optimizer.backward(torch.special.zeta(w + 1, w).sum())
+
+
 # Seeds and checkpoints
 
 

@@ -26,12 +26,17 @@ def _family(cls: type[GradScaler] = GradScaler) -> list[type[GradScaler]]:
     return [cls, *(c for subclass in cls.__subclasses__() for c in _family(subclass))]
 
 
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _references() -> dict[str, int]:
     """Count the references to the classes of scalers: an instance is one more."""
-    return {f"{cls.__module__}.{cls.__qualname__}": sys.getrefcount(cls) for cls in _family()}
+    return {_name(cls): sys.getrefcount(cls) for cls in _family()}
 
 
-_WITHOUT_SCALERS = _references()
+# The references that there were beside those of the instances, when these were looked for last.
+_without_scalers: dict[str, int] = {}
 
 
 class Scalers:
@@ -40,7 +45,6 @@ class Scalers:
     def __init__(self, optimizer: object) -> None:
         self._optimizer = id(optimizer)  # as scalers know it
         self._known: list[weakref.ref[GradScaler]] | None = None
-        self._references = _WITHOUT_SCALERS  # when they became known
 
     def refuse_unscaled(self) -> None:
         """Raise RuntimeError if the gradients that the optimizer has now are unscaled."""
@@ -55,17 +59,19 @@ class Scalers:
             )
 
     def look(self) -> None:
-        """Find scalers, unless one is known that has to do with the optimizer, or there are no
-        others than before. It takes a while: once is enough."""
+        """Find scalers, unless one is known or there are none. It takes a while: once is enough."""
         if self._stages():
             return
+        found: list[GradScaler] = []
         references = _references()
-        if references == self._references and all(scaler() for scaler in self._known or ()):
-            self._known = self._known or []
-            return
-        classes = set(_family())
-        self._known = [weakref.ref(x) for x in gc.get_objects() if type(x) in classes]
-        self._references = references
+        if references != _without_scalers:  # so the first time: a scaler may be older than this
+            classes = set(_family())
+            found = [x for x in gc.get_objects() if type(x) in classes]
+            _without_scalers.clear()
+            _without_scalers.update(references)
+            for scaler in found:
+                _without_scalers[_name(type(scaler))] -= 1
+        self._known = [weakref.ref(scaler) for scaler in found]
 
     def _stages(self) -> list[OptState]:
         scalers = [scaler() for scaler in self._known or ()]

@@ -235,10 +235,11 @@ def descend(bucket: Bucket, mix: Mix, maximize: bool) -> None:
 
 
 def _kept(x: Lists, of: Combination) -> Mix:
-    """Keep a combination of gradients that the base optimizer's step is about to lose: in the room
-    for w, which is restored by now."""
-    x.bucket.ops.mix_(x.bucket.old, x.mix(of))
-    return Mix(x.bucket.old)
+    """Keep a combination of gradients that the base optimizer's step is about to lose. The room for
+    w has w, should that step fail."""
+    room = [torch.empty_like(slot.old) for slot in x.bucket.slots]
+    x.bucket.ops.mix_(room, x.mix(of))
+    return Mix(room)
 
 
 def _part_of(mix: Mix, whole: Bucket, part: Bucket) -> Mix:

@@ -96,6 +96,8 @@ class Variant(Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _check_declarations(cls)
+        if not cls.moves:
+            cls.positional = tuple(n for n in cls.positional if n not in _axes.OF_PERTURBATIONS)
         cls.decides = cls.perturbs is not Variant.perturbs or not cls.moves
         cls.goes_along_g1 = cls.direction is Variant.direction
         cls.has_terms_beside = not (cls.before is Variant.before and cls.beside is Variant.beside)

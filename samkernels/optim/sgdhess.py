@@ -38,12 +38,12 @@ CURES = {
 
 
 @contextlib.contextmanager
-def _cures() -> Iterator[None]:
-    """Say with what autograd says, where derivatives are missing, what helps."""
+def _cures(*of: str) -> Iterator[None]:
+    """Say with what autograd says of second derivatives, if it is one of these, what helps."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError, too
-        cure = next((cure for what, cure in CURES.items() if what in str(error)), None)
+        cure = next((CURES[what] for what in of if what in str(error)), None)
         if cure is None:
             raise
         raise RuntimeError(f"SGDHess needs second derivatives: {cure}. ({error})") from error
@@ -214,7 +214,7 @@ class SGDHess(Optimizer):
             raise TypeError(f"loss is {type(loss).__name__}: give a torch.Tensor of shape ()")
         params = [p for p in self._all_params() if p.requires_grad]
         is_due = self.needs_graph
-        with _cures():
+        with _cures("donated buffer"):  # what else is missing is a first derivative
             found = torch.autograd.grad(loss, params, create_graph=is_due, allow_unused=True)
         grads = {p: g for p, g in zip(params, found, strict=True) if g is not None}
         self._check_gradients(grads)
@@ -415,7 +415,7 @@ class SGDHess(Optimizer):
         differentiable = {p: g for p, g in grads.items() if g.requires_grad}
         products: Iterable[Tensor | None] = [None] * len(grads)
         if differentiable:
-            with _cures():
+            with _cures(*CURES):
                 products = torch.autograd.grad(
                     list(differentiable.values()),
                     list(grads),
