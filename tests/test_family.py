@@ -428,6 +428,22 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(row: Row, steps: int) -> No
     assert unchanged(model.parameters(), list(expected.parameters()))
 
 
+class MakesItsOwnStep(torch.optim.SGD):
+    """A subclass may have changed anything, so no kernel serves it."""
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach"])
+@each_row
+def test_a_step_of_the_base_s_own_is_that_of_the_kernels(row: Row, backend: str) -> None:
+    weights = []
+    for cls in (torch.optim.SGD, MakesItsOwnStep):
+        model = Network().to(torch.float32)
+        optimizer = row.cls(groups_of(row, "SGD", model), cls, backend=backend, **SGD[1])
+        take_steps(model, optimizer, range(8))
+        weights.append(list(weights_of(model, optimizer).parameters()))
+    torch.testing.assert_close(weights[0], weights[1])
+
+
 class Fails(torch.optim.SGD):
     """A base optimizer that is interrupted in its own step, when it has written a weight."""
 
