@@ -159,9 +159,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not SHARED_WORK & markers_of(cases[0]):
             cases = covering(cases, 2)
         daily = [case for case in cases if not case.get_closest_marker("full")]
-        is_thin = module_of(cases[0].nodeid).startswith(THIN)
-        for kind in (None,) if is_thin else stand_ins.STAND_INS:
-            slow = [case for case in daily if kind is None or case.get_closest_marker(kind)]
+        slices = [daily]
+        if not module_of(cases[0].nodeid).startswith(THIN):
+            slices = [[c for c in daily if c.get_closest_marker(k)] for k in stand_ins.STAND_INS]
+        for slow in slices:
             few = covering(slow, 1)
             for case in slow:
                 if case not in few:

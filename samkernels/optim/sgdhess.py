@@ -23,14 +23,15 @@ SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maxim
 # These are the same in all parameter groups: there is one v for all of them.
 SHARED = ("k", "seed", "step")
 
+_COMPILED = "leave out torch.compile, whose networks have none"
 # What helps where there are no second derivatives, by what autograd says then.
 CURES = {
     "attention": (
         "make the forward pass in `with torch.nn.attention.sdpa_kernel("
         "torch.nn.attention.SDPBackend.MATH):`, since fused attention has none"
     ),
-    "aot_autograd": "leave out torch.compile, whose networks have none",
-    "donated buffer": "leave out torch.compile, whose networks have none",
+    "aot_autograd": _COMPILED,
+    "donated buffer": _COMPILED,
     "is not implemented": (
         "replace the function that has none by others, or take SAM, which needs none"
     ),

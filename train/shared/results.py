@@ -97,15 +97,8 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or is something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        _ = content["name"], content["config"]["opt_name"], content["figures"], content["history"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"'{path}' is no result of a run ({type(error).__name__}: {error}): it was left as it "
-            "is; move it away to run again"
-        ) from None
-    return content
+    what = "result of a run"
+    return _read(path, "figures", what, "it was left as it is; move it away to run again")
 
 
 def read_diverged(path: Path) -> dict[str, Any]:
@@ -114,12 +107,17 @@ def read_diverged(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or is something else.
     """
+    return _read(path, "error", "record of a run", "move it away")
+
+
+def _read(path: Path, outcome: str, what: str, cure: str) -> dict[str, Any]:
+    """Read the record of a run that has the key `outcome` beside those that all have."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        _ = content["name"], content["config"]["opt_name"], content["error"], content["history"]
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = content["name"], content["config"]["opt_name"], content[outcome], content["history"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"'{path}' is no record of a run ({type(error).__name__}: {error}): move it away"
+            f"'{path}' is no {what} ({type(error).__name__}: {error}): {cure}"
         ) from None
     return content
 
