@@ -17,10 +17,13 @@ DIST := build/dist
 VERSIONS := build/versions
 TORCH_oldest := ==2.6.*
 TORCH_newest :=
+TESTS_oldest := backends.py reference.py ops.py ops_adam.py ops_sgd_hess.py optim_protocol.py optim_safety.py \
+    optim_checkpoints.py optim_adam.py optim_sgdhess.py batchnorm.py
+TESTS_newest := backends.py optim_protocol.py
 # One thread for each of as many workers as there are cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
 
-.PHONY: quickstart test test-rest test-all frameworks emulation dist versions bench check docs format clean
+.PHONY: quickstart test test-rest test-all frameworks emulation dist versions version-oldest version-newest bench check docs format clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/python -m train.study quickstart
@@ -56,19 +59,16 @@ $(DIST)/.built: $(VENV)/.test $(CORE) MANIFEST.in README.md $(shell find samkern
 
 # One wheel with both, and a part of the tests; of the newest, which the others run with, what meets torch first.
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes torch without CUDA, which is much smaller.
-versions: $(VERSIONS)/oldest/.installed $(VERSIONS)/newest/.installed
+versions: version-oldest version-newest
+
+version-oldest version-newest: version-%: $(VERSIONS)/%/.installed
 	rm -rf $(VERSIONS)/work  # tests without the sources beside them: they import what is installed
 	mkdir $(VERSIONS)/work
 	cp -r tests pyproject.toml $(VERSIONS)/work
-	$(IN_WORK) ../oldest/bin/python -m samkernels
-	$(IN_WORK) ../oldest/bin/python $(TEST_PARTLY) $(addprefix tests/test_,backends.py reference.py ops.py \
-	    ops_adam.py ops_sgd_hess.py optim_protocol.py optim_safety.py optim_checkpoints.py optim_adam.py \
-	    optim_sgdhess.py batchnorm.py)
-	$(IN_WORK) ../newest/bin/python -m samkernels
-	$(IN_WORK) ../newest/bin/python $(TEST_PARTLY) tests/test_backends.py tests/test_optim_protocol.py
+	$(IN_WORK) ../$*/bin/python -m samkernels
+	$(IN_WORK) ../$*/bin/python -m pytest -n auto -m "not full" $(PYTEST_ARGS) $(addprefix tests/test_,$(TESTS_$*))
 
 IN_WORK := cd $(VERSIONS)/work && OMP_NUM_THREADS=1 SAMKERNELS_NO_EMULATION=1
-TEST_PARTLY := -m pytest -n auto -m "not full" $(PYTEST_ARGS)
 
 $(VERSIONS)/%/.installed: $(DIST)/.built
 	$(PYTHON310) -m venv $(@D)

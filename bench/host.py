@@ -1,5 +1,5 @@
 """The host's part of a step: CPU time of a native SAM step, and of a fused step of its base
-optimizer by PyTorch, in turn, on CPU tensors of one element.
+optimizer by PyTorch, in turn, on CPU tensors of three elements.
 
     python -m bench.host [--rounds 500] [--output FILE.json]
 
@@ -52,13 +52,13 @@ def measure(name: str, rounds: int) -> tuple[list[float], list[float]]:
         lambda groups: SAM(groups, optimizer_class, backend="native", **options),
         lambda groups: optimizer_class(groups, fused=True, **options),
     ):
-        params = [torch.nn.Parameter(torch.ones(1)) for _ in range(tensors)]
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(tensors)]
         size = tensors // groups
         optimizer = make([{"params": params[i * size : (i + 1) * size]} for i in range(groups)])
         halves: list[Half] = [optimizer.step]
         if isinstance(optimizer, SAM):
             halves = [optimizer.first_step, optimizer.second_step]
-        kept = None if new_gradients else [torch.ones(1) for _ in params]
+        kept = None if new_gradients else [torch.ones(3) for _ in params]
         sides.append((params, kept, halves))
     times: tuple[list[float], list[float]] = ([], [])
     gc.disable()

@@ -232,7 +232,8 @@ PYBIND11_MODULE(SAMKERNELS_MODULE, m) {
       .def("gradients", &TensorReader::Gradients, py::arg("candidates"), py::arg("params"),
            py::arg("known"))
       .def("state", &TensorReader::State, py::arg("state"), py::arg("params"), py::arg("name"),
-           py::arg("like"), py::arg("numbers") = false, py::arg("seen") = py::none());
+           py::arg("like"), py::arg("numbers") = false, py::arg("seen") = py::none())
+      .def("versions", &TensorReader::Versions, py::arg("tensors"));
 
   m.def(
       "workspace_bytes",

@@ -205,13 +205,9 @@ TensorList::TensorList(const py::list& tensors, bool use_exchange_api) {
                                        ? ExchangeApiOf(py::type::handle_of(tensors[0]))
                                        : nullptr;
   for (const py::handle tensor : tensors) {
-    if (api == nullptr) {
-      list.AddThroughPython(tensor);
-      continue;
-    }
     View view;
-    if (!Read(api, tensor, &view)) throw py::error_already_set();
-    list.Add(view);
+    if (api != nullptr && !Read(api, tensor, &view)) throw py::error_already_set();
+    api == nullptr ? list.AddThroughPython(tensor) : list.Add(view);
   }
   addresses_ = std::move(list.addresses);
   layout_ = std::move(list.layout);
@@ -274,21 +270,22 @@ void TensorList::RequireDisjoint(const char* name) const {
   is_disjoint_ = true;
 }
 
+// Reads an attribute of a tensor without the way through its type, which takes as long again.
+static py::object Get(const py::object& descriptor, py::handle tensor) {
+  PyObject* const of = descriptor.ptr();
+  PyObject* const value = Py_TYPE(of)->tp_descr_get(of, tensor.ptr(), nullptr);
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
 TensorReader::TensorReader(py::type tensor, py::type parameter)
     : tensor_(std::move(tensor)),
       parameter_(std::move(parameter)),
-      grad_("grad"),
+      grad_(tensor_.attr("grad")),
+      version_(tensor_.attr("_version")),
       is_neg_(tensor_.attr("is_neg")),
       default_dict_(py::module_::import("collections").attr("defaultdict")),
       exchange_api_(ExchangeApiOf(tensor_)) {}
-
-bool TensorReader::IsNegated(py::handle tensor) const {
-  PyObject* const self = tensor.ptr();
-  const auto is_neg =
-      py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), &self, 1, nullptr));
-  if (!is_neg) throw py::error_already_set();
-  return is_neg.ptr() != Py_False;
-}
 
 py::object TensorReader::Gradients(py::handle candidates, const py::list& params,
                                    const std::shared_ptr<TensorList>& known) const {
@@ -303,11 +300,12 @@ py::object TensorReader::Gradients(py::handle candidates, const py::list& params
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(candidates.ptr()); ++i) {
     PyObject* const param = PyList_GET_ITEM(candidates.ptr(), i);
     if (!IsPlain(param)) return py::none();
-    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param, grad_.ptr()));
-    if (!grad) throw py::error_already_set();
+    const py::object grad = Get(grad_, param);
     if (grad.is_none()) continue;
     if (found == params.size() || param != PyList_GET_ITEM(params.ptr(), found)) return py::none();
-    if (!IsPlain(grad) || IsNegated(grad)) return py::none();
+    // PyTorch negates imaginary parts when it reads them. Their elements lie two apart, and those
+    // of a parameter do not: only a single one can be laid out as its parameter.
+    if (!IsPlain(grad) || (known->numel()[found] == 1 && IsNegated(grad))) return py::none();
     if (!of_params.Add(api, param) || !of_grads.Add(api, grad)) return py::none();
     if (of_grads.addresses()[found] == of_params.addresses()[found] && known->numel()[found] > 0) {
       return py::none();  // p.grad = p.data
@@ -370,6 +368,12 @@ py::object TensorReader::State(py::handle state, const py::list& params, const p
                                                      std::move(of_numbers.layout))
                       : of_tensors.Take();
   return py::make_tuple(tensors, std::move(list));
+}
+
+py::list TensorReader::Versions(const py::list& tensors) const {
+  py::list versions;
+  for (const py::handle tensor : tensors) versions.append(Get(version_, tensor));
+  return versions;
 }
 
 }  // namespace samkernels

@@ -97,6 +97,9 @@ class TensorReader {
                          const pybind11::str& name, const TensorList& like, bool numbers,
                          pybind11::handle seen) const;
 
+  // Returns how often each tensor has been written.
+  pybind11::list Versions(const pybind11::list& tensors) const;
+
  private:
   bool IsPlain(pybind11::handle tensor) const {
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
@@ -111,12 +114,10 @@ class TensorReader {
   }
 
   // Says whether PyTorch negates it when it reads it: its memory holds the opposite then.
-  bool IsNegated(pybind11::handle tensor) const;
+  bool IsNegated(pybind11::handle tensor) const { return is_neg_(tensor).cast<bool>(); }
 
   pybind11::type tensor_, parameter_;
-  pybind11::str grad_;
-  pybind11::object is_neg_;  // Tensor.is_neg
-  pybind11::object default_dict_;
+  pybind11::object grad_, version_, is_neg_, default_dict_;
   const void* exchange_api_;  // or null
 };
 

@@ -24,6 +24,7 @@ class TensorReader:
         numbers: bool = False,
         seen: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], TensorList] | None: ...
+    def versions(self, tensors: list[Tensor]) -> list[int]: ...
 
 class Mix:
     def __init__(

@@ -449,6 +449,18 @@ def test_whatever_has_changed_is_left_to_a_closer_look(change: str) -> None:
     assert READER.gradients(tuple(params), params, known) is None
 
 
+@pytest.mark.parametrize("backend", ["native", "triton", "foreach", "reference"])
+def test_versions_are_those_of_pytorch(backend: str) -> None:
+    tensors = [*trained(), torch.ones(2), torch.ones(3).as_subclass(Subclass)]
+    for i, tensor in enumerate(tensors):
+        for _ in range(i):
+            tensor.detach().add_(1)
+    versions_of = backends.get(backend).versions_of
+    assert versions_of(tensors) == [t._version for t in tensors]
+    assert versions_of(tensors)[-3:] == [3, 4, 5]
+    assert versions_of(()) == []
+
+
 @needs_exchange_api
 @pytest.mark.parametrize("order", ["as the parameters", "reversed", "behind others"])
 def test_state_is_read_in_any_order(order: str) -> None:

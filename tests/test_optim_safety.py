@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import weakref
 from collections.abc import Callable
@@ -1262,6 +1263,27 @@ def test_hyperparameters_that_pytorch_negates_when_it_reads_them(backend: str) -
         optimizer.second_step()
         results.append(p.item())
     assert results[:2] == results[2:] == [1.5, 0.5]
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,), (2, 3)])
+def test_gradients_that_pytorch_negates_when_it_reads_them(
+    backend: str, shape: tuple[int, ...]
+) -> None:
+    g = torch.arange(1.0, 1.0 + math.prod(shape)).view(shape)
+    negated = torch.complex(torch.zeros_like(g), -g).conj().imag
+    assert negated.is_neg()
+    results = []
+    for grad in (negated, g):
+        p = nn.Parameter(torch.ones(shape))
+        optimizer = SAM([p], rho=0.5, lr=0.1, momentum=0.9, backend=backend)
+        for given in (g, g, grad, grad):  # what is as before is read quickly, from the second on
+            p.grad = given.clone() if given is g else given
+            optimizer.first_step()
+            p.grad = given.clone() if given is g else given
+            optimizer.second_step()
+        results.append(p.detach())
+    assert torch.equal(*results)
 
 
 def test_rho_that_float32_cannot_hold() -> None:

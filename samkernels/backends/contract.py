@@ -138,6 +138,9 @@ class Backend(Protocol):
         subclass or laid out in another way than its parameter; or, if they are numbers, if one is
         not of shape (), not float32 or float64, or on another device."""
 
+    def versions_of(self, tensors: TensorList) -> list[int]:
+        """Return the `_version` of each tensor: how often it has been written."""
+
     def dots(
         self, lists: Sequence[TensorList], weights: TensorList | None = None, eta: float = 0.0
     ) -> Dots:
@@ -260,6 +263,11 @@ def state_of(
 ) -> TensorList | None:
     """Implement Backend.state_of for such a backend."""
     return None
+
+
+def versions_of(tensors: TensorList) -> list[int]:
+    """Implement Backend.versions_of for such a backend."""
+    return [t._version for t in tensors]
 
 
 def _layout(t: Tensor) -> tuple[object, ...]:

@@ -25,6 +25,7 @@ from samkernels.backends.contract import are_alike as are_alike
 from samkernels.backends.contract import gradients_of as gradients_of
 from samkernels.backends.contract import prepare as prepare
 from samkernels.backends.contract import state_of as state_of
+from samkernels.backends.contract import versions_of as versions_of
 from samkernels.backends.rounding import rounded_at_random
 
 

@@ -143,6 +143,10 @@ def state_of(
     return _prepared(*read)
 
 
+def versions_of(tensors: TensorList) -> list[int]:
+    return _reader().versions(tensors if isinstance(tensors, list) else list(tensors))
+
+
 @lru_cache(maxsize=1)
 def _reader() -> _C.TensorReader:
     return _C.TensorReader(Tensor, torch.nn.Parameter)

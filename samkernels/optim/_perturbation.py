@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from samkernels.optim._variant import Variant
 
 
+VersionsOf = Callable[[TensorList], list[int]]
+
+
 class Perturbation:
     """Holds what the second step, or a restore, needs to know of the first one.
 
@@ -36,7 +39,8 @@ class Perturbation:
         ascent_square: its root is not finite where the step is to be skipped.
         first_dots: g1.g1, each with the slots that it was measured for.
         hooks: those of spread_overflow, or those for want of a second pass.
-        watched: the parameters of `moved`, and their versions when they had moved.
+        watched: the parameters of `moved`, each list with what reads their versions, and these
+            when they had moved.
         exchange: g1 and its norm of all ranks, where they replace those of this one.
         streams: those of the first step, by device.
     """
@@ -50,7 +54,7 @@ class Perturbation:
         self.ascent_square: Tensor | None = None
         self.first_dots: list[tuple[list[Slot], Dots]] = []
         self.hooks: list[RemovableHandle] = []
-        self.watched: list[tuple[TensorList, list[int]]] = []
+        self.watched: list[tuple[TensorList, VersionsOf, list[int]]] = []
         self.exchange: Exchange | None = None
         self.streams: dict[torch.device, Any] = {}
 
@@ -69,22 +73,22 @@ class Perturbation:
 
     def watch(self, bucket: Bucket) -> None:
         """Note the versions of parameters that have moved."""
-        params = bucket.whole
-        self.watched.append((params, list(map(_version_of, params))))
+        params, versions_of = bucket.whole, bucket.ops.versions_of
+        self.watched.append((params, versions_of, versions_of(params)))
 
     def written(self) -> set[int]:
         """Return the ids of parameters (or of what lies here of them) written since they moved."""
         return {
             id(p)
-            for params, versions in self.watched
-            for p, version in zip(params, versions, strict=True)
-            if _version_of(p) != version
+            for params, versions_of, versions in self.watched
+            for p, version, now in zip(params, versions, versions_of(params), strict=True)
+            if now != version
         }
 
     def check_unwritten(self) -> None:
         """Raise RuntimeError if a parameter was written since it moved."""
-        for params, versions in self.watched:
-            now = list(map(_version_of, params))
+        for params, versions_of, versions in self.watched:
+            now = versions_of(params)
             if now == versions:
                 continue
             written = next(p for p, v, n in zip(params, versions, now, strict=True) if v != n)
@@ -135,7 +139,6 @@ class Perturbation:
         return [slot.old if slot in self.slots else slot.local for slot in bucket.slots]
 
 
-_version_of = operator.attrgetter("_version")
 _slots_of = operator.attrgetter("slots")
 
 

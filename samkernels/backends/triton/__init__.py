@@ -29,6 +29,7 @@ from samkernels.backends.contract import are_alike as are_alike
 from samkernels.backends.contract import gradients_of as gradients_of
 from samkernels.backends.contract import prepare as prepare
 from samkernels.backends.contract import state_of as state_of
+from samkernels.backends.contract import versions_of as versions_of
 
 from . import availability, launching
 from .availability import load_kernels
