@@ -1286,6 +1286,34 @@ def test_gradients_that_pytorch_negates_when_it_reads_them(
     assert torch.equal(*results)
 
 
+@each_backend
+@pytest.mark.parametrize("since", [0, 2])
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_parameters_that_pytorch_negates_when_it_reads_them(
+    backend: str, since: int, shape: tuple[int, ...]
+) -> None:
+    p = nn.Parameter(torch.ones(shape))
+    optimizer = SAM([p], rho=0.5, lr=0.1, momentum=0.9, backend=backend)
+
+    def step() -> None:
+        for half in (optimizer.first_step, optimizer.second_step):
+            give([p])
+            half()
+
+    for _ in range(since):
+        step()
+    p.data = torch.complex(torch.zeros(shape), -p.detach()).conj().imag
+    assert p.is_neg()
+    before = p.detach().clone()
+    give([p])
+    with pytest.raises(ValueError, match=r"resolve_neg\(\)"):
+        optimizer.first_step()
+    assert torch.equal(p, before) and not optimizer.is_perturbed
+    p.data = p.detach().clone()
+    step()
+    assert (p < before).all()
+
+
 def test_rho_that_float32_cannot_hold() -> None:
     p = nn.Parameter(torch.ones(2))
     optimizer = SAM([p], rho=1e39, lr=0.1)

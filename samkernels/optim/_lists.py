@@ -241,7 +241,13 @@ class Slots:
         return place is slot.place and fits(slot.old, slot.local)
 
     def place_of(self, p: Tensor) -> Place:
-        """Return p's place. Raise RuntimeError if the backend that was named cannot serve p."""
+        """Return p's place. Raise RuntimeError if the backend that was named cannot serve p, and
+        ValueError if no backend should."""
+        if _shards.local(p).is_neg():
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is a view that PyTorch negates when it "
+                "reads it, like z.conj().imag: give a copy (p.resolve_neg())"
+            )
         key = _place_key(p)
         if key not in self._places:
             device, dtype, dense, process_groups, has_addresses = key
@@ -386,6 +392,8 @@ class Slots:
                 read = _read_alike(bucket, of_bucket)
             elif read[0] is not bucket.params:
                 self._has_new = True  # a parameter lies elsewhere now, maybe where another does
+                if any(map(Tensor.is_neg, read[0])):
+                    return None
             if read is None:
                 return None
             bucket.group = group
@@ -494,7 +502,7 @@ def _read_alike(bucket: Bucket, candidates: list[Tensor]) -> tuple[TensorList, T
     if here is None:
         return None
     params, grads = here
-    if any(map(Tensor.is_neg, grads)):
+    if any(map(Tensor.is_neg, chain(params, grads))):
         return None
     if bucket.place.has_addresses and any(map(_is_at, grads, params)):
         return None
