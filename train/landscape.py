@@ -37,16 +37,16 @@ of two. Keys, with their values here:
 """
 OWN = {"points": 25, "grid": 0, "extent": 1.0}
 ALLOWED = ("sharpness_samples", "data_root", "device", "threads", "seed", "output_dir")
-LEVELS = 15  # the plane is drawn in so many steps
+LEVELS = 15  # the plane is drawn with so many contour levels
 
 
 def direction(model: nn.Module, seed: int) -> list[Tensor]:
-    """Draw for each parameter a random tensor whose filters (first index) have the norms of its
-    own; it is 0 for parameters of less than two dimensions."""
+    """Draw for each parameter a random tensor whose filters (first index) have the norms of the
+    parameter's filters; for a parameter of fewer than two dimensions, the tensor is 0."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for p in model.parameters():
-        # Random numbers are drawn on the CPU: every device has the same.
+        # Random numbers are drawn on the CPU, so that every device has the same direction.
         random = torch.randn(p.shape, generator=generator).to(p)
         if p.ndim < 2:
             found.append(torch.zeros_like(p))

@@ -57,13 +57,13 @@ def expand(layer: dict[str, Any]) -> list[dict[str, Any]]:
 def study_configs(
     study: dict[str, Any], name: str, flags: dict[str, str]
 ) -> tuple[Path, list[Config]]:
-    """Return the study's folder, and each run's configuration, whose results go into folders there.
+    """Return the study's folder, and the configurations of its runs, each with a folder in it.
 
     Args:
         name: the name of a file of STUDIES, or a path; its last part names the study.
 
     Raises:
-        ConfigError: a key or value is wrong, or two runs differ only in what is measured or logged.
+        ConfigError: a key or value is wrong, or two runs differ only in what is measured.
     """
     name = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     check_keys(flags, "the command line")
@@ -95,7 +95,7 @@ def study_configs(
             config = make_config(("", {**choice, "output_dir": ""}))
             place = str(folder / config.full_name)
             config = replace(config, output_dir=place, resume=not config.overwrite)
-            # A flag may make several runs one: --rho=0.1 of all rho.
+            # A flag may make several runs the same, as --rho=0.1 does where the study varies rho.
             same = configs.setdefault(place, config)
             if same.measures != config.measures:
                 raise ConfigError(
@@ -118,9 +118,10 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def time_left(spent: Sequence[tuple[Config, float]], waiting: Sequence[Config]) -> float | None:
-    """Return the seconds that the waiting runs will take: as their kind did, per epoch.
+    """Estimate the seconds that the waiting runs will take, by the seconds per epoch of the others.
 
-    Runs of another kind take as long as the mean of all did. It is None where no run tells.
+    A run is estimated by the mean of the runs of its kind or, where there are none, of all runs.
+    Return None where no run was timed.
     """
     if not spent:
         return None

@@ -38,7 +38,7 @@ of a step, from steps.json in that folder: --time=true measures it, for which th
 there.
 """
 STEPS = "steps.json"
-ROUNDS, STEPS_EACH = 12, 10  # all optimizers take turns, so that a busy minute is everybody's
+ROUNDS, STEPS_EACH = 12, 10  # optimizers take turns, so that a busy minute slows down all of them
 
 LAST, BEST, NOISY = "last epoch", "best epoch", "by wrong labels"
 NOTES = f"""\
@@ -53,7 +53,7 @@ NOTES = f"""\
 
 
 def short_labels(members: Sequence[Group], with_rho: bool = True) -> list[str]:
-    """Return labels that tell the groups of a task apart, without what is usual or most have."""
+    """Return labels that tell a task's groups apart, without values that are usual or most have."""
     most = {
         name: Counter(str(g.recipe.get(name)) for g in members).most_common(1)[0][0]
         for name in FIELDS
@@ -78,26 +78,28 @@ def short_labels(members: Sequence[Group], with_rho: bool = True) -> list[str]:
 
 
 def planned(group: Group) -> tuple[int, float]:
-    """Return the steps of a run, and the gradients per step."""
+    """Return the number of steps of a run, and the gradients that a step takes on average."""
     config, images = group.config, group.runs[0]["images"]["train"]
     steps = config.epochs * math.ceil(images / config.batch_size)
     return steps, passes(config, steps)
 
 
 def gradients(group: Group) -> float:
-    """Return the gradient evaluations of one image, of a run."""
+    """Return the gradient evaluations of one image that a run takes."""
     return planned(group)[1] * group.config.epochs * float(group.runs[0]["images"]["train"])
 
 
 def _key(group: Group) -> str:
-    """Return the key of a time: what a step's time depends on, which rho is not."""
+    """Return the key of a group's step times: data set, model, batch size and run_name without rho,
+    on which they do not depend."""
     config = group.config
     name = config.run_name.replace(f"-rho{config.rho:g}", "", 1)
     return f"{config.dataset}-{config.model}-batch{config.batch_size}-{name}"
 
 
 def seconds(group: Group, steps: Mapping[str, Mapping[str, float]]) -> float | None:
-    """Return the seconds of a run's steps, by the times of steps with one and with two passes."""
+    """Return the seconds of a run's steps, by the times of steps with one and with two passes; None
+    where these are not known."""
     known = steps.get(_key(group))
     if known is None:
         return None
@@ -110,14 +112,16 @@ def seconds(group: Group, steps: Mapping[str, Mapping[str, float]]) -> float | N
 
 
 def time_steps(groups: Sequence[Group], data_root: str = "") -> dict[str, dict[str, float]]:
-    """Measure steps with one and with two passes: medians, in ms, by _key. On a CPU, it is the
-    processor's time, which others on the machine hardly change."""
+    """Return the median times, in ms, of steps with one and with two passes, by _key.
+
+    On a CPU, this is the processor time of all threads, which other processes hardly change.
+    """
     trainings: dict[str, tuple[Training, dict[str, list[float]]]] = {}
     for group in groups:
         config = replace(
             group.config, verify_steps=0, epochs=max(2, group.config.epochs), label_noise=0.0,
             data_root=data_root or group.config.data_root,
-            # Both kinds of steps are to be there, whichever come first.
+            # Both kinds of steps must occur in the few steps that are timed.
             when="periodic:2" if group.config.policy else "always",
         )  # fmt: skip
         if _key(group) not in trainings:
@@ -164,7 +168,7 @@ def by_wrong_labels(group: Group) -> dict[int, float]:
 
 
 def measures(group: Group) -> dict[str, dict[int, float]]:
-    """Return the three accuracies, by seed; without those that no run has."""
+    """Return the three accuracies, by seed, without those that no run has."""
     found = {
         LAST: group.by_seed("last_test_accuracy"),
         BEST: group.by_seed("test_accuracy"),
@@ -174,7 +178,7 @@ def measures(group: Group) -> dict[str, dict[int, float]]:
 
 
 def mean_interval(values: Mapping[int, float]) -> Comparison | None:
-    """Return the mean and its 95% interval."""
+    """Return the mean and its 95% interval; None where there are no values."""
     return paired(values, dict.fromkeys(values, 0.0))
 
 
@@ -190,7 +194,7 @@ def _in_brackets(comparison: Comparison | None) -> str:
 def accuracy_table(
     members: Sequence[Group], steps: Mapping[str, Mapping[str, float]]
 ) -> list[list[str]]:
-    """Return a row for each group, by what it costs; head first."""
+    """Return a row for each group, sorted by gradients; head first."""
     names = [name for name in (LAST, BEST, NOISY) if any(name in measures(g) for g in members)]
     rows = []
     for label, group in zip(short_labels(members), members, strict=True):
@@ -205,13 +209,14 @@ def accuracy_table(
 
 
 def smallest(differences: Iterable[Comparison]) -> tuple[Comparison, bool]:
-    """Return the difference that statements rest on, and whether all have its sign."""
+    """Return the smallest difference, on which statements rest, and whether all have its sign."""
     found = sorted(differences, key=lambda comparison: abs(comparison.mean))
     return found[0], all(other.mean * found[0].mean > 0 for other in found)
 
 
 def difference_table(members: Sequence[Group], plain: Group) -> list[list[str]]:
-    """Return every other group minus this one, head first; [] where there is none."""
+    """Return the accuracies of every other group minus those of `plain`, head first; return []
+    where no other group has a seed in common."""
     theirs = measures(plain)
     found = []
     for label, group in zip(short_labels(members), members, strict=True):
@@ -236,8 +241,8 @@ def difference_table(members: Sequence[Group], plain: Group) -> list[list[str]]:
 
 
 def chosen(members: Sequence[Group]) -> list[list[str]]:
-    """Return which of the groups that differ in rho alone has the best validation accuracy; head
-    first. It is [] where there are no several."""
+    """Return a row for groups that differ in rho alone, with the rho of the best validation
+    accuracy, head first; return [] where there are no such groups."""
     families: dict[str, list[tuple[str, Group]]] = {}
     labels = short_labels(members, with_rho=False)
     for label, group in zip(labels, members, strict=True):
@@ -264,7 +269,7 @@ def chosen(members: Sequence[Group]) -> list[list[str]]:
 
 
 def _beside(places: Sequence[float]) -> list[float]:
-    """Return the same places, but those that coincide side by side."""
+    """Return the places, with those that coincide moved side by side."""
     span = (max(places) - min(places)) or 1.0
     moved = list(places)
     order = sorted(range(len(places)), key=lambda index: places[index])
@@ -277,7 +282,8 @@ def _beside(places: Sequence[float]) -> list[float]:
 
 
 def plot(parts: Sequence[Sequence[Group]], steps: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Draw a row of panels for each task: accuracy over gradients, and over seconds."""
+    """Draw a row of panels for each task: accuracy over gradients and, if all are known, over
+    seconds."""
     costs = {"gradients of an image, thousands": [[gradients(g) / 1000 for g in m] for m in parts]}
     took = [[seconds(g, steps) for g in m] for m in parts]
     if all(value is not None for values in took for value in values):
@@ -291,7 +297,7 @@ def plot(parts: Sequence[Sequence[Group]], steps: Mapping[str, Mapping[str, floa
         for label, group in zip(short_labels(members, with_rho=False), members, strict=True)
     }
     marks, used = {}, Counter[str]()
-    for label in sorted(labels, key=len):  # the plain one has the optimizer's own marker
+    for label in sorted(labels, key=len):  # the shortest label gets the optimizer's own marker
         style = style_of(names[label])
         turn = used[names[label]]
         used[names[label]] += 1

@@ -30,9 +30,9 @@ class Split:
 
     Args:
         images: uint8 (N, C, H, W), unaugmented.
-        labels: int64 (N,), the ones to be learnt.
-        true_labels: int64 (N,), where some of the labels are wrong.
-        positions: int64 (N,): which of the files' training images these are, if that is known.
+        labels: int64 (N,), the labels to be learnt.
+        true_labels: int64 (N,), the right labels, where some of `labels` are wrong.
+        positions: int64 (N,), the indices of these images in the files, if they are known.
     """
 
     images: Tensor
@@ -44,7 +44,7 @@ class Split:
         return len(self.labels)
 
     def __getitem__(self, which: Tensor | slice) -> "Split":
-        """Return some of the images."""
+        """Return the split of the images that `which` selects."""
         return self._each(lambda tensor: tensor[which])
 
     def to(self, device: torch.device) -> "Split":
@@ -61,9 +61,9 @@ class Augmentation:
     """The steps that training images go through; 0 and False leave a step out.
 
     Args:
-        padding: black pixels on each side, from which a crop of the image's size is taken.
-        flip: mirror every second image (probability 0.5) left to right.
-        cutout: side of the square that is set to 0 after normalisation (probability 0.5).
+        padding: the number of black pixels added on each side before a crop of the image's size.
+        flip: whether to mirror each image left to right with probability 0.5.
+        cutout: the side of the square that is set to 0 after normalisation, with probability 0.5.
     """
 
     padding: int = 0
@@ -77,9 +77,9 @@ class Dataset:
 
     mean, std: float32 (1, C, 1, 1), of pixels in [0, 1] (uint8 / 255).
 
-    file_images: the number of images that `positions` of the splits count.
-    noisy_val_labels: int64 (N,) of the validation images, wrong as often as those of training;
-    for those who want to know what they would choose by them.
+    file_images: the number of images in the files; `positions` of the splits are indices into them.
+    noisy_val_labels: int64 (N,), labels of the validation images with the noise of training; they
+    show which epoch would be chosen if the right labels were not known.
     """
 
     train: Split
@@ -101,8 +101,9 @@ class Dataset:
 class Draws:
     """The random numbers of an epoch: entry i of each (N,) tensor is for the i-th image visited.
 
-    order: index of the image. top, left: corner of the crop in the padded image. flip, cut:
-    whether to do it. cut_top, cut_left: corner of the Cutout square, which may overhang the edge.
+    order: index of the image. top, left: corner of the crop in the padded image. flip: whether to
+    mirror the image. cut: whether to apply Cutout. cut_top, cut_left: corner of the Cutout square,
+    which may overhang the edge.
     """
 
     order: Tensor
@@ -119,14 +120,14 @@ class Draws:
 
 
 def draw_epoch(dataset: Dataset, seed: int, epoch: int) -> Draws:
-    """Draw an epoch's order and augmentation; a function of the seed and the epoch alone.
+    """Draw an epoch's order and augmentation, which depend on the seed and the epoch alone.
 
     They are drawn on the CPU and moved once per epoch, so that every device sees the same images
     and a resumed run needs no random state.
     """
     count, size = len(dataset.train), dataset.train.images.shape[-1]
     spec = dataset.augmentation
-    # The CPU generator uses 32 bits of its seed, so the two share them: neighbours stay apart.
+    # The CPU generator uses 32 bits of its seed: the factor keeps neighbouring seeds apart in them.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
     def integers(low: int, high: int) -> Tensor:
@@ -149,7 +150,8 @@ def augment(dataset: Dataset, images: Tensor, draws: Draws) -> Tensor:
     """Crop, flip, normalise and cut out, each image with its own draws.
 
     Args:
-        images: uint8 (B, C, H, W) with H = W; draws: those of these B images.
+        images: uint8 (B, C, H, W) with H = W.
+        draws: the draws of these B images.
 
     Returns:
         float32 (B, C, H, W), contiguous.
@@ -177,7 +179,7 @@ def augment(dataset: Dataset, images: Tensor, draws: Draws) -> Tensor:
 
 
 def _within(span: Tensor, start: Tensor, length: int) -> Tensor:
-    """Return (B, size): whether start <= position < start + length."""
+    """Say, in a bool tensor (B, size), whether start <= position < start + length."""
     return (span >= start[:, None]) & (span < start[:, None] + length)
 
 
@@ -193,8 +195,8 @@ def train_batches(
     """Yield the augmented batches of an epoch, from batch `first` on; the last may be smaller.
 
     Args:
-        rank, world: of each batch, the process `rank` of `world` gets its share: together they see
-            what one process would. The shares differ by one image at most.
+        rank, world: the process `rank` of `world` gets its share of each batch; together, the
+            processes see what one would. The shares differ by one image at most.
     """
     draws = draw_epoch(dataset, seed, epoch)
     for start, stop in list(_shares(len(dataset.train), batch_size, rank, world))[first:]:
@@ -212,7 +214,7 @@ def visits(
     world: int = 1,
     first: int = 0,
 ) -> Tensor:
-    """Return int64 (N,): the training images of train_batches, from batch `first` on."""
+    """Return the indices, int64 (N,), of the images that train_batches yields from `first` on."""
     order = draw_epoch(dataset, seed, epoch).order
     shares = list(_shares(len(dataset.train), batch_size, rank, world))[first:]
     return torch.cat([order[start:stop] for start, stop in shares])
@@ -235,7 +237,7 @@ def plain_batches(
 
 
 def split_indices(count: int, held_out: int, seed: int = SPLIT_SEED) -> tuple[Tensor, Tensor]:
-    """Return (training, held out): disjoint, as torch.utils.data.random_split takes them."""
+    """Return disjoint indices (training, held out), drawn as torch.utils.data.random_split does."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[: count - held_out], order[count - held_out :]
 
@@ -243,7 +245,7 @@ def split_indices(count: int, held_out: int, seed: int = SPLIT_SEED) -> tuple[Te
 def canonical_order(split: Split) -> Tensor:
     """Return the order of the images by a hash of pixels and label, int64 (N,).
 
-    So a split does not depend on the files that the images came in.
+    With it, a split does not depend on the files that the images came in.
     """
     images = split.images.numpy()
     digests = [
@@ -257,8 +259,8 @@ def load_dataset(config: Config, device: torch.device) -> Dataset:
     """Return the data set of the configuration on the device, with its label noise.
 
     Raises:
-        DataError: it is neither at hand nor to be downloaded, a file is damaged, or it has fewer
-            than train_samples.
+        DataError: the data set is neither at hand nor to be downloaded, a file is damaged, or there
+            are fewer images than train_samples.
     """
     dataset: Dataset = DATASETS[config.dataset].make(config)
     count = config.train_samples or len(dataset.train)
@@ -267,7 +269,7 @@ def load_dataset(config: Config, device: torch.device) -> Dataset:
             f"train_samples={count} is more than {config.dataset} has: allowed 0 (all) to "
             f"{len(dataset.train)}"
         )
-    # The training split was drawn at random: its beginning is a random part of it.
+    # The training split was drawn at random, so its beginning is a random part of it.
     train, val = dataset.train[:count], dataset.val
     noisy, noisy_val = _noisy_labels(config, replace(dataset, train=train))
     if noisy is not None:
@@ -286,8 +288,8 @@ def load_dataset(config: Config, device: torch.device) -> Dataset:
 
 
 def _noisy_labels(config: Config, dataset: Dataset) -> tuple[Tensor | None, Tensor | None]:
-    """Return the labels of the training and the validation images, with noise; None where there
-    is none."""
+    """Return the labels of the training and the validation images, with noise; None stands for
+    labels without noise."""
     train, val, classes = dataset.train, dataset.val, dataset.num_classes
     share = config.label_noise
     if config.label_noise_file:
@@ -309,8 +311,8 @@ def _noisy_labels(config: Config, dataset: Dataset) -> tuple[Tensor | None, Tens
 
 
 def digits(config: Config) -> Dataset:
-    """Return scikit-learn's 1797 digits of 8x8 pixels in 0..16: 1000 / 297 / 500, stratified."""
-    # scikit-learn is imported here: that takes a second, and CIFAR-100 does not need it.
+    """Return scikit-learn's 1797 digits, 8x8 pixels in 0..16, stratified into 1000 / 297 / 500."""
+    # scikit-learn is imported here: the import takes a second, and CIFAR-100 does not need it.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -339,7 +341,8 @@ def digits(config: Config) -> Dataset:
 
 
 def _hold_out(known: Split, order: Tensor, held_out: int) -> tuple[Split, Split]:
-    """Return (training, validation): held_out images, taken in this order, are for validation."""
+    """Return (training, validation), where the latter has `held_out` images; the random choice is
+    made among the images in this order."""
     known = replace(known, positions=torch.arange(len(known)))
     train, val = split_indices(len(known), held_out)
     return known[order[train]], known[order[val]]
@@ -350,8 +353,8 @@ def _channels(values: Sequence[float]) -> Tensor:
 
 
 def _wrong_checksum(name: str, root: Path) -> Path | None:
-    """Return the first of CIFAR's unpacked files that is not what its checksum says."""
-    # torchvision is imported here: that takes seconds.
+    """Return the first of CIFAR's unpacked files whose checksum is wrong; None if there is none."""
+    # torchvision is imported here: the import takes seconds.
     from torchvision import datasets
     from torchvision.datasets.utils import check_integrity
 
@@ -380,7 +383,7 @@ def _missing(name: str, data_root: str, error: Exception, holds: str) -> DataErr
 
 
 def _cifar(config: Config, name: str, folder: str, classes: Sequence[str]) -> tuple[Split, Split]:
-    """Return (training, test) of CIFAR-10 or CIFAR-100, from torchvision's files or folders."""
+    """Read (training, test) of CIFAR-10 or CIFAR-100 from class folders or torchvision's files."""
     root = Path(config.data_root)
     if has_class_folders(root):
         parts = []
@@ -394,7 +397,7 @@ def _cifar(config: Config, name: str, folder: str, classes: Sequence[str]) -> tu
                 )
             parts.append(Split(images, labels))
         return parts[0], parts[1]
-    # torchvision is imported here: that takes seconds, and the digits do not need it.
+    # torchvision is imported here: the import takes seconds, and the digits do not need it.
     from torchvision import datasets
 
     kind = {"CIFAR-10": datasets.CIFAR10, "CIFAR-100": datasets.CIFAR100}[name]
@@ -412,13 +415,13 @@ def _cifar(config: Config, name: str, folder: str, classes: Sequence[str]) -> tu
 
 
 def cifar100(config: Config) -> Dataset:
-    """Return CIFAR-100 as the report uses it: 45,000 / 5,000 / 10,000."""
+    """Return CIFAR-100 as the report uses it: 45,000 / 5,000 / 10,000 images."""
     known, test = _cifar(config, "CIFAR-100", "cifar-100-python", noise.CIFAR100_CLASSES)
     return _cifar_protocol(known, test, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 100)
 
 
 def cifar10(config: Config) -> Dataset:
-    """Return CIFAR-10 with the protocol of CIFAR-100: 45,000 / 5,000 / 10,000."""
+    """Return CIFAR-10 with the protocol of CIFAR-100: 45,000 / 5,000 / 10,000 images."""
     known, test = _cifar(config, "CIFAR-10", "cifar-10-batches-py", noise.CIFAR10_CLASSES)
     return _cifar_protocol(known, test, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 10)
 
@@ -426,7 +429,7 @@ def cifar10(config: Config) -> Dataset:
 def _cifar_protocol(
     known: Split, test: Split, mean: Sequence[float], std: Sequence[float], num_classes: int
 ) -> Dataset:
-    # A tenth is held out, as 5,000 of 50,000 are: some of the images in class folders will do.
+    # A tenth is held out, 5,000 of 50,000, since class folders may have some of the images only.
     train, val = _hold_out(known, canonical_order(known), len(known) // 10)
     return Dataset(
         train=train,
@@ -442,7 +445,7 @@ def _cifar_protocol(
 
 
 def folder(config: Config) -> Dataset:
-    """Read class folders train/ and test/; val/ has validation images, else a tenth of train/."""
+    """Read class folders train/ and test/; validation has val/ or else a tenth of train/."""
     root, size = Path(config.data_root), config.image_size
     images, labels, classes = read_class_folders(root / "train", size)
     known = Split(images, labels)
@@ -461,7 +464,7 @@ def folder(config: Config) -> Dataset:
     test = other("test")
     if (root / "val").is_dir():
         train, val = replace(known, positions=torch.arange(len(known))), other("val")
-        train = train[split_indices(len(known), 0)[0]]  # train_samples takes the first of them
+        train = train[split_indices(len(known), 0)[0]]  # train_samples takes its beginning
     else:
         train, val = _hold_out(known, canonical_order(known), len(known) // 10)
     if not len(val):
@@ -483,7 +486,7 @@ def folder(config: Config) -> Dataset:
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of each channel, of pixels in [0, 1]; go a part at a time."""
+    """Return mean and deviation of each channel, for pixels in [0, 1], in parts to save memory."""
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for part in images.split(1000):
         for channel, pixels in enumerate(part.transpose(0, 1)):
@@ -492,7 +495,7 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     shares = counts / counts.sum(1, keepdim=True)
     mean = (shares * values).sum(1, keepdim=True)
     std = (shares * (values - mean).square()).sum(1).sqrt()
-    # A channel of one value has no deviation; its pixels are 0 then.
+    # A channel with one value has no deviation: divided by 1, its normalised pixels are 0.
     std = torch.where(std > 0, std, 1.0)
     return _channels(mean.flatten().tolist()), _channels(std.tolist())
 
@@ -532,18 +535,18 @@ FASHION_FILES = tuple(
 
 
 def _idx_file(folder: Path, name: str) -> Path:
-    """Return the file, unpacked or as .gz; the latter if there is neither."""
+    """Return the path of the unpacked file if it exists, else that of the .gz file."""
     return folder / name if (folder / name).exists() else folder / f"{name}.gz"
 
 
 def _fashion_folder(data_root: str) -> Path:
-    """Return the folder with the four files; torchvision downloads them if there is none."""
+    """Return the folder with the four files; torchvision downloads them if no folder has them."""
     root = Path(data_root)
     places = (root / "FashionMNIST" / "raw", root, root / "fashion-mnist", DEBIAN_FASHION)
     for place in places:
         if all(_idx_file(place, name).exists() for name in FASHION_FILES):
             return place
-    # torchvision is imported here: that takes seconds.
+    # torchvision is imported here: the import takes seconds.
     from torchvision.datasets import FashionMNIST
 
     try:
@@ -569,7 +572,7 @@ def read_idx(path: Path) -> Tensor:
     """
     try:
         data = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-        # The header is two zeros, the type (8: uint8), the number of dimensions; then each size.
+        # The header has two zeros, the type (8: uint8), the number of dimensions, and each size.
         zeros, kind, dimensions = struct.unpack_from(">HBB", data)
         shape = struct.unpack_from(f">{dimensions}I", data, 4)
         if zeros or kind != 8 or len(data) - 4 - 4 * dimensions != int(np.prod(shape)):

@@ -35,7 +35,7 @@ CIFAR100_SUPERCLASSES = (
 )
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR100_CLASSES = sorted(" ".join(CIFAR100_SUPERCLASSES).split())
-# Of the other classes nothing is taken for something else.
+# The images of all other classes keep their labels.
 CIFAR10_CONFUSED = {
     "truck": "automobile",
     "bird": "airplane",
@@ -56,10 +56,12 @@ def flip_labels(labels: Tensor, share: float, num_classes: int, seed: int = SEED
 
 
 def confused_with(dataset: str, num_classes: int) -> Tensor:
-    """Return for each class the one that asymmetric noise takes it for; itself: it stays.
+    """Return for each class the class that asymmetric noise makes of it: a class that is never
+    confused stays itself.
 
-    CIFAR-10: the pairs that look alike; CIFAR-100: the next class of the superclass, the last one's
-    is the first (both: Patrini et al., arXiv:1609.03683); others: the next class.
+    CIFAR-10 has pairs of classes that look alike; in CIFAR-100, a class becomes the next of its
+    superclass, and the last becomes the first (both: Patrini et al., arXiv:1609.03683). In other
+    data sets, a class becomes the next one.
     """
     if dataset == "cifar10":
         number = CIFAR10_CLASSES.index
@@ -78,7 +80,7 @@ def confused_with(dataset: str, num_classes: int) -> Tensor:
 
 
 def confuse_labels(labels: Tensor, share: float, partner: Tensor, seed: int = SEED) -> Tensor:
-    """Return a copy in which round(share * N) of the N labels with a partner are that partner."""
+    """Return a copy in which round(share * N) of the N labels with a partner become the partner."""
     generator = torch.Generator().manual_seed(seed)
     able = (partner[labels] != labels).nonzero()[:, 0]
     chosen = able[torch.randperm(len(able), generator=generator)[: round(share * len(able))]]
@@ -88,10 +90,10 @@ def confuse_labels(labels: Tensor, share: float, partner: Tensor, seed: int = SE
 
 
 def read_labels(path: Path, count: int, num_classes: int) -> Tensor:
-    """Read int64 (count,) from a file: .npy, or text with whole numbers.
+    """Read labels, int64 (count,), from a .npy file or from a text with whole numbers.
 
     Raises:
-        DataError: it cannot be read, or holds something else.
+        DataError: the file cannot be read, or does not hold `count` labels of these classes.
     """
     try:
         if path.suffix == ".npy":

@@ -28,8 +28,8 @@ def locked(folder: Path) -> Iterator[None]:
     here and is empty in the end is removed.
 
     Raises:
-        ConfigError: it cannot be made.
-        InUseError: another process has it; the message names the process.
+        ConfigError: the folder cannot be made or written.
+        InUseError: another process has the folder; the message names the process.
     """
     is_new = not folder.exists()
     try:
@@ -87,7 +87,7 @@ def load_checkpoint(path: Path, needs: tuple[str, ...], device: str | torch.devi
         needs: the entries without which the checkpoint is of no use.
 
     Raises:
-        CheckpointError: the file is missing, damaged or another program's.
+        CheckpointError: the file is missing, damaged, another program's or without these entries.
     """
     if not path.is_file():
         raise CheckpointError(
@@ -100,7 +100,7 @@ def load_checkpoint(path: Path, needs: tuple[str, ...], device: str | torch.devi
         if broken:
             raise ValueError(f"wrong checksum of {broken}")
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch, zipfile and pickle have many ways to say it
+    except Exception as error:  # torch, zipfile and pickle raise many types
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise CheckpointError(
             f"'{path}' is damaged, or no checkpoint ({reason}); {LEFT_ALONE}: put a copy in its "

@@ -16,7 +16,7 @@ from train.shared.devices import pick_device, set_numerics
 from train.shared.progress import duration
 
 # Five eigenvalues of a batch, or one of the fixed set, converge in about so many products, and each
-# product costs about so many forward and backward passes of its images: both were seen.
+# product costs about so many forward and backward passes of its images: both were measured.
 PRODUCTS = {"batch": 20, "fixed set": 10}
 PASSES_PER_PRODUCT = 2.5
 MEASURED_SECONDS = 1.0
@@ -28,8 +28,8 @@ class Cost:
     """The cost of some runs.
 
     Args:
-        images: gradient evaluations of one image in training.
-        sharpness: the same for what the eigenvalues take.
+        images: the gradient evaluations of one image that training takes.
+        sharpness: the gradient evaluations of one image that eigenvalues, trace and density take.
         seconds: the time of both, on this device with nothing else on it.
     """
 
@@ -43,7 +43,7 @@ class Cost:
 
 
 def passes(config: Config, steps: int) -> float:
-    """Return the gradients of the model's loss per step, on the average of so many steps."""
+    """Return the gradients of the model's loss per step, on average over a run of `steps` steps."""
     name, number, *_ = config.policy or ("always", 0.0)
     if name == "from" and OPTIMIZERS[config.opt_name].step == "two passes":
         return 1 + max(0.0, steps - number) / steps
@@ -51,7 +51,8 @@ def passes(config: Config, steps: int) -> float:
 
 
 def evaluations(config: Config, train_images: int) -> tuple[float, float]:
-    """Return gradient evaluations of one image: the training's, and about the sharpness's."""
+    """Return the gradient evaluations of one image that training takes, and an estimate of those
+    that the sharpness takes."""
     steps = config.epochs * math.ceil(train_images / config.batch_size)
     training = float(passes(config, steps) * config.epochs * train_images)
     fixed = min(config.sharpness_samples, train_images)
@@ -91,7 +92,7 @@ def seconds_per_image(config: Config, dataset: Dataset, device: torch.device) ->
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    take()  # the first one also sets things up
+    take()  # the first pass also sets things up
     began, taken = wait(), 0
     while taken == 0 or time.perf_counter() - began < MEASURED_SECONDS:
         take()
@@ -103,10 +104,10 @@ def estimate(configs: Sequence[Config]) -> Cost:
     """Estimate the cost of all runs together. Each kind of pass is measured once.
 
     Raises:
-        ConfigError, DataError: the runs themselves would raise it.
+        ConfigError, DataError: a run itself would raise this error.
     """
     total = Cost()
-    parts: dict[object, tuple[int, Dataset]] = {}  # each has how many images there are, and a few
+    parts: dict[object, tuple[int, Dataset]] = {}  # the number of images, and a few of them
     speeds: dict[object, float] = {}
     for config in configs:
         device = pick_device(config.device)

@@ -48,7 +48,7 @@ class Processes:
                 tensor /= self.world
 
     def wait(self) -> None:
-        """Wait for all others."""
+        """Wait for all other processes."""
         if self.world > 1:
             dist.barrier()
 
@@ -58,10 +58,10 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[Processes]:
-    """Join the processes of torchrun, if there are several; gloo on CPUs, NCCL on GPUs.
+    """Join the processes of torchrun, if there are several, by gloo on CPUs and NCCL on GPUs.
 
     Args:
-        device: that of the configuration; each process takes the GPU of its LOCAL_RANK.
+        device: the device of the configuration; each process takes the GPU of its LOCAL_RANK.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -79,10 +79,10 @@ def process_group(device: str) -> Iterator[Processes]:
 
 @functools.lru_cache
 def own_group(size: int) -> Any:
-    """Return the group of `size` processes that this one is in: neighbours, by their ranks.
+    """Return the group of `size` processes with neighbouring ranks to which this process belongs.
 
     Raises:
-        ConfigError: the processes do not divide into such groups.
+        ConfigError: the processes do not divide into such groups, or torchrun started none.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world % size:
@@ -101,7 +101,7 @@ def own_group(size: int) -> Any:
 class _SumOfProcesses(torch.autograd.Function):
     """The sum of a tensor over the processes; every process's loss depends on every summand.
 
-    (torch.distributed.nn.functional has it, but is deprecated in favour of a private module.)
+    (torch.distributed.nn.functional has such a sum, but is deprecated, for a private module.)
     """
 
     @staticmethod
@@ -143,7 +143,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with batch norm over all processes; parameters and names stay."""
+    """Return the model with batch norm over all processes, and the same parameters and names."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -154,8 +154,9 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model as a module whose backward averages the gradients."""
-    # Statistics are the same everywhere: none need be broadcast at each pass.
-    # The warning is a note on speed, about 1x1 convolutions, whose strides are the same memory.
+    # Batch norm's statistics agree, or are averaged after the epoch: no pass need broadcast them.
+    # The warning is about speed, where the gradients of 1x1 convolutions have other strides for the
+    # same layout.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     devices = [torch.cuda.current_device()] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
@@ -164,12 +165,12 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 def mean_loss(
     logits: Tensor, labels: Tensor, batch: int, world: int, smoothing: float = 0.0
 ) -> Tensor:
-    """Return a share's part of a batch's mean cross-entropy; the mean over processes is all.
+    """Return a process's part of a batch's mean cross-entropy, which is the mean of all parts.
 
     Args:
         batch: the number of images of the batch in all processes together.
-        smoothing: the share of each label that all classes get alike.
+        smoothing: the share of each label that is spread evenly over all classes.
     """
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-    # The shares may differ by one image.
+    # The shares of the processes may differ by one image.
     return loss if world == 1 else loss * (len(labels) * world / batch)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Outputs are the losses, one per pass, and the predicted classes.
+# Outputs are the losses, one for each pass, and the predicted classes.
 Outputs = tuple[list[Tensor], Tensor]
 Step = Callable[[Tensor, Tensor], Outputs]
-# A Capture takes something to do, and returns what does it again, on the same memory.
+# A Capture takes a function, and returns a function that repeats its work on the same memory.
 Capture = Callable[[Callable[[], Outputs]], Callable[[], Outputs]]
 
 
@@ -36,13 +36,14 @@ class CudaCapture:
 
 
 class GraphedStep:
-    """A maker of training steps, by a recording where it has one of this shape.
+    """A training step that is recorded when it is first called, and replayed from then on.
 
-    A recording holds lr and all other numbers as they were: forget() it when they change.
+    A recording has a fixed shape of the batch, and holds lr and all other numbers as they were:
+    call forget() when they change.
 
     Args:
-        step: turns images and labels into Outputs, and changes the weights.
-        capture: records without doing, like a CUDA graph.
+        step: the function that turns images and labels into Outputs, and changes the weights.
+        capture: a Capture that records the work without doing it, as a CUDA graph does.
     """
 
     def __init__(self, step: Step, capture: Capture) -> None:
@@ -55,7 +56,7 @@ class GraphedStep:
         self._again = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Outputs:
-        """Make a step; what it returns is overwritten by nothing."""
+        """Take a step. Return copies, which later steps do not overwrite."""
         if self._again is None:
             if self._images.shape != images.shape or self._images.stride() != images.stride():
                 self._images, self._labels = torch.empty_like(images), torch.empty_like(labels)

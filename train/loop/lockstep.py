@@ -15,7 +15,7 @@ TOLERANCE = 1e-5  # the tolerance is some tens of roundings in fp32, far below a
 
 @dataclass
 class Deviation:
-    """The largest deviation seen, and where."""
+    """The largest deviation so far, and the parameter, step and phase that have it."""
 
     value: float = 0.0
     parameter: str = ""
@@ -24,7 +24,8 @@ class Deviation:
 
 
 def relative_deviation(value: Tensor, reference: Tensor) -> float:
-    """Return ||value - reference||_2 / ||reference||_2 in float64; if that is 0, the numerator."""
+    """Return ||value - reference||_2 / ||reference||_2 in float64; the numerator where the
+    denominator is 0."""
     difference = (value.double() - reference.double()).norm()
     norm = reference.double().norm()
     return float(difference if norm == 0 else difference / norm)
@@ -40,7 +41,7 @@ class Lockstep:
     Args:
         model: its parameters are those of the optimizer.
         optimizer: the optimizer to check.
-        make_reference: what makes the twin from a list of names and parameters.
+        make_reference: a function that makes the twin from a list of names and parameters.
         tolerance: the largest relative deviation that each parameter may have.
     """
 
@@ -63,7 +64,7 @@ class Lockstep:
 
     @contextlib.contextmanager
     def first_pass(self, model: nn.Module) -> Iterator[None]:
-        """Enclose one first pass in those of both optimizers."""
+        """Enclose the first pass in first_pass() of both optimizers."""
         with self.optimizer.first_pass(model), self._reference.first_pass(model):
             yield
 
@@ -72,7 +73,8 @@ class Lockstep:
 
         Raises:
             DivergedError: a gradient is not finite.
-            VerificationError: a parameter deviates by more than the tolerance, or is not finite.
+            VerificationError: a parameter deviates by more than the tolerance, or is not finite,
+                or only one of the two wants a second pass.
         """
         self._follow_lr()
         self._copy_gradients()
@@ -90,7 +92,7 @@ class Lockstep:
         """Update both, then compare.
 
         Raises:
-            VerificationError: see first_step.
+            DivergedError, VerificationError: see first_step.
         """
         self._prepare_update()
         self.optimizer.second_step(zero_grad=zero_grad)
@@ -102,7 +104,7 @@ class Lockstep:
         self.optimizer.backward(loss)
 
     def step(self) -> None:
-        """Update both after one pass, then compare; SGDHess with the same Hessian-vector products.
+        """Update both after one pass, SGDHess with the same Hessian-vector products; then compare.
 
         Raises:
             DivergedError, VerificationError: see first_step.
@@ -134,7 +136,7 @@ class Lockstep:
 
     def _follow_lr(self) -> None:
         # The scheduler knows the real optimizer only. Nothing else is copied: a wrong rho or
-        # momentum in the real one has to show.
+        # momentum of the real optimizer has to show.
         groups = zip(self._reference.param_groups, self.optimizer.param_groups, strict=True)
         for twin_group, group in groups:
             twin_group["lr"] = group["lr"]
@@ -176,7 +178,7 @@ class Lockstep:
             twin.grad = None if param.grad is None else param.grad.detach().clone()
 
     def _check_finite(self, what: str, tensor: Tensor) -> None:
-        # A gradient that is not finite is named here: it would pass for the optimizer's error.
+        # A gradient that is not finite is named here: else it would pass for an optimizer's error.
         if not tensor.isfinite().all():
             raise DivergedError(
                 f"step {self.steps + 1}: {what} is not finite: the run is stopped; a smaller lr or "

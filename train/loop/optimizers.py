@@ -32,11 +32,11 @@ class TwoPassOptimizer(Protocol):
         """Return whether the next step may have a second pass."""
 
     def first_pass(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Enclose the first pass: gradients are averaged over the processes that perturb alike."""
+        """Enclose the first pass, so that processes that perturb alike average their gradients."""
 
     def first_step(self) -> bool:
-        """Take the gradients over and move the weights to w + e(w). Return whether there is a
-        second pass; if not, the weights stay where they are."""
+        """Move the weights from w to w + e(w), by their gradients. Return whether there is a second
+        pass; if not, the weights stay at w."""
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and update them."""
@@ -52,17 +52,17 @@ def build_optimizer(
     norms: Container[str] = (),
     steps: int = 1,
 ) -> Any:
-    """Make the optimizer of a row of OPTIMIZERS, over SGD or AdamW if it is of the SAM family.
+    """Make the configuration's optimizer, over SGD or AdamW if it is of the SAM family.
 
     Args:
         params: the parameters to train, with their names or without.
-        config: opt_name and its hyperparameters.
-        backend: what overrides config.backend; torch's optimizers have none.
+        config: the configuration, with opt_name and the hyperparameters.
+        backend: the backend, if it is not config.backend; torch's optimizers have none.
         norms: for subset=norm, the names of the parameters of normalisation layers.
         steps: the number of steps of the training, for when=norm.
 
     Raises:
-        ConfigError: it does not take these options.
+        ConfigError: an optimizer of the SAM family does not take these options.
     """
     row = OPTIMIZERS[config.opt_name]
     given: list[Any] = list(params)
@@ -99,7 +99,8 @@ def build_optimizer(
 
 
 def _masks(params: list[nn.Parameter], config: Config) -> dict[nn.Parameter, torch.Tensor]:
-    """Draw 0 for each weight that is not perturbed, else 1: on the CPU, alike on every device."""
+    """Draw masks of 0 for a weight that is not perturbed, else 1; the draws are made on the CPU, so
+    that they are alike on every device."""
     generator = torch.Generator().manual_seed(config.seed)
     masks = {}
     for p in (p for p in params if p.requires_grad):
@@ -109,7 +110,7 @@ def _masks(params: list[nn.Parameter], config: Config) -> dict[nn.Parameter, tor
 
 
 def _axes(config: Config, norms: Container[str], steps: int) -> dict[str, Any]:
-    """Return the options that compose with every one of the family."""
+    """Return the options that every optimizer of the SAM family takes."""
     axes: dict[str, Any] = {"adaptive": config.adaptive, "eta": config.eta}
     axes["norm"] = None if config.norm == "none" else config.norm
     if config.scaling != "auto":
@@ -132,7 +133,7 @@ def names_of_norms(model: nn.Module) -> frozenset[str]:
     """Return the names of the parameters of normalisation layers.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the model has no normalisation layers.
     """
     try:
         norms = {id(p) for p in samkernels.norm_parameters(model)}

@@ -25,7 +25,7 @@ def restored(
         flags: keys that override both.
 
     Raises:
-        CheckpointError: the file is no checkpoint, or none of its network.
+        CheckpointError: the file is no checkpoint, or its weights do not fit its network.
     """
     checkpoint = load_checkpoint(path, ("model", "config", "epoch"))
     own = {"output_dir": str(path.parent), "resume": False, "overwrite": False}
@@ -36,7 +36,7 @@ def restored(
     if config.threads:
         torch.set_num_threads(config.threads)
     set_numerics()
-    # The labels that it was trained on are those of its configuration, whatever the seed here.
+    # The noise of the labels does not depend on the seed, which may be another one here.
     dataset = load_dataset(config, device)
     model = build_model(config.model, dataset.train.images.shape[1:], dataset.num_classes)
     try:

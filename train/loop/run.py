@@ -56,9 +56,9 @@ from train.shared.progress import RunProgress, make_console
 from train.spectrum.curvature import check_batch_size, measure
 
 EVAL_BATCH = 1000
-WARMUP_STEPS = 10  # steps after the lockstep steps are not timed, where there is one epoch only
+WARMUP_STEPS = 10  # a run of one epoch does not time so many steps after those in lockstep
 GRAPH_AFTER = 5  # a run takes so many steps before one is recorded
-CUDA_CHECK_EVERY = 50  # steps pass until the loss is looked at: each look waits for the device
+CUDA_CHECK_EVERY = 50  # so many steps pass until a look at the loss, which waits for the device
 MEASURED = ("lambda_max", "trace", "sharpness", "largest_eigenvalue", "negative_share")
 STATISTICS = samkernels.ops.GradientStatistics._fields
 
@@ -66,8 +66,8 @@ Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def build_scheduler(optimizer: Any, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
-    """Schedule the learning rate: it is lr i / (n + 1) in the i-th of n epochs of warm-up, then the
-    scheduler's over the epochs that are left."""
+    """Schedule the learning rate: it is lr i / (n + 1) in the i-th of n epochs of warm-up, then
+    follows config.scheduler over the epochs that are left."""
     factor = config.lr_gamma if config.scheduler == "exponential" else 1.0
     warmup = config.warmup_epochs
 
@@ -98,9 +98,9 @@ def sgd_step(
     """Take one pass and an update. Return its loss, in a list, and the predicted classes.
 
     Args:
-        forward: turns images and labels into loss and logits.
-        observe: is called when the gradients are there.
-        backward: is called with the loss.
+        forward: a function that turns images and labels into loss and logits.
+        observe: a function that is called when the gradients are there.
+        backward: a function that computes the gradients of the loss that it is given.
     """
     loss, logits = forward(images, labels)
     backward(loss)
@@ -120,15 +120,15 @@ def sam_step(
     labels: Tensor,
     timer: StepTimer,
 ) -> tuple[list[Tensor], Tensor]:
-    """Take two passes and an update. Return the losses at w and w + e(w), and what w predicts.
-    Where the optimizer wants no second pass, there is one loss.
+    """Take two passes and an update. Return the losses at w and w + e(w), and the classes that are
+    predicted at w. Where the optimizer wants no second pass, there is one loss.
 
     The batch-norm statistics are those of the first pass.
 
     Args:
-        network: the model, or what averages its gradients over processes.
+        network: the model, or the module that averages its gradients over processes.
     """
-    # A step without a second pass is an ordinary one for all processes.
+    # Without a second pass, the processes average their gradients, as in any ordinary step.
     may_perturb = optimizer.needs_second_pass
     with optimizer.first_pass(network) if may_perturb else contextlib.nullcontext():
         first, logits = forward(images, labels)
@@ -164,7 +164,8 @@ def evaluate(
     Each process takes every world-th image.
 
     Args:
-        others: more labels of the same images, int64 (N,), each for an accuracy more.
+        forward: a function that turns normalised images into logits.
+        others: other labels of the same images, int64 (N,); each adds an accuracy to the result.
     """
     training = model.training
     model.eval()
@@ -183,14 +184,16 @@ def evaluate(
 
 
 def accuracy_by_label(counts: Tensor) -> dict[str, float]:
-    """Return shares of an epoch's training images, as they were predicted in its passes.
+    """Return accuracies over an epoch's training images, as they were predicted in its passes.
 
-    clean_accuracy: of those with the right label, predicted so; mislabelled_accuracy: of those with
-    a wrong label, predicted as it says (learnt by heart); mislabelled_true_accuracy: predicted as
-    what they are.
+    clean_accuracy is the share of the images with the right label that are predicted right;
+    mislabelled_accuracy is the share of those with a wrong label that are predicted as labelled,
+    that is, learnt by heart; mislabelled_true_accuracy is the share of those with a wrong label
+    that are predicted right all the same.
 
     Args:
-        counts: int64 (5,): clean, of them right; mislabelled, of them as labelled, and as they are.
+        counts: int64 (5,): the number of clean images, and of these predicted right; the number of
+            mislabelled images, of these predicted as labelled, and of these predicted right.
     """
     clean, right, mislabelled, learnt, seen_through = counts.tolist()
     found = {"clean_accuracy": right / clean} if clean else {}
@@ -232,11 +235,11 @@ class Training:
             self.model.to(memory_format=torch.channels_last)
         network = self.model
         if processes.world > 1:
-            # Processes that perturb each on its own are to see their own share only.
+            # Where processes perturb on their own, batch norm takes the share of each by itself.
             if config.perturbation == "global":
                 self.model = synchronise_batchnorm(self.model, self.device)
             network = parallel(self.model, self.device)
-        # `model` has the weights and their names; `network` is what the steps call.
+        # `model` has the weights and their names; the steps call `network`.
         self.network: Any = network
         if config.compile:
             self.network = torch.compile(network)
@@ -264,7 +267,7 @@ class Training:
         self.done = self.resumed = 0
         self.last_test: tuple[float, ...] = ()  # it holds loss and accuracy after the last epoch
         self.history: list[dict[str, float]] = []
-        # The part of an epoch is kept here, where training stopped within one.
+        # Where training stopped within an epoch, this holds what is known of the steps so far.
         self.partial: dict[str, Any] | None = None
         self.id = uuid.uuid4().hex  # it names this run in all of its files
         # This function takes the losses of every log_every-th step: epoch, step and values.
@@ -272,14 +275,14 @@ class Training:
 
     @property
     def best(self) -> dict[str, float]:
-        """Return the epoch with the highest validation accuracy: the first of equals."""
+        """Return the history's entry with the highest validation accuracy: the first of equals."""
         return max(self.history, key=lambda entry: entry["val_accuracy"])
 
     def state(self) -> dict[str, Any]:
-        """Return all that a bit-exact continuation needs. The seed gives the order of the data."""
+        """Return all that a bit-exact continuation needs; its seed gives the order of the data."""
         with self._unperturbed():
             weights = self.model.state_dict()
-            if self.row.step == "one pass":  # they move on when the weights are perturbed again
+            if self.row.step == "one pass":  # after the block, the weights are perturbed again
                 weights = {name: value.clone() for name, value in weights.items()}
         generators = [torch.get_rng_state()]
         if self.device.type == "cuda":
@@ -300,9 +303,9 @@ class Training:
         }
 
     def take_weights(self, weights: dict[str, Any]) -> None:
-        """Give the model these weights, after the last step."""
+        """Load these weights into the model, after the last step."""
         if self.row.step == "one pass":
-            self.optimizer.restore()  # it would put those of the last step there later
+            self.optimizer.restore()  # else unperturbed() would perturb these weights in the end
         self.model.load_state_dict(weights)
 
     def _unperturbed(self) -> contextlib.AbstractContextManager[None]:
@@ -326,7 +329,7 @@ class Training:
         self.verification = state["verification"]
         if self.lockstep and state["lockstep"]:
             self.lockstep.load(state["lockstep"])
-        # verify_steps may be another one than before.
+        # verify_steps may be other than it was when the state was saved.
         if self.lockstep and (not state["lockstep"] or self._is_verified()):
             self.lockstep = None
 
@@ -335,14 +338,15 @@ class Training:
     ) -> dict[str, float]:
         """Train epoch `number` (from 1) and evaluate it. Return its entry of the history.
 
-        Training goes on within the epoch where `partial` says so.
+        Where `partial` is not None, training goes on within the epoch, after the steps in it.
 
         Args:
-            stops: is asked after steps; True: the state is that after the step, with what a
-                continuation needs in `partial`.
+            stops: a function that says whether to stop. One process asks it after each step,
+                several ask where they look at the losses.
 
         Raises:
-            TerminatedError: `stops` was True in one of the processes.
+            TerminatedError: `stops` returned True in one of the processes, before the last step;
+                `partial` has what a continuation needs.
             DivergedError: a loss is not finite; the message names epoch, step and pass.
             VerificationError: see Lockstep.
         """
@@ -357,7 +361,7 @@ class Training:
         begin, before = 0, 0.0
         if self.partial is not None:
             begin, before = self.partial["step"], self.partial["seconds"]
-            if self.processes.rank == 0:  # these are sums over all of them
+            if self.processes.rank == 0:  # the saved values are sums over all processes
                 weighted += self.partial["weighted"].to(self.device)
                 right += self.partial["right"].to(self.device)
             observed = [values.to(self.device) for values in self.partial["observed"]]
@@ -366,7 +370,7 @@ class Training:
         checked = begin
         seen = skipped = begin * config.batch_size
         if self.graphed:
-            self.graphed.forget()  # lr is another one now
+            self.graphed.forget()  # the recording has the lr of the epoch before
         val_accuracy = self.history[-1]["val_accuracy"] if self.history else None
         check_every = CUDA_CHECK_EVERY if self.device.type == "cuda" else 1
         started = time.perf_counter()
@@ -392,7 +396,7 @@ class Training:
                 answers.append(predicted)
             seen += count
             self.done += 1
-            # Several processes ask one another, where they look at the losses anyway.
+            # Several processes have to agree, which they do where they look at the losses anyway.
             looks = step % check_every == 0 or step == self.steps_per_epoch
             is_stopping = stops() if self.processes.world == 1 else False
             if looks or is_stopping:
@@ -426,7 +430,7 @@ class Training:
         lr = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step()
         if config.perturbation != "global":
-            # Batch norm saw shares: its statistics are the mean of theirs.
+            # Each process's batch norm saw its shares only: the mean stands for whole batches.
             self.processes.mean_(*(b for b in self.model.buffers() if b.is_floating_point()))
         noisy = self.dataset.noisy_val_labels
         val_loss, val_accuracy, *val_noisy = self.evaluate(
@@ -455,18 +459,18 @@ class Training:
             entry["test_loss"], entry["test_accuracy"] = self.evaluate(self.dataset.test)
         if observed:
             means = torch.stack(observed).double().nanmean(0).tolist()
-            # One pass has no second gradient to compare with.
+            # Steps of one pass have no second gradient to compare with.
             entry |= {k: v for k, v in zip(STATISTICS, means, strict=True) if not math.isnan(v)}
         self.history.append(entry)
         return entry
 
     def _label_counts(self, number: int, begin: int, answers: list[Tensor]) -> Tensor:
-        """Return int64 (5,), over all processes: what accuracy_by_label takes.
+        """Return the counts over all processes that accuracy_by_label takes, int64 (5,).
 
         Args:
             number: the number of the epoch.
-            begin: the number of its steps before the first of the answers.
-            answers: the predicted classes, by step.
+            begin: the number of the epoch's steps before the first of the answers.
+            answers: the predicted classes of each step.
         """
         train, config, processes = self.dataset.train, self.config, self.processes
         counts = torch.zeros(5, dtype=torch.int64, device=self.device)
@@ -488,7 +492,7 @@ class Training:
         return counts
 
     def evaluate(self, split: Split, *others: Tensor) -> tuple[float, ...]:
-        """Return (mean cross-entropy, accuracy) at w; see evaluate()."""
+        """Return what the function evaluate() returns for this model, at w."""
 
         def forward(images: Tensor) -> Tensor:
             with self._autocast():
@@ -517,7 +521,7 @@ class Training:
             observing: whether to append STATISTICS to `observed`.
         """
         images = self._laid_out(images)
-        # The first steps make what a recording may not: buffers, and the libraries' workspaces.
+        # The first steps allocate buffers and the libraries' workspaces, which a recording may not.
         whole = count == self.config.batch_size and self.done >= GRAPH_AFTER
         if self.graphed and whole and not observing and self.lockstep is None:
             return self.graphed(images, labels)
@@ -556,7 +560,7 @@ class Training:
         else:
             self.optimizer.track_statistics = observing
             taken = sam_step(forward, self.model, self.network, optimizer, *batch)
-            if observing and self.optimizer.statistics is not None:  # one pass has none
+            if observing and self.optimizer.statistics is not None:  # a step of one pass has none
                 observed.append(torch.stack(list(self.optimizer.statistics)))
         if self.lockstep is not None:
             self.verification = self.lockstep.summary()
@@ -568,7 +572,7 @@ class Training:
         return self.lockstep is not None and self.lockstep.steps >= self.config.verify_steps
 
     def _single_statistics(self) -> Tensor:
-        """Return STATISTICS where there is one gradient only: nan for the rest."""
+        """Return STATISTICS of a step with one gradient: nan for those that need a second."""
         params = [p for p in self.model.parameters() if p.grad is not None]
         grads = [p.grad for p in params if p.grad is not None]
         missing = torch.full((), math.nan, device=self.device)
@@ -579,7 +583,7 @@ class Training:
         return torch.stack([known.get(name, missing) for name in STATISTICS])
 
     def _counted(self, epoch: int) -> bool:
-        """Return whether the next step's time counts: not while verified, nor while warming up."""
+        """Return whether the next step's time counts: it does after lockstep and warm-up."""
         verified = 0 if self.row.step == "plain" else self.config.verify_steps
         warm = epoch > 1 or (self.config.epochs == 1 and self.done >= verified + WARMUP_STEPS)
         return warm and self.done >= verified
@@ -614,7 +618,7 @@ class Training:
                 f"allowed 0 (all) and at least {max(2, world)}"
             )
         rest = count % size or min(size, count)
-        # Batch normalisation needs two images, and every process at least one.
+        # Batch normalisation needs two images, and every process needs one.
         if rest < max(2, world):
             least = "one image" if rest == 1 else f"{rest} images"
             raise ConfigError(
@@ -627,12 +631,12 @@ class Training:
         """Log the losses; the step before the first of them was the epoch's `before`-th.
 
         Raises:
-            DivergedError: one is not finite.
+            DivergedError: a loss is not finite.
         """
-        # A step of one pass stands beside others for what it has.
+        # A step of one pass repeats its loss, so that all steps fit into one tensor.
         passes = max(len(values) for values in losses)
         together = torch.stack([torch.cat([v, v[:1].expand(passes - len(v))]) for v in losses])
-        self.processes.mean_(together)  # all stop, wherever it happens
+        self.processes.mean_(together)  # so all processes stop, whichever of them diverged
         finite = together.isfinite()
         if finite.all():
             finished = zip(together.tolist(), losses, strict=True)
@@ -668,27 +672,28 @@ class Files:
 
     @property
     def last(self) -> Path:
-        """Return the path of the state after the last epoch; gone when the run is complete."""
+        """Return the path of the state after the last epoch, or after the step at which training
+        was stopped; the file is gone when the run is complete."""
         return self.folder / "last.pt"
 
     @property
     def result(self) -> Path:
-        """Return the path of the result: with it, the run is complete but for what is measured."""
+        """Return the path of the result: with it, the run is complete but for measurements."""
         return self.folder / "result.json"
 
     @property
     def sharpness(self) -> Path:
-        """Return the path of what is measured of the best weights."""
+        """Return the path of the measurements at the best weights."""
         return self.folder / "sharpness.json"
 
     @property
     def diverged(self) -> Path:
-        """Return the path of the record that is there if the loss was not finite."""
+        """Return the path of the record that a run leaves if its loss was not finite."""
         return self.folder / "diverged.json"
 
 
 RESUMABLE = ("config", "epoch", "model", "optimizer", "scheduler", "generators", "history", "done")
-# These are measured of the first sharpness_samples images; the rest is of sharpness_batches.
+# These are measured over the first sharpness_samples images, the rest over sharpness_batches.
 OF_SAMPLES = ("lambda_max", "lambda_min", "trace", "trace_error", "density")
 
 
@@ -696,14 +701,14 @@ def finished_result(config: Config) -> dict[str, Any] | None:
     """Return the result of the complete run in the configuration's folder; None if there is none.
 
     Raises:
-        CheckpointError: it is of another configuration, or damaged.
+        CheckpointError: the result is of another configuration, or a file is damaged.
     """
     files = Files(config.folder)
     if not files.result.exists():
         return None
     result = results.read_result(files.result)
     if files.last.exists():
-        # last.pt is of the same run if the process ended just then, or of a later one in its place.
+        # last.pt is of the same run if the process ended before it was removed, or of a later run.
         state = load_checkpoint(files.last, RESUMABLE)
         if state.get("id") != result.get("id"):
             return None
@@ -719,18 +724,18 @@ def diverged_before(config: Config) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, ConfigError):
-        return None  # it stops nobody: the run is taken again
+        return None  # a record that cannot be used stops nobody: the run is made again
 
 
 def is_measured(config: Config) -> bool:
-    """Return whether all that the configuration asks to measure of a finished run is there."""
+    """Return whether a finished run has all measurements that the configuration asks for."""
     return not any(_to_measure(config))
 
 
 def _to_measure(config: Config) -> tuple[bool, bool]:
     """Return whether the batches, and whether the samples, are still to be measured.
 
-    What was measured by train.sharpness in another way stands for what the run itself asked for.
+    A measurement by train.sharpness with other settings stands for the one that the run asked for.
     """
     files = Files(config.folder)
     measured = _read_sharpness(files)
@@ -763,7 +768,7 @@ def _read_sharpness(files: Files) -> dict[str, Any] | None:
 
 
 def _prepare(config: Config) -> dict[str, Any] | None:
-    """Return the state to go on from, if any; it is on the CPU.
+    """Return the state to go on from, on the CPU; None where there is none.
 
     Raises:
         CheckpointError: a run would be lost, or cannot be resumed.
@@ -794,14 +799,14 @@ def _prepare(config: Config) -> dict[str, Any] | None:
 
 
 def run(config: Config, console: Console) -> dict[str, Any]:
-    """Train, test the best checkpoint, and write all that the folder of a run holds.
+    """Train, test the best checkpoint, and write all files of the run's folder.
 
     Returns:
-        what result.json holds.
+        the content of result.json; in a process of torchrun that does not write, a part of it.
 
     Raises:
-        DriverError: whatever stops the run, in one sentence.
-        KeyboardInterrupt: the user ends it; the message says how the run goes on.
+        DriverError: something stops the run; the message says what, in one sentence.
+        KeyboardInterrupt: the user ends the run; the message says how it goes on.
     """
     files = Files(config.folder)
     # Only one of torchrun's processes writes.
@@ -826,10 +831,10 @@ def run(config: Config, console: Console) -> dict[str, Any]:
                 test_loss, test_accuracy = training.last_test
             else:
                 test_loss, test_accuracy = training.evaluate(training.dataset.test)
-            if not processes.writes:  # the rest is for one
+            if not processes.writes:  # one process does the rest
                 return {"name": config.run_name, "figures": {"test_accuracy": test_accuracy}}
         result = _result(training, test_loss, test_accuracy, begun)
-        for path in (files.sharpness, files.diverged):  # they are of an earlier run
+        for path in (files.sharpness, files.diverged):  # these files are of an earlier run
             path.unlink(missing_ok=True)
         # The result goes first: measuring may take long and fail, and the run is complete.
         results.write_json(files.result, result)
@@ -845,7 +850,7 @@ def run(config: Config, console: Console) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _resumable(files: Files) -> Iterator[None]:
-    """Make Ctrl-C say how to go on."""
+    """Make Ctrl-C in the block say how to go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -865,7 +870,7 @@ def _train(
     termination: Termination,
     closed_last: contextlib.ExitStack,
 ) -> tuple[Training, Tracker]:
-    """Train all epochs; the training then has the best weights."""
+    """Train all epochs. Return the training, with the best weights, and the open tracker."""
     files = Files(config.folder)
     state = _prepare(config)
     training = Training(config, processes)
@@ -919,20 +924,20 @@ def _train(
 
 
 def _check_measures(config: Config, dataset: Dataset) -> None:
-    """Say before the training what could not be measured in the end."""
+    """Raise ConfigError before the training if something could not be measured after it."""
     if config.sharpness_batches:
         check_batch_size(dataset, config.sharpness_batch_size)
 
 
 def _save(files: Files, training: Training) -> None:
-    """Save checkpoints in an order that loses none: after a kill in between, _repair_best helps."""
+    """Save last.pt, then best.pt: after a kill in between, _repair_best makes up for it."""
     if not training.processes.writes:
         return
     state = training.state()
     save_checkpoint(files.last, state)
     epochs = len(training.history)
     if epochs == 0 or (epochs == 1 and training.partial is None):
-        # These are of an earlier run, which stays until this one has something.
+        # These files are of an earlier run, which stays until this run has a checkpoint.
         for path in (files.result, files.sharpness, files.diverged, files.best):
             path.unlink(missing_ok=True)
     if training.history and training.partial is None and training.best is training.history[-1]:
@@ -948,7 +953,7 @@ def _repair_best(files: Files, training: Training, state: dict[str, Any]) -> Non
     """Save best.pt where, after a death between the two checkpoints, it is missing or earlier.
 
     Raises:
-        CheckpointError: it is missing or not the best, and last.pt does not have the weights.
+        CheckpointError: best.pt is missing or not the best, and last.pt has later weights.
     """
     if not training.history:
         return
@@ -985,7 +990,7 @@ def _record(training: Training, error: str) -> dict[str, Any]:
 def _result(
     training: Training, test_loss: float, test_accuracy: float, begun: float
 ) -> dict[str, Any]:
-    """Return what result.json holds before anything is measured."""
+    """Return the content of result.json before anything is measured."""
     config, dataset = training.config, training.dataset
     return {
         "id": training.id,
@@ -1008,7 +1013,7 @@ def _result(
             **dict.fromkeys(MEASURED),
             **training.timer.summary(),
             "seconds_per_epoch": sum(e["seconds"] for e in training.history) / config.epochs,
-            # For an interrupted run, this is what the last process took, and the epochs before it.
+            # A resumed run counts the time of the last process and of the epochs before it.
             "seconds": time.perf_counter()
             - begun
             + sum(e["seconds"] for e in training.history[: training.resumed]),
@@ -1021,10 +1026,13 @@ def _result(
 def _completed(
     config: Config, result: dict[str, Any], console: Console, training: Training | None = None
 ) -> dict[str, Any]:
-    """Measure what a finished run's configuration asks for, write its report, and return it.
+    """Measure what the configuration of a finished run asks for, and write the run's report.
 
     Args:
-        training: the training, with the best weights; None: they are read if need be.
+        training: the training, with the best weights; None: the weights are read if need be.
+
+    Returns:
+        the result, with the measurements.
     """
     files = Files(config.folder)
     files.last.unlink(missing_ok=True)
@@ -1040,7 +1048,7 @@ def _completed(
             sharpness_batches=config.sharpness_batches if batches else 0,
             sharpness_samples=config.sharpness_samples if samples else 0,
         )
-        set_numerics()  # curvatures are fp32's
+        set_numerics()  # curvature is measured in fp32, whatever the training used
         found = measure(training.model, training.dataset, asked, console)
         found = _with_earlier(found, _read_sharpness(files), batches, samples)
         results.write_json(files.sharpness, found)
@@ -1061,7 +1069,7 @@ def _completed(
 def _with_earlier(
     found: dict[str, Any], earlier: dict[str, Any] | None, batches: bool, samples: bool
 ) -> dict[str, Any]:
-    """Return what was measured now, and of what was not, what is known."""
+    """Return the new measurements, and the earlier ones of what was not measured now."""
     if earlier is None or (batches and samples):
         return found
     for name, value in earlier.items():

@@ -36,7 +36,7 @@ class Termination:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Let nothing interrupt the block, which has to look at `asked`."""
+        """Keep SIGTERM from interrupting the block, which has to look at `asked`."""
         self._is_held = True
         try:
             yield

@@ -25,7 +25,7 @@ class StepTimer:
 
     @contextmanager
     def step(self, counted: bool = True) -> Iterator[None]:
-        """Time a training step; one that is not counted (warm-up, verified) is forgotten."""
+        """Time a training step; forget the time if the step does not count (warm-up, lockstep)."""
         self._optimizer_spans = []
         start = self._mark()
         yield
@@ -45,12 +45,13 @@ class StepTimer:
             torch.cuda.synchronize()
         for step, parts in self._pending:
             self._step_ms.append(self._milliseconds(step))
-            if parts:  # a step that a CUDA graph makes has none
+            if parts:  # a step that a CUDA graph replays has none
                 self._optimizer_ms.append(sum(self._milliseconds(part) for part in parts))
         self._pending = []
 
     def summary(self) -> dict[str, float | int | None]:
-        """Return medians in milliseconds over the counted steps, None where there are none."""
+        """Return medians in milliseconds over the counted steps, and how many these are; a median
+        of no steps is None."""
         self.collect()
         counted = len(self._step_ms)
         optimizer = self._optimizer_ms

@@ -19,13 +19,13 @@ from train.shared.errors import ConfigError
 
 
 class Tracker(Protocol):
-    """An object that takes what is logged."""
+    """An object that records the curves and figures of a run."""
 
     def log_step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Log the losses of a step; steps and epochs count from 1."""
 
     def log_epoch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Log the entry of the history, after the epoch's last step."""
+        """Log an epoch's entry of the history, after the epoch's last step."""
 
     def finish(
         self, epoch: int, step: int, figures: Mapping[str, float], pictures: Mapping[str, Path]
@@ -33,18 +33,18 @@ class Tracker(Protocol):
         """Log the figures of the run, and PNG files by name."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is not written yet, and close the files."""
 
 
 class MetricsFile:
     """The file metrics.jsonl: a line for each thing logged, with epoch and step, written at once.
 
-    A resumed run goes on behind its checkpoint's step.
+    A resumed run goes on after the step of its checkpoint.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
         self._path, self._step = folder / "metrics.jsonl", step
-        # The file is opened when there is something: until then that of an earlier run stays.
+        # The file is opened for the first line: until then the file of an earlier run stays.
         self._file: IO[str] | None = None
 
     def log_step(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
@@ -72,7 +72,7 @@ class MetricsFile:
         self._file.flush()
 
     def _known_lines(self) -> list[str]:
-        """Return the lines up to the checkpoint's step: what came after it is trained again."""
+        """Return the lines up to the checkpoint's step: the steps after it are taken again."""
         if not self._step or not self._path.exists():
             return []
         kept = []
@@ -118,7 +118,7 @@ class TensorBoard:
         import numpy as np
         from PIL import Image
 
-        # TensorBoard's page HPARAMS wants figures and hyperparameters in one, in this very run.
+        # TensorBoard's page HPARAMS needs figures and hyperparameters together, in this folder.
         named = {f"run/{name}": value for name, value in figures.items()}
         self._writer.add_hparams(dataclasses.asdict(self._config), named, run_name=".")
         for name, path in pictures.items():
@@ -158,7 +158,7 @@ class WandB:
             dir=str(folder),
             config=dataclasses.asdict(config),
         )
-        # There are two axes: wandb's own step only ever grows, and a resumed run repeats some.
+        # There are two axes: wandb's own step may only grow, and a resumed run repeats steps.
         self._run.define_metric("epoch")
         self._run.define_metric("*", step_metric="epoch")
         self._run.define_metric("step")
@@ -183,7 +183,7 @@ class WandB:
 
 
 class Several:
-    """Several trackers, each of which takes all."""
+    """Several trackers, each of which records everything."""
 
     def __init__(self, trackers: list[Tracker]) -> None:
         self._trackers = trackers
@@ -211,10 +211,10 @@ TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoa
 
 
 def make_tracker(config: Config, folder: Path, epoch: int, step: int) -> Tracker:
-    """Make metrics.jsonl and the configuration's tracker, going on after an epoch and a step.
+    """Make the tracker of metrics.jsonl and of the configuration; it goes on after epoch and step.
 
     Raises:
-        ConfigError: its package is not installed, or wandb has no login here.
+        ConfigError: the tracker's package is not installed, or wandb does not start.
     """
     file = MetricsFile(folder, step)
     if config.framework_name == "none":

@@ -12,8 +12,8 @@ def build_model(name: str, shape: Sequence[int], num_classes: int) -> nn.Module:
     """Make the network `name` for images of the shape (C, H, W); its weights are from torch's RNG.
 
     Raises:
-        ConfigError: a model of timm, and timm is not there, or does not have it, or it is not made
-            for images of this size.
+        ConfigError: timm, which has to make the model, is not installed, does not know it, or
+            cannot make it for images of this size.
     """
     if name.startswith(TIMM):
         return _from_timm(name.removeprefix(TIMM), shape, num_classes)
@@ -37,9 +37,9 @@ def _from_timm(name: str, shape: Sequence[int], num_classes: int) -> nn.Module:
     options = {"num_classes": num_classes, "in_chans": shape[0]}
     model: nn.Module
     try:
-        try:  # transformers are made for one size of images
+        try:  # a transformer is made for one size of images
             model = timm.create_model(name, pretrained=False, img_size=shape[1], **options)
-        except TypeError:  # convolutional networks take any
+        except TypeError:  # a convolutional network takes any size
             model = timm.create_model(name, pretrained=False, **options)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]

@@ -21,7 +21,7 @@ def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Has two 3x3 convolutions and a shortcut; the first convolution and the shortcut stride."""
+    """Has two 3x3 convolutions and a shortcut; the first and the shortcut have the stride."""
 
     expansion = 1
 
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Has 1x1, 3x3 (which strides) and 1x1 convolutions; it is four times as wide at the end."""
+    """Has convolutions of 1x1, 3x3 (with the stride) and 1x1, the last four times as wide."""
 
     expansion = 4
 
@@ -59,8 +59,8 @@ class ResNet(nn.Module):
 
     Args:
         block: the residual block; its output has `width * block.expansion` channels.
-        depths: blocks per stage.
-        widths: channels per stage; the stem has the first of them.
+        depths: the number of blocks of each stage.
+        widths: the width of each stage; the stem has the channels of the first.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ def _conv(channels_in: int, channels_out: int, size: int, stride: int = 1) -> nn
 
 
 class WideBlock(nn.Module):
-    """Has batch norm, ReLU and 3x3 convolution, twice; the first one and the shortcut stride.
+    """Has batch norm, ReLU and 3x3 convolution twice; the first and the shortcut have the stride.
 
     Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
     """

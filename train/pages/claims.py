@@ -34,7 +34,8 @@ NOTES = f"""\
 class Test:
     """A comparison whose sign a claim predicts.
 
-    claim: the number of the claim. compared: what is compared with what. expected: the sign.
+    claim: the number of the claim. compared: what is compared with what, in words. expected: the
+    sign that the claim predicts.
     """
 
     claim: str
@@ -52,14 +53,16 @@ def _distance(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[in
 
 
 def _agree(one: Group, other: Group) -> bool:
-    """Return whether all keys that both use have the same values, but for optimizer and rho."""
+    """Return whether both groups have the same values of all keys that both use, except for
+    optimizer, rho and backend."""
     ours, theirs = one.recipe, other.recipe
     keys = (ours.keys() & theirs.keys()) - {"opt_name", "rho", "backend"}
     return all(ours[key] == theirs[key] for key in keys)
 
 
 def baseline(group: Group, groups: Iterable[Group]) -> Group | None:
-    """Return SGD's group, or that of the group's own base, under the same conditions."""
+    """Return the group of SGD, or of the base of `group`, under the same conditions; None if there
+    is none."""
     plain = group.recipe.get("base", "sgd")
     alike = (g for g in groups if g.config.opt_name == plain and _agree(g, group))
     return next(alike, None)
@@ -129,7 +132,7 @@ def tests_of(groups: Sequence[Group]) -> list[Test]:
 
 
 def _neighbours(members: Sequence[Group]) -> Iterator[tuple[Group, Group]]:
-    """Yield pairs of groups under the same conditions, of one rho and the next."""
+    """Yield pairs of groups under the same conditions, with one rho and the next larger one."""
     by_rest: dict[str, list[Group]] = {}
     for group in members:
         rest = {key: value for key, value in group.recipe.items() if key != "rho"}
@@ -178,7 +181,8 @@ def claims_table(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def against_sgd_table(groups: Sequence[Group]) -> list[list[str]]:
-    """Return every optimizer's test accuracy minus SGD's, head first; [] where there is no SGD."""
+    """Return every optimizer's test accuracy minus that of its baseline, head first; return []
+    where there is no baseline."""
     found = []
     for group in groups:
         sgd = baseline(group, groups)

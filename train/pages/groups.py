@@ -15,9 +15,9 @@ from train.shared import results
 from train.shared.errors import CheckpointError, ConfigError
 
 TITLES = {name: entry.title for name, entry in {**OPTIMIZERS, **MODELS, **DATASETS}.items()}
-# Results that do not say so were tested on these: (classes, images).
+# Results that do not say how many (classes, test images) there were had these.
 TESTED_ON = {"cifar100": (100, 10_000), "digits": (10, 500)}
-# Up to rounding, nothing depends on them.
+# Up to rounding, no figure but the times depends on these keys.
 ROUNDING = ("backend", "channels_last", "compile", "cuda_graph")
 # The optimizers have these options, none of which the report uses.
 OPTIONS = (
@@ -40,9 +40,9 @@ def _rank(name: str) -> int:
 class Group:
     """Runs that differ in their seed, and in nothing else that their weights depend on.
 
-    config: that of the first run.
-    runs: the finished ones, by seed. diverged: what the others left.
-    label: the optimizer, rho, and what tells the group from others of its task.
+    config: the configuration of the first run.
+    runs: the finished runs, by seed. diverged: the records of runs that diverged.
+    label: the optimizer, rho, and the values that tell the group from others of its task.
     """
 
     config: Config
@@ -57,7 +57,7 @@ class Group:
 
     @property
     def is_of_the_report(self) -> bool:
-        """Return whether its optimizer is one of the report's, as the report has it: over SGD,
+        """Return whether the optimizer is one of the report's, as the report has it: over SGD,
         perturbing all parameters in every step, by one norm and unscaled."""
         config = self.config
         is_known = config.opt_name in ("sgd", "sgdhess", "sam", "samdirection", "sammagnitude")
@@ -72,12 +72,12 @@ class Group:
 
     @property
     def variant(self) -> str:
-        """Return the label without the optimizer; it is empty if that is all."""
+        """Return the label without the optimizer; it is empty if the label has nothing else."""
         return self.label.removeprefix(self.optimizer).removeprefix(", ")
 
     @property
     def task(self) -> dict[str, Any]:
-        """Return the keys within whose values accuracies compare: model, and what is learnt."""
+        """Return the keys that runs must share for their accuracies to compare: model and data."""
         return {name: value for name, value in self.recipe.items() if _is_task(name)}
 
     @property
@@ -115,7 +115,7 @@ class Group:
         }
 
     def values(self, name: str) -> list[float]:
-        """Return the same figures without the seeds."""
+        """Return the figures of by_seed without the seeds."""
         return list(self.by_seed(name).values())
 
     def history(self, name: str) -> dict[int, list[float]]:
@@ -158,7 +158,7 @@ def in_words(name: str, value: Any) -> str:
 
 
 def is_at_chance(run: Mapping[str, Any]) -> bool:
-    """Return whether guessing is as accurate, up to two standard deviations of a guesser."""
+    """Return whether the test accuracy is within two standard deviations of guessing, or below."""
     classes, images = TESTED_ON.get(run["config"].get("dataset", ""), (10, 10_000))
     classes = run.get("classes", classes)
     images = run.get("images", {}).get("test", images)
@@ -172,13 +172,14 @@ def is_at_chance(run: Mapping[str, Any]) -> bool:
 
 
 def load_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """Read the results below the folders, with the sharpness.json beside each; and what diverged.
+    """Read the results below the folders, with the sharpness.json beside each, and the records of
+    the runs that diverged.
 
-    A folder without result.json may hold runs.jsonl, which a report leaves: it stands for the runs.
+    In a folder without runs, the runs.jsonl that a report left stands for them.
 
     Returns:
-        runs, with density, eigenvalues (of each batch) and settings of the sharpness beside what
-        result.json holds; of those that diverged, what diverged.json holds.
+        the content of each result.json, with density, eigenvalues (of each batch) and settings of
+        the sharpness; and the content of each diverged.json.
 
     Raises:
         ConfigError: a folder is missing, or there is no run in any.
@@ -216,7 +217,7 @@ def _load(path: Path) -> dict[str, Any] | None:
         try:
             measured = json.loads(beside.read_text(encoding="utf-8"))
             for name in ("sharpness", "lambda_max", "trace", "trace_error"):
-                # train.sharpness measured it later: it counts.
+                # train.sharpness may have measured this later than the run did.
                 if measured[name] is not None:
                     run["figures"][name] = measured[name]
             run["density"] = measured["density"]
@@ -234,9 +235,10 @@ def _load(path: Path) -> dict[str, Any] | None:
 
 
 def grouped(runs: Iterable[dict[str, Any]]) -> tuple[list[Group], list[str]]:
-    """Return groups by data set, model, optimizer and rho; and in words, what was left out.
+    """Group runs by all keys of the recipe but the seed, and label the groups. Return the groups,
+    sorted by data set, model, optimizer and rho, and in words what was left out.
 
-    The same run in two folders counts once.
+    A finished run that is in two folders counts once.
     """
     groups: dict[str, Group] = {}
     left_out = []
@@ -281,7 +283,7 @@ def tasks(groups: Iterable[Group]) -> list[list[Group]]:
 
 
 def _compared(group: Group, name: str) -> Any:
-    """Return the value of a key; an optimizer's usual value counts as the default of all."""
+    """Return the value of a key; the optimizer's usual value counts as the general default."""
     usual = group.config.usual(name)
     value = group.recipe.get(name, usual)
     return FIELDS[name].metadata["default"] if value == usual else value
@@ -300,7 +302,7 @@ def _label(groups: Sequence[Group]) -> None:
             parts.append(f"rho {group.config.rho:g}")
         for name in differing:
             value = group.recipe.get(name, group.config.usual(name))
-            # Numbers always stand there; switches and choices do where they are not the default.
+            # Numbers stand in every label, switches and choices where they are not the default.
             is_number = FIELDS[name].type in (int, float) and name in group.recipe
             if is_number or value != group.config.usual(name):
                 parts.append(in_words(name, value))
@@ -322,9 +324,9 @@ def mean_and_deviation(values: Sequence[float], form: str = ".2f") -> str:
 class Comparison:
     """A paired t-test over seeds.
 
-    number: how many pairs there are. mean: that of the differences; low, high: its 95% interval,
-    and p of a mean of 0, two-sided: nan where one pair, or differences without deviation, do not
-    tell.
+    number: the number of pairs. mean: the mean of the differences. low, high: its 95% interval. p:
+    the two-sided p of a mean of 0. The last three are nan where there is only one pair, or the
+    differences have no deviation.
     """
 
     number: int
@@ -337,7 +339,7 @@ class Comparison:
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison | None:
     """Compare ours minus theirs, seed by seed: the same seed has the same first weights and order.
 
-    It is None where they have no seed in common.
+    Return None where they have no seed in common.
     """
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if not differences:
@@ -346,7 +348,7 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison
     error = statistics.stdev(differences) / math.sqrt(number) if number > 1 else 0.0
     if error == 0:
         return Comparison(number, mean)
-    from scipy.stats import t as student  # the import takes a second, which a run alone need not
+    from scipy.stats import t as student  # a run alone is spared this import, which takes a second
 
     reach = float(student.ppf((1 + CONFIDENCE) / 2, number - 1)) * error
     p = 2 * float(student.sf(abs(mean) / error, number - 1))

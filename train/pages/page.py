@@ -53,7 +53,7 @@ def _published() -> Any:
 
 
 def published_figures(figure: str, model: str, opt_name: str) -> Mapping[float, float | None]:
-    """Return the report's cells by rho (SGD: 0); None stands for ??."""
+    """Return the report's cells by rho, which is 0 for SGD; None stands for the report's ??."""
     name = {"test_accuracy": "accuracy"}.get(figure, figure)
     cells = _published()[name].get(model, {}).get(opt_name, {})
     return cells if isinstance(cells, dict) else {0.0: cells}
@@ -65,12 +65,13 @@ def _known_figures(figure: str, model: str, opt_name: str) -> Mapping[float, flo
 
 
 def _comparable(group: Group) -> bool:
-    """Return whether a group belongs into the report's tables, whose SAM runs are of one kind."""
+    """Return whether a group belongs in the report's tables, which are of CIFAR-100 and have each
+    optimizer with the report's options only."""
     return group.config.dataset == "cifar100" and group.is_of_the_report
 
 
 def measured_on(run: Mapping[str, Any]) -> str | None:
-    """Say what the sharpness of a run is made of; None if it has none."""
+    """Say over which batches the sharpness of a run was measured; None if it was not measured."""
     if run["figures"].get("sharpness") is None:
         return None
     settings = run["settings"]
@@ -103,14 +104,14 @@ def departures(groups: Iterable[Group]) -> list[str]:
 
 
 def _cell(group: Group, name: str, form: str = ".2f", factor: float = 1.0) -> str:
-    """Return mean and deviation, and say of how many runs where it is not all."""
+    """Return mean and deviation, and say how many runs have the figure where not all have it."""
     values = [factor * value for value in group.values(name)]
     text = mean_and_deviation(values, form)
     return f"{text} ({len(values)} of them)" if 0 < len(values) < len(group.runs) else text
 
 
 def _counted(group: Group, name: str) -> str:
-    """Return a cell of the report's tables, which says how many seeds it is made of."""
+    """Return a cell of the report's tables, which says how many seeds there are."""
     values = group.values(name)
     text = mean_and_deviation(values) + (f", n={len(values)}" if values else "")
     return f"{text}; {group.remarks}" if group.remarks else text
@@ -119,7 +120,7 @@ def _counted(group: Group, name: str) -> str:
 def report_table(groups: Sequence[Group], figure: str, model: str) -> list[list[str]]:
     """Return a table of the report, head first: each optimizer has our row and the published one.
 
-    Groups that differ in something else than rho have rows of their own.
+    Groups that differ in a key other than rho have rows of their own.
     """
     columns = (0.1, 0.2, 0.4)
     rows = [[title_of(model), *(f"rho {rho:g}" for rho in columns)]]
@@ -146,7 +147,7 @@ def _published_cell(theirs: Mapping[float, float | None], rho: float) -> str:
 
 
 def single_pass_table(groups: Sequence[Group], model: str) -> list[list[str]]:
-    """Return the report's third table: SGD and SGDHess, which it has for ResNet-18."""
+    """Return the report's third table, with SGD and SGDHess; the report has it for ResNet-18."""
     rows = [[title_of(model), "accuracy", "published", "sharpness", "published"]]
     ours = {
         group.label: group
@@ -224,7 +225,7 @@ def _without_empty_columns(rows: list[list[str]]) -> list[list[str]]:
 
 
 def print_summary(console: Console, runs: Sequence[Mapping[str, Any]]) -> None:
-    """Print the figures of runs, in 80 columns: a row for the seeds of a configuration."""
+    """Print the figures of runs, in 80 columns, with one row for all seeds of a configuration."""
     columns: list[tuple[str, str, str]] = [
         ("accuracy, %", "test_accuracy", ".2f"),
         ("sharpness", "sharpness", ".1f"),
@@ -258,8 +259,8 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run without the folders of its machine; of data_root the name, which class
-    folders are known by."""
+    """Return a run without output_dir, and with the last part of data_root only, by which class
+    folders are known."""
     kept = dict(run)
     for name in ("config", "settings"):
         if name in run:
@@ -343,7 +344,7 @@ def write_report(
     if runs:
         parts += ["## Conditions", "\n".join(_conditions(groups, runs))]
     results.write_text(folder / "report.md", "\n\n".join(part for part in parts if part) + "\n")
-    if not (folder / "result.json").exists():  # that file says all of one run
+    if not (folder / "result.json").exists():  # result.json has all of one run
         results.write_text(folder / "runs.csv", _csv(_run_rows(list(map(_without_paths, runs)))))
         results.write_json_lines(folder / ALL_RUNS, map(_without_paths, [*runs, *lost]))
         blocks = [_csv([[name], *rows]) for name, rows in tables.items()]

@@ -30,7 +30,7 @@ def style_of(opt_name: str) -> dict[str, Any]:
 
 
 def shade(colour: str, index: int, number: int) -> str:
-    """Return the colour, lighter for the first of several."""
+    """Return the colour of line `index` of `number` lines: the first is the lightest."""
     white = LIGHTEST * (1 - index / (number - 1)) if number > 1 else 0.0
     red, green, blue = (white + (1 - white) * part for part in colors.to_rgb(colour))
     return colors.to_hex((red, green, blue))
@@ -44,7 +44,7 @@ def _by_optimizer(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 
 def _title(figure: Figure, title: str, beside: float = 0.0) -> None:
-    """Write the title beside a legend of so many inches, in lines of that width."""
+    """Write the title in lines of the figure's width, less `beside` inches for a legend."""
     letters = int(11 * (figure.get_figwidth() - beside))
     figure.suptitle(textwrap.fill(title, letters), x=0.01, ha="left", fontsize="medium")
 
@@ -56,7 +56,7 @@ def _plain_numbers(axis: Axis) -> None:
 
 
 def _common_part(groups: Sequence[Group]) -> str:
-    """Return the title of a legend of variants."""
+    """Return the title of a legend: rho where the variants have nothing else, or nothing."""
     return "rho" if all(g.variant == f"rho {g.config.rho:g}" for g in groups) else ""
 
 
@@ -76,10 +76,11 @@ def _panels(
 ) -> Figure | None:
     """Draw panels for each metric, COLUMNS optimizers in a row at most; their y axes agree.
 
-    Where SGD is one group among others, it is in each panel, for comparison.
+    Where SGD has one group among other optimizers, each panel shows it, for comparison.
 
     Args:
-        draw: takes axes, index of the metric, group and line style; says if there was anything.
+        draw: a function that takes axes, index of the metric, group and line style, and says
+            whether it drew anything.
     """
     by_optimizer = _by_optimizer(groups)
     reference = by_optimizer.get("sgd", [])
@@ -138,7 +139,10 @@ def _plot_histories(
     """Plot means over the epochs, with bands of one standard deviation over the seeds.
 
     Args:
-        metrics: (entry of the history, axis label, factor). No run has the first entry: None.
+        metrics: (entry of the history, axis label, factor) for each row of panels.
+
+    Returns:
+        the figure; None where no run has the first entry.
     """
     if not any(group.history(metrics[0][0]) for group in groups):
         return None
@@ -147,7 +151,7 @@ def _plot_histories(
         name, _, factor = metrics[metric]
         rows = group.history(name)
         if not rows:
-            return False  # the legend does not name it, either
+            return False  # so the legend does not name the group, either
         epochs = list(rows)
         means = [factor * statistics.fmean(values) for values in rows.values()]
         spread = [
@@ -216,7 +220,7 @@ def plot_density(groups: Sequence[Group], title: str) -> Figure | None:
         found = [run["density"] for run in group.runs if run.get("density")][:1]
         for density in found:
             axes.semilogy(density["values"], density["density"], **{**line, "linewidth": 1})
-            # Below this, what is drawn is the width of the smoothing.
+            # Below this, the curve shows only the tails of the smoothing kernel.
             axes.set_ylim(1e-9 * max(tops), 2 * max(tops))
         return bool(found)
 
@@ -224,7 +228,7 @@ def plot_density(groups: Sequence[Group], title: str) -> Figure | None:
 
 
 def plot_eigenvalues(groups: Sequence[Group], title: str) -> Figure | None:
-    """Plot how the eigenvalues spread whose positive ones make up the sharpness, all seeds."""
+    """Plot the distribution, over all seeds, of the eigenvalues behind the sharpness."""
 
     def pooled(group: Group) -> list[float]:
         lists = [values for run in group.runs for values in run.get("eigenvalues") or []]
@@ -272,7 +276,7 @@ def plot_against_rho(
     """Plot a figure over rho: each optimizer and variant has a line; SGD is a level.
 
     Error bars and the band of SGD are one standard deviation over the seeds. Published figures are
-    hollow and dashed. It is None where no optimizer has two rho to compare.
+    hollow and dashed. Return None where no optimizer has two values of rho to compare.
     """
     known = [g for g in groups if g.values(name)]
     families = _families(known)
@@ -338,7 +342,7 @@ def plot_against_rho(
 
 
 def plot_accuracy_against_sharpness(groups: Sequence[Group], title: str) -> Figure | None:
-    """Plot a point for each group; beside it is what tells it from others of its optimizer.
+    """Plot a point for each group, beside which is the variant of its optimizer.
 
     Bars are one standard deviation over the seeds.
     """
@@ -384,15 +388,16 @@ def place_labels(
     labels: Sequence[tuple[str, tuple[float, float], str]],
     crosses: Sequence[tuple[tuple[float, float], tuple[float, float]]],
 ) -> list[Bbox]:
-    """Write (text, point, colour) beside points, where no other label, no point and no bar is.
+    """Write labels beside their points, where they hide least of other labels, points and bars.
 
     Args:
+        labels: (text, point, colour) of each label.
         crosses: points with the lengths of their bars, in the units of the axes.
 
     Returns:
         the boxes of the texts, in pixels.
     """
-    figure.draw_without_rendering()  # then the axes have their place
+    figure.draw_without_rendering()  # the axes have no place before that
     pixels = figure.dpi / 72
     points = [axes.transData.transform(point) for _, point, _ in labels]
     marks = []
@@ -447,7 +452,7 @@ def place_labels(
 def all_plots(
     groups: Sequence[Group], title: str, published: Published
 ) -> dict[str, Figure | None]:
-    """Draw every plot of a task, by its name; None where the runs do not have what it shows."""
+    """Draw every plot of a task, by its name; None stands for a plot whose figures no run has."""
     return {
         "curves": plot_curves(groups, title),
         "accuracy-rho": plot_against_rho(

@@ -33,10 +33,10 @@ REPORT_SECTIONS = (
     "dataloader", "model", "opt_hyperparameter", "scheduler", "sch_hyperparameter",
     "trainer", "logging",
 )  # fmt: skip
-# These keys in them can have one value only; None says that any value will do.
+# These keys of the report's files can have one value only; None says that any value will do.
 REPORT_ONLY: dict[str, Any] = {"num_workers": None, "sch": None, "split": [0.9, 0.1]}
 
-# Each name of `when` has the smallest and the largest number behind it, and how many there are.
+# Each name in `when` has here the smallest and largest value of its numbers, and their count.
 POLICIES = {"periodic": (1, 1e9, 1), "from": (0, 1e9, 1), "bernoulli": (0, 1, 1),
             "norm": (-1e9, 1e9, 2)}  # fmt: skip
 POLICY_EXAMPLES = ("always", "periodic:10", "from:0", "bernoulli:0.5", "norm:0:0")
@@ -66,12 +66,12 @@ def _key(
     Args:
         section: the `a` of `--set a.b=value` and of nested YAML.
         choices: the strings that are allowed; none: free text.
-        low, high: the bounds of a number; both are allowed.
+        low, high: the smallest and the largest number that are allowed.
         effect: "training": the trained weights depend on it; "measuring": what is measured of them
             does; "none": up to rounding, neither.
-        used_if: (key, values): it is in use only where that key has one of the values.
-        short: what stands before the value in names of runs; None: the key's name.
-        varies: whether some optimizers have another default, see OptimizerEntry.usual.
+        used_if: (key, values): this key is in use only where that key has one of the values.
+        short: the word before the value in names of runs; None: the key's name.
+        varies: whether some optimizers have another default; see OptimizerEntry.usual.
     """
     meta: dict[str, Any] = {"section": section, "help": help, "choices": tuple(choices)}
     meta |= {"default": default, "varies": varies}
@@ -80,7 +80,7 @@ def _key(
 
 
 def _own_key(name: str, default: Any, help: str, **others: Any) -> Any:
-    """Make a key that some optimizers have as an argument of their own."""
+    """Make a key that is an argument of some optimizers only."""
     rule = ("opt_name", optimizers_with(key=name))
     return _key("optimizer", default, help, used_if=rule, **others)
 
@@ -456,7 +456,7 @@ class Config:
             raise ConfigError("density_steps=1 gives no density: allowed 0, 2 to 10000; nearest 2")
 
     def uses(self, name: str) -> bool:
-        """Return whether the key is in use beside the others: rho is not where opt_name is sgd."""
+        """Return whether the other keys leave this one in use: rho is not where opt_name is sgd."""
         rule = FIELDS[name].metadata["used_if"]
         return rule is None or getattr(self, rule[0]) in rule[1]
 
@@ -477,7 +477,7 @@ class Config:
 
     @property
     def measures(self) -> dict[str, Any]:
-        """Return the keys that what is measured depends on, beside the recipe."""
+        """Return the keys on which the measurements depend, beside the recipe."""
         return {
             name: getattr(self, name)
             for name, field in FIELDS.items()
@@ -485,15 +485,15 @@ class Config:
         }
 
     def usual(self, name: str) -> Any:
-        """Return the default of the key with this optimizer."""
+        """Return the default that the key has with this optimizer."""
         return OPTIMIZERS[self.opt_name].usual.get(name, FIELDS[name].metadata["default"])
 
     @property
     def policy(self) -> tuple[Any, ...] | None:
-        """Return the name and the numbers of `when`; None: always.
+        """Return the name and the numbers of `when`; None stands for always.
 
         Raises:
-            ConfigError: `when` is something else.
+            ConfigError: `when` is no policy that is known.
         """
         name, *texts = self.when.split(":")
         if self.when == "always":
@@ -512,8 +512,8 @@ class Config:
 
     @property
     def passes(self) -> float:
-        """Return the gradients of the model's loss that a step takes, on the average; at most so
-        many with when=from:STEP and when=norm:L1:L2."""
+        """Return the average number of gradients of the model's loss that a step takes; for
+        when=from:STEP and when=norm:L1:L2, return the largest number."""
         row = OPTIMIZERS[self.opt_name]
         passes = PASSES[row.step]
         if row.step != "two passes":
@@ -524,13 +524,13 @@ class Config:
 
     @property
     def run_name(self) -> str:
-        """Return a run's label in tables and plots: the optimizer and what is special about it."""
+        """Return a run's label: the optimizer, rho, and the values that are not the defaults."""
         rho = f"-rho{self.rho:g}" if self.uses("rho") else ""
         return self.opt_name + rho + self._departures("optimizer", ("opt_name", "rho"))
 
     @property
     def full_name(self) -> str:
-        """Return all that tells a run from others: data set, model, run_name, the rest, seed."""
+        """Return the run's name among all others: data set, model, run_name, the rest, seed."""
         rest = (section for section in SECTIONS if section != "optimizer")
         left_out = ("dataset", "model", "seed")
         departures = "".join(self._departures(section, left_out) for section in rest)
@@ -540,7 +540,7 @@ class Config:
         return f"{name}-seed{self.seed}"
 
     def _departures(self, section: str, without: Sequence[str]) -> str:
-        """Return the keys of the section whose values are no defaults, as a part of a name."""
+        """Return the keys of the section whose values are not the defaults, as a part of a name."""
         found = ""
         for name, value in self.recipe.items():
             field = FIELDS[name]
@@ -555,7 +555,7 @@ class Config:
         return Path(self.output_dir) if self.output_dir else Path("runs") / self.full_name
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """Say where `other`, a saved configuration, asks for other weights, with both values."""
+        """Say which keys of the recipe `other`, a saved configuration, has with other values."""
         theirs = Config(**known_keys(other)).recipe
         ours = self.recipe
         return [
@@ -569,7 +569,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def known_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those keys of a saved configuration that there still are."""
+    """Return those keys of a saved configuration that Config still has."""
     return {name: value for name, value in saved.items() if name in FIELDS}
 
 
@@ -603,7 +603,7 @@ def _int(value: Any) -> int:
 
 
 def _float(value: Any) -> float:
-    # YAML 1.1 reads 1e-3 as text: float() takes it all the same.
+    # YAML 1.1 reads 1e-3 as text, which float() takes.
     if isinstance(value, bool) or math.isnan(number := float(value)):
         raise ValueError
     return number
@@ -613,7 +613,8 @@ def _checked(field: "dataclasses.Field[Any]", value: Any) -> Any:
     """Return the value in the key's type.
 
     Raises:
-        ConfigError: its type or range is wrong; it names the key, what is allowed and the nearest.
+        ConfigError: its type or range is wrong; the message names the key and the allowed values,
+            and the nearest of these or the default.
     """
     name, meta = field.name, field.metadata
     if field.type is str:
@@ -653,7 +654,8 @@ def check_keys(keys: Iterable[Any], where: str) -> None:
     """Refuse keys that are not fields of Config.
 
     Raises:
-        ConfigError: a key is unknown; it names the key, its place, the nearest and all known keys.
+        ConfigError: a key is unknown; the message names the key, its place, the nearest known key
+            and all others.
     """
     for key in keys:
         if key not in FIELDS:
@@ -665,10 +667,10 @@ def check_keys(keys: Iterable[Any], where: str) -> None:
 
 
 def key_of_path(path: str, where: str) -> str:
-    """Return the key of `section.key`; a key alone is one already.
+    """Return the key that `section.key`, or a key or alias alone, names.
 
     Raises:
-        ConfigError: there is no such section, or it has no such key.
+        ConfigError: there is no such key, no such section, or the section has no such key.
     """
     section, dot, key = path.rpartition(".")
     key = ALIASES.get(key, key)
@@ -696,8 +698,8 @@ def flatten(content: Mapping[Any, Any], where: str) -> dict[str, Any]:
     The sections of the report's YAML files are dissolved as well.
 
     Raises:
-        ConfigError: a section or key is unknown, or a key of the report's has a value that it
-            cannot have here.
+        ConfigError: a section or key is unknown, or a key of the report's files has a value that
+            is not possible here.
     """
     flat: dict[str, Any] = {}
     length = None
@@ -776,10 +778,10 @@ def folders_and_flags(
     """Read the arguments of a command that takes folders and a few flags.
 
     Args:
-        allowed: by flag, the word that stands for its value in the message.
+        allowed: the flags, each with the word that stands for its value in the message.
 
     Raises:
-        ConfigError: another flag is among them.
+        ConfigError: another flag is among the arguments.
     """
     folders = [Path(word) for word in arguments if not word.startswith("--")]
     flags = parse_flags([word for word in arguments if word.startswith("--")])
@@ -792,10 +794,12 @@ def folders_and_flags(
 def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
     """Read `--key=value`, `--key value`, `--set section.key=value`; the last of equal keys wins.
 
-    A key that is true or false may stand alone: `--resume`.
+    A key that is true or false may stand alone: `--resume`. `--preset=NAME` stands for the keys of
+    that entry of PRESETS.
 
     Raises:
-        ConfigError: an argument has no `--`, a flag has no value, or a path in --set is wrong.
+        ConfigError: an argument has no `--`, a flag has no value, a path in --set is wrong, or a
+            preset is unknown.
     """
     flags: dict[str, str] = {}
     rest = list(arguments)
@@ -862,13 +866,13 @@ def from_command_line(arguments: Sequence[str]) -> Config:
     default), or a YAML file by its path; the other flags override it."""
     flags = parse_flags(arguments)
     name = flags.pop("experiment", "default")
-    # The flags are checked first: a typing error there should not hide behind one in the file.
+    # The flags are checked first: a typing error in them should not hide behind one in the file.
     check_keys(flags, "the command line")
     return make_config(*experiment_layers(name), ("the command line", flags))
 
 
 def describe_keys() -> str:
-    """Return one line per key, by section: default, meaning, allowed values."""
+    """Return a line for each key, by section, with its default, meaning and allowed values."""
     lines = []
     for section in SECTIONS:
         lines.append(f"{section}:")

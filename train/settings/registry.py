@@ -15,8 +15,8 @@ class Entry:
 
     Args:
         title: the name in tables and plots.
-        maker: "module:function", imported when it is called for: a typing error in a name is
-            answered before torch is imported.
+        maker: "module:function", which is imported only when it is used, so that a typing error in
+            a name is answered before torch is imported.
     """
 
     title: str
@@ -30,7 +30,7 @@ class Entry:
         return made
 
 
-# make(config) is the Dataset, without noise.
+# make(config) returns the Dataset, without label noise.
 DATASETS = {
     "cifar100": Entry("CIFAR-100", "train.inputs.data:cifar100"),
     "cifar10": Entry("CIFAR-10", "train.inputs.data:cifar10"),
@@ -39,7 +39,7 @@ DATASETS = {
     "folder": Entry("class folders", "train.inputs.data:folder"),
 }
 
-# make(shape, num_classes) is the network for images of the shape (C, H, W).
+# make(shape, num_classes) returns the network for images of the shape (C, H, W).
 MODELS = {
     "resnet18": Entry("ResNet-18", "train.models.resnet:resnet18"),
     "resnet34": Entry("ResNet-34", "train.models.resnet:resnet34"),
@@ -62,13 +62,13 @@ class OptimizerEntry(Entry):
     """A row of OPTIMIZERS, whose maker is a class.
 
     Args:
-        colour: that of its lines in plots.
-        step: how one is made, see PASSES; "plain": by torch's own optimizer, which has nothing to
-            be compared with.
-        keys: those of the configuration that are arguments of this class, by the same name.
-        usual: the defaults of keys of the configuration, where they are not those of the others.
-        every: the key that says in which steps there is a second pass: 10, in every tenth.
-        needs_names: whether it takes named parameters.
+        colour: the colour of the optimizer's lines in plots.
+        step: the kind of its steps, a key of PASSES; the steps of "plain" are those of torch's own
+            optimizer, which has no reference backend.
+        keys: the keys of the configuration that are arguments of this class, by the same name.
+        usual: the defaults of keys of the configuration that differ with this optimizer.
+        every: the key that says how often there is a second pass: in every tenth step for 10.
+        needs_names: whether the class takes named parameters.
     """
 
     colour: str
@@ -80,7 +80,7 @@ class OptimizerEntry(Entry):
 
 
 # BAR is not here: it balances the factors of LoRA, and no model here has any.
-# The first five have Okabe and Ito's colours, which colour-blind people tell apart.
+# The first seven have Okabe and Ito's colours, which colour-blind people tell apart.
 OPTIMIZERS = {
     "sgd": OptimizerEntry("SGD", "torch.optim:SGD", "#000000", "plain"),
     "sgdhess": OptimizerEntry("SGDHess", "samkernels:SGDHess", "#cc79a7", "hessian", ("k",)),
@@ -122,7 +122,7 @@ OPTIMIZERS = {
 
 
 def optimizers_with(*, key: str = "", steps: tuple[str, ...] = tuple(PASSES)) -> tuple[str, ...]:
-    """Return the names of the optimizers that have the key of their own, and make such steps."""
+    """Return the names of the optimizers whose step is one of `steps` and whose keys have `key`."""
     return tuple(
         name
         for name, row in OPTIMIZERS.items()

@@ -6,10 +6,10 @@ from train.shared.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of the configuration; auto: CUDA where there is one.
+    """Return the device of the configuration; auto is CUDA where torch finds it, else the CPU.
 
     Raises:
-        ConfigError: CUDA is asked for and not available.
+        ConfigError: the configuration asks for CUDA, which is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,7 +20,7 @@ def pick_device(name: str) -> torch.device:
 
 def set_numerics(precision: str = "fp32") -> None:
     """Use TF32 in convolutions where the precision is tf32, which is torch's default, and nowhere
-    else; take the same sums at every pass, or a resumed run would not come out the same."""
+    else. Make cuDNN deterministic, or a resumed run would not come out the same."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = precision == "tf32"

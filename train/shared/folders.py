@@ -11,18 +11,18 @@ from train.shared.errors import DataError
 
 
 def has_class_folders(root: Path) -> bool:
-    """Return whether train/ and test/ with folders in them are there."""
+    """Return whether `root` has train/ and test/, each with folders in it."""
     return all(any(path.is_dir() for path in (root / part).glob("*")) for part in ("train", "test"))
 
 
-# Both parts of a data set stay for the next run of a study.
+# The three parts of a data set (train, test, val) stay in memory for the next run of a study.
 @functools.lru_cache(maxsize=3)
 def read_class_folders(folder: Path, image_size: int = 0) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Read the images of a folder by class, within it by name.
+    """Read the images of a folder, sorted by class and, within a class, by file name.
 
     Args:
-        image_size: the shorter side is resized to it, and the square in the middle taken;
-            0: all images are squares of one size already.
+        image_size: the number of pixels that the shorter side is resized to, before the square in
+            the middle is taken; 0: all images are squares of one size already.
 
     Returns:
         uint8 (N, 3, S, S), int64 (N,) labels, and the names of the classes in alphabetical order.
@@ -48,7 +48,7 @@ def read_class_folders(folder: Path, image_size: int = 0) -> tuple[Tensor, Tenso
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:  # all of them are Pillow's
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all of these
             raise DataError(f"'{path}' cannot be read ({error}): replace or remove it") from None
         if image_size:
             image = functional.center_crop(functional.resize(image, [image_size]), [image_size])

@@ -8,11 +8,11 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-LINE_EVERY = 10.0  # seconds pass from one line to the next
+LINE_EVERY = 10.0  # so many seconds pass from one line to the next
 
 
 def make_console(quiet: bool = False) -> Console:
-    """Make a console on standard output; it has 80 columns where that is no terminal."""
+    """Make a console on standard output; it has 80 columns where there is no terminal."""
     return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=80, quiet=quiet)
 
 
@@ -30,7 +30,7 @@ class WorkProgress:
     """A view of how much of `total` is done, what the work says of itself, and the time left."""
 
     def __init__(self, console: Console, title: str, total: int | None, done: int = 0) -> None:
-        """Begin at `done`. `total` is None if nobody knows; there is no time left then."""
+        """Begin at `done`. If nobody knows `total`, it is None, and no time left is shown."""
         self._console, self._title, self._total, self._before = console, title, total, done
         self._started = self._last_line = time.perf_counter()
         self._bar: Progress | None = None
@@ -67,7 +67,7 @@ class WorkProgress:
         now = time.perf_counter()
         if now - self._last_line >= LINE_EVERY:
             self._last_line = now
-            here = done - self._before  # this process did it: what was resumed took no time
+            here = done - self._before  # what came before the resume took no time here
             text = f"{self._title}  {state}"
             if self._total is not None and here:
                 left = (now - self._started) * (self._total - done) / here

@@ -50,7 +50,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what the figures depend on."""
+    """Return the versions of the software that the figures depend on."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -67,7 +67,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return the same with null for nan and inf, which JSON does not have."""
+    """Return the value with None in place of nan and inf, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -95,7 +95,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a result.json.
 
     Raises:
-        CheckpointError: it cannot be read, or is something else.
+        CheckpointError: the file cannot be read, or is no result of a run.
     """
     what = "result of a run"
     return _read(path, "figures", what, "it was left as it is; move it away to run again")
@@ -105,13 +105,13 @@ def read_diverged(path: Path) -> dict[str, Any]:
     """Read a diverged.json.
 
     Raises:
-        CheckpointError: it cannot be read, or is something else.
+        CheckpointError: the file cannot be read, or is no record of a run.
     """
     return _read(path, "error", "record of a run", "move it away")
 
 
 def _read(path: Path, outcome: str, what: str, cure: str) -> dict[str, Any]:
-    """Read the record of a run that has the key `outcome` beside those that all have."""
+    """Read the record of a run; it has the key `outcome`, and the keys that all records have."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _ = content["name"], content["config"]["opt_name"], content[outcome], content["history"]

@@ -24,7 +24,7 @@ from train.spectrum.hessian import Batch, Hessian
 from train.spectrum.lanczos import extreme_eigenvalues
 
 BATCH = 256  # the fixed set is summed over batches of so many images
-EIGENVALUES = 5  # the report takes so many per batch
+EIGENVALUES = 5  # the report takes so many eigenvalues of each batch
 TOLERANCE = 1e-3  # eigenvalues have this relative tolerance, which is the report's
 DRAWS_OF_EPOCH = 0  # training begins with epoch 1: it never sees this order and augmentation
 SETTINGS = (
@@ -34,7 +34,7 @@ SETTINGS = (
 
 
 def curvlinops() -> Any:
-    """Import the library when something is measured: training alone does not need it."""
+    """Import and return the library: only measuring needs it, training alone does not."""
     with warnings.catch_warnings():
         # torch.jit.script is deprecated, and still in use: by one of the library's dependencies,
         # and by torch itself when the first jvp is taken.
@@ -54,7 +54,7 @@ def eigenvalues(
     seed: int = 0,
     each: Callable[[], object] = lambda: None,
 ) -> list[float]:
-    """Return extreme_eigenvalues of the Hessian, from a random vector of this seed."""
+    """Return extreme_eigenvalues of the Hessian; the seed gives the random start vector."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(operator.shape[0], generator=generator).to(operator.device, operator.dtype)
     found = extreme_eigenvalues(
@@ -68,22 +68,22 @@ def lambda_max(model: nn.Module, batches: Sequence[Batch], **options: Any) -> fl
     """Return the largest (not largest in magnitude) eigenvalue of the Hessian, in eval mode.
 
     Args:
-        model: its mode is put back afterwards; weights and gradients are not touched.
+        model: the network; its mode is put back, its weights and gradients are not touched.
         batches: normalised images and labels; the loss is their mean cross-entropy.
-        options: see eigenvalues.
+        options: the keyword arguments of eigenvalues().
     """
     with _EvalMode(model):
         return eigenvalues(Hessian(model, batches), 1, "LA", **options)[0]
 
 
 def report_sharpness(eigenvalues: Sequence[Sequence[float]]) -> float | None:
-    """Return the report's figure: the mean of the positive values among those of all batches."""
+    """Return the report's figure: the mean of the positive eigenvalues of all batches."""
     positive = [value for values in eigenvalues for value in values if value > 0]
     return statistics.fmean(positive) if positive else None
 
 
 def check_batch_size(dataset: Dataset, size: int) -> None:
-    """Raise ConfigError if the training split has no full batch."""
+    """Raise ConfigError if the training split has no full batch of this size."""
     count = len(dataset.train)
     if size > count:
         raise ConfigError(
@@ -93,7 +93,7 @@ def check_batch_size(dataset: Dataset, size: int) -> None:
 
 
 def training_batches(dataset: Dataset, number: int, size: int, seed: int) -> Iterator[Batch]:
-    """Yield the first `number` full augmented batches; further epochs follow if one has too few.
+    """Yield the first `number` full augmented batches, of several epochs if one has too few.
 
     Raises:
         ConfigError: the training split has no full batch.
@@ -121,13 +121,14 @@ class _EvalMode:
 
 
 def measure(model: nn.Module, dataset: Dataset, config: Config, console: Console) -> dict[str, Any]:
-    """Measure what the configuration asks for; the rest is None.
+    """Measure what the configuration asks for; all other figures are None.
 
     Returns:
-        sharpness: the report's figure, and eigenvalues: the list of each batch it is made of, with
-        largest_eigenvalue and negative_share of them all; lambda_max, lambda_min, trace with
-        trace_error (its standard error) and density (values and density, which integrates to 1)
-        over the first sharpness_samples training images, not augmented, with the labels trained on.
+        of the augmented batches: sharpness (the report's figure), eigenvalues (a list for each
+        batch), and largest_eigenvalue and negative_share of them all; of the first
+        sharpness_samples training images, not augmented, with the labels that were trained on:
+        lambda_max, lambda_min, trace with its standard error trace_error, and density (values and
+        density, which integrates to 1); and settings, the keys that say how all was measured.
     """
     found: dict[str, Any] = dict.fromkeys(
         (
@@ -135,7 +136,7 @@ def measure(model: nn.Module, dataset: Dataset, config: Config, console: Console
             "lambda_min", "trace", "trace_error", "density",
         )
     )  # fmt: skip
-    if config.channels_last:  # second derivatives take longer in this format, on a CPU
+    if config.channels_last:  # on a CPU, second derivatives take longer in this format
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     with _EvalMode(model):
         if config.sharpness_batches:
@@ -183,7 +184,7 @@ def _fixed_set(
             return eigenvalues(operator, 1, which, seed=config.seed, each=bar.each)[0]
 
     found["lambda_max"] = extreme("lambda_max", "LA")
-    # The library draws its vectors by torch's global generator, which is put back.
+    # The library draws vectors by torch's global generator, whose state is put back.
     devices = [part.images.device] if part.images.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(config.seed)
@@ -191,7 +192,7 @@ def _fixed_set(
             samples: list[float] = []
             with WorkProgress(console, f"{config.run_name}: trace", config.trace_vectors) as bar:
                 for _ in range(config.trace_vectors):
-                    # Vectors come one at a time: together they would fill the memory.
+                    # Vectors are drawn one at a time: together they would fill the memory.
                     samples.append(float(curvlinops().hutchinson_trace(operator, 1)))
                     bar.show(len(samples), f"mean {statistics.fmean(samples):.1f}")
             found["trace"] = statistics.fmean(samples)
@@ -227,7 +228,7 @@ class _Products(WorkProgress):
 
 
 class _Watched:
-    """An operator with what fast_lanczos uses of it; `each` is called after each product."""
+    """A Hessian as fast_lanczos needs it, which calls `each` after each product."""
 
     def __init__(self, operator: Hessian, each: Callable[[], object]) -> None:
         self._operator, self._each = operator, each

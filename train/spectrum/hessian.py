@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
-MEMORY_SHARE = 0.6  # the graphs of gradients may take so much of what is free
+MEMORY_SHARE = 0.6  # the graphs of gradients may take this share of the free memory
 
 
 class Hessian:
@@ -22,7 +22,7 @@ class Hessian:
     Args:
         model: the network in eval mode, so that images do not depend on each other.
         batches: the images and labels.
-        memory: the bytes for graphs; None: MEMORY_SHARE of what is free.
+        memory: the bytes for graphs; None: MEMORY_SHARE of the free memory.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Hessian:
             ]
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """Return H v, or H times the columns of (N, K)."""
+        """Return H v for a vector (N,), or H times each column of a matrix (N, K)."""
         if vectors.ndim == 2:
             return torch.stack([self @ column for column in vectors.T], dim=1)
         sizes = [p.numel() for p in self._params]
@@ -56,7 +56,7 @@ class Hessian:
         total = torch.zeros_like(vectors)
         graphs = self._graphs or (self._gradient(*batch) for batch in self._batches)
         for gradient in graphs:
-            # What is linear in all parameters has no graph, and no second derivatives.
+            # A gradient that no parameter changes has no graph, and no second derivatives.
             pairs = [(g, v) for g, v in zip(gradient, parts, strict=True) if g.requires_grad]
             if not pairs:
                 continue
@@ -97,7 +97,7 @@ class Hessian:
 
 
 def free_memory(device: torch.device) -> float:
-    """Return the free bytes; inf where nobody says."""
+    """Return the free bytes of the device; inf where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

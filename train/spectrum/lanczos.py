@@ -8,9 +8,9 @@ from torch import Tensor
 
 from train.shared.errors import NumericsError
 
-SUBSPACE = 24  # the subspace has so many vectors; ARPACK's own choice is 20
+SUBSPACE = 24  # the subspace has at least so many vectors; ARPACK's own choice is 20
 MAX_PRODUCTS = 2000
-CHECK_EVERY = 2  # products pass from one check of convergence to the next
+CHECK_EVERY = 2  # so many products pass from one check of convergence to the next
 
 
 def extreme_eigenvalues(
@@ -25,18 +25,19 @@ def extreme_eigenvalues(
     """Return some eigenvalues, by Lanczos with full reorthogonalisation and thick restarts.
 
     The projection of the operator on what the products span has eigenvalues theta with residuals
-    r = ||A y - theta y||. It ends when all that are wanted have
+    r = ||A y - theta y||. The iteration ends when all wanted eigenvalues have
 
         r <= max(tolerance |theta|, 10 eps max |theta|),
 
-    ARPACK's criterion, and the rounding of the products. Where the products of the start vector
-    span no more, random vectors fill the subspace: so eigenvalues come as often as they are there.
+    which is ARPACK's criterion, with a floor for the rounding of the products. Where the start
+    vector's products span no more, random vectors fill the subspace, so that an eigenvalue comes
+    with its multiplicity.
 
     Args:
-        product: the operator's, from (N,) to (N,).
-        start: a vector (N,), floating point, not 0; random ones are best.
-        which: LA, SA: largest, smallest; LM: largest in magnitude.
-        each: what is called after each product.
+        product: a function that multiplies a vector (N,) by the operator.
+        start: a vector (N,), floating point, not 0; a random one is best.
+        which: LA: the largest eigenvalues; SA: the smallest; LM: the largest in magnitude.
+        each: a function that is called after each product.
 
     Returns:
         float64 (number,) on the CPU, in ascending order; (N,) where N is less than number.
@@ -67,7 +68,7 @@ def extreme_eigenvalues(
             if not math.isfinite(norm):
                 raise NumericsError("the Hessian is not finite at these weights: no eigenvalues")
             if norm <= eps**0.6 * float(coefficients.norm()):
-                # The products span no more: a random vector shows what else there is.
+                # The products span no more: a random vector reaches the rest of the space.
                 exhausted, norm = True, 0.0
                 generator = torch.Generator(start.device).manual_seed(column)
                 vector.normal_(generator=generator)
@@ -89,7 +90,7 @@ def extreme_eigenvalues(
                 f"the eigenvalues did not converge in {products} products: residuals "
                 f"{residuals[wanted].tolist()} of {values[wanted].tolist()}"
             )
-        # Go on with the best, and with the direction that the last product showed.
+        # Restart with the best Ritz vectors, and with the direction of the last residual.
         kept = order[:keep]
         turn = vectors[:, kept].T.to(start)
         for part in torch.arange(size).split(1 << 22):
@@ -102,14 +103,14 @@ def extreme_eigenvalues(
 
 
 def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, float]:
-    """Take its part along the basis out of the vector, in place.
+    """Remove from the vector, in place, its part along the basis.
 
     Returns:
-        that part, float64 on the CPU, and the norm of what is left.
+        the coefficients of that part, float64 on the CPU, and the norm of the rest.
     """
     total = torch.zeros(len(basis), dtype=torch.float64)
     before, norm = math.inf, float(vector.norm())
-    # This is repeated where much was taken out: what is left has the rounding of what was there.
+    # This is repeated where much was removed: the rest has the rounding of the whole vector.
     for _ in range(4):
         if norm > 0.5 * before or norm == 0:
             break
@@ -121,7 +122,7 @@ def _orthogonalise(vector: Tensor, basis: Tensor) -> tuple[Tensor, float]:
 
 
 def _ritz(projection: Tensor, filled: int, norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors of the projection, and their residuals."""
+    """Return eigenvalues and eigenvectors of the projection, and the residuals of the pairs."""
     upper = projection[:filled, :filled].triu()
     values, vectors = torch.linalg.eigh(upper + upper.triu(1).T)
     return values, vectors, norm * vectors[-1].abs()
