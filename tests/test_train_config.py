@@ -13,6 +13,7 @@ from train.settings.config import (
     SECTIONS,
     Config,
     describe_keys,
+    folders_and_flags,
     from_command_line,
     make_config,
     named_value,
@@ -195,12 +196,24 @@ def test_class_folders_are_known_by_their_name(tmp_path: Path) -> None:
         ({"opt_name": "sam", "perturbation": "group"}, "perturbation_group=0: allowed group with"),
         ({"opt_name": "sam", "perturbation_group": 2}, "perturbation=global with perturbation_gro"),
         ({"warmup_epochs": 3, "epochs": 3}, "warmup_epochs=3 of epochs=3 .*nearest 2"),
+        (
+            {"opt_name": "looksam", "when": "periodic:2"},
+            "when=periodic:2 with opt_name=looksam, whose k says in which steps .*allowed always",
+        ),
         ({"model": "tim:resnet18"}, "model=tim:resnet18 is not known: allowed .*timm:NAME"),
     ],
 )
 def test_keys_that_do_not_go_together(keys: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         Config(**keys)
+
+
+@pytest.mark.parametrize("given", ["--time=true", "--time true"])
+def test_folders_and_flags(given: str) -> None:
+    words = ["a", *given.split(), "--output_dir", "there", "b"]
+    folders, flags = folders_and_flags(words, {"time": "true", "output_dir": "DIR"})
+    assert folders == [Path("a"), Path("b")]
+    assert flags == {"time": "true", "output_dir": "there"}
 
 
 def test_a_preset_is_its_keys_and_what_follows_overrides_it() -> None:
@@ -242,7 +255,9 @@ def test_study_errors() -> None:
         study_configs({}, "s", {})
     with pytest.raises(ConfigError, match=r"unknown key 'rhoo' in run 1 of s\.yaml"):
         study_configs({"runs": [{"rhoo": 1}]}, "s", {})
-    with pytest.raises(ConfigError, match=r"two runs of the same name.*only in what is measured"):
+    with pytest.raises(
+        ConfigError, match=r"two runs of the same name.*only in keys that no weight"
+    ):
         study_configs({"runs": [{"statistics_every": 1}, {"statistics_every": 2}]}, "s", {})
     with pytest.raises(ConfigError, match=r"unknown key 'epochs' in s.yaml.*common"):
         study_configs({"runs": [{}], "epochs": 3}, "s", {})

@@ -385,6 +385,10 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert calls[4] == {"step": 7, "steps/loss": 0.6} and calls.count("finished") == 2
     assert summary == {"lambda_max": 3.0}
+    # A run that was ended within its first epoch goes on, too.
+    trackers.make_tracker(config, tmp_path, 0, 2).close()
+    trackers.make_tracker(config, tmp_path, 0, 0).close()
+    assert started[2]["id"] == first["id"] != started[3]["id"]
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

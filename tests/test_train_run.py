@@ -327,6 +327,10 @@ def test_last_batch_of_one_image_is_refused(tmp_path: Path) -> None:
     config = Config(dataset="digits", model="resnet_small", batch_size=27, output_dir=str(tmp_path))
     with pytest.raises(ConfigError, match="batch_size=27 leaves a last batch of one image"):
         run.Training(config)
+    # 13 = 3 * 4 + 1
+    config = dataclasses.replace(config, batch_size=3, train_samples=13)
+    with pytest.raises(ConfigError, match=r"batch_size=3 leaves .*nearest 5$"):
+        run.Training(config)
     # With one image there is no batch size that would do.
     config = dataclasses.replace(config, train_samples=1)
     with pytest.raises(ConfigError, match=r"train_samples=1 leaves 1 image.*allowed 0 .* 2$"):
@@ -350,3 +354,38 @@ def test_the_test_images_are_looked_at_once_for_the_same_weights(
     figures = run.run(small(tmp_path, "sgd", epochs=3, sharpness_samples=0), quiet())["figures"]
     assert figures["best_epoch"] == best and len(tested) == (1 if best == 3 else 2)
     assert (figures["last_test_accuracy"], figures["test_accuracy"]) == (tested[0], tested[-1])
+
+
+SETTINGS = {
+    "sharpness_samples": 100, "trace_vectors": 2, "density_steps": 0, "sharpness_batches": 0,
+    "sharpness_batch_size": 256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("images", [100, 200])
+def test_later_measurements_keep_the_earlier_ones(images: int) -> None:
+    earlier = {
+        "sharpness": 7.0, "eigenvalues": [[7.0]], "lambda_max": 5.0, "lambda_min": None,
+        "trace": 3.0, "trace_error": 1, "density": None,
+        "settings": {**SETTINGS, "sharpness_batches": 1},
+    }  # fmt: skip
+    found = {
+        **dict.fromkeys(earlier), "lambda_max": 5.5, "density": "new",
+        "settings": {
+            **SETTINGS, "sharpness_samples": images, "trace_vectors": 0, "density_steps": 9,
+        },
+    }  # fmt: skip
+    both = run._with_earlier(found, earlier, batches=False, samples=True)
+    assert (both["sharpness"], both["eigenvalues"]) == (7.0, [[7.0]])
+    assert (both["lambda_max"], both["density"]) == (5.5, "new")
+    settings = both["settings"]
+    assert (settings["sharpness_batches"], settings["density_steps"]) == (1, 9)
+    # The trace is that of other images, or is kept.
+    kept = (3.0, 2) if images == 100 else (None, 0)
+    assert (both["trace"], settings["trace_vectors"]) == kept
+
+    asked = {**SETTINGS, "sharpness_batches": 3, "sharpness_samples": 0, "trace_vectors": 0}
+    found = {**dict.fromkeys(earlier), "sharpness": 8.0, "settings": asked}
+    both = run._with_earlier(found, earlier, batches=True, samples=False)
+    assert (both["sharpness"], both["lambda_max"], both["trace"]) == (8.0, 5.0, 3.0)
+    assert both["settings"] == {**SETTINGS, "sharpness_batches": 3}

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,27 @@ def test_a_study_from_a_file_elsewhere(tmp_path: Path) -> None:
     assert "| SGD, wd 0.001 | 1 |" in text
 
 
+@pytest.mark.parametrize(
+    ("own", "flags", "number"),
+    [
+        # What a run does not use parts no runs.
+        ([{"opt_name": ["sgd", "sam"]}], {"rho": "0.1,0.2"}, 3),
+        ([{"seed": [0, 1]}], {"seed": "3"}, 1),
+        ([{"log_every": [1, 5]}], {}, None),
+        ([{}, {"sharpness_batches": 3}], {}, None),
+    ],
+)
+def test_runs_of_one_name_are_one_run(
+    own: list[dict[str, Any]], flags: dict[str, str], number: int | None
+) -> None:
+    configs = functools.partial(study.study_configs, {"runs": own}, "mine", flags)
+    if number is not None:
+        assert len(configs()[1]) == number
+        return
+    with pytest.raises(ConfigError, match="two runs of the same name"):
+        configs()
+
+
 # -- reports ---------------------------------------------------------------------------------------
 
 
@@ -397,6 +420,7 @@ def test_runs_that_did_not_learn_are_said(tmp_path: Path) -> None:
         "error": "not finite",
     }
     (folder / "diverged.json").write_text(json.dumps(lost))
+    shutil.copytree(folder, tmp_path / "copy" / folder.name)  # counts once, as finished runs do
     report.main([str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     rows = table_of(text, "Accuracy: CIFAR-100, ResNet-18")
@@ -451,7 +475,7 @@ def test_verdicts_rest_on_the_tests(
     rows = table_of(text, "The report's claims: CIFAR-100, ResNet-18")
     first = next(row for row in rows if row[0] == "1")
     assert first[1] == "SAM, rho 0.1 - SGD" and (first[3], first[-1]) == (str(seeds), said)
-    against = table_of(text, "Against SGD: CIFAR-100, ResNet-18")
+    against = table_of(text, "Against the base optimizer: CIFAR-100, ResNet-18")
     expected = {"confirmed": "more", "contradicted": "less"}.get(said, said)
     assert against[2][0] == "SAM, rho 0.1" and against[2][-1] == expected
 
@@ -480,7 +504,7 @@ def test_all_claims_have_their_tests(tmp_path: Path) -> None:
     for seed in (0, 1):
         for keys in (
             {"adaptive": True}, {"subset": "norm"}, {"norm": "tensor"}, {"when": "periodic:5"},
-            {"scaling": "tensor"}, {"base": "adamw"},
+            {"scaling": "tensor"}, {"base": "adamw"}, {"sparsity": 0.5}, {"rho_end": 0.5},
         ):  # fmt: skip
             write_run(tmp_path, 0.3, 900.0, opt_name="sam", rho=0.1, seed=seed, **keys)
     report.main([str(tmp_path)])
@@ -493,7 +517,23 @@ def test_all_claims_have_their_tests(tmp_path: Path) -> None:
     report.main([str(tmp_path)])
     text = (tmp_path / "report.md").read_text()
     assert not any("wd 0.0005" in row[0] for row in table_of(
-        text, "Against SGD: CIFAR-100, ResNet-18"))  # fmt: skip
+        text, "Against the base optimizer: CIFAR-100, ResNet-18"))  # fmt: skip
+
+
+def test_each_optimizer_is_compared_with_its_own_base(tmp_path: Path) -> None:
+    for seed, wobble in enumerate((0.0, 0.01, 0.03)):
+        write_run(tmp_path, 0.5 + wobble, seed=seed, lr=0.01)
+        write_run(tmp_path, 0.6 + 2 * wobble, opt_name="adamw", seed=seed, lr=0.01)
+        write_run(tmp_path, 0.7, opt_name="sam", rho=0.1, seed=seed, lr=0.01)
+        write_run(tmp_path, 0.8, opt_name="sam", rho=0.1, base="adamw", seed=seed, lr=0.01)
+    report.main([str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    rows = table_of(text, "Against the base optimizer: CIFAR-100, ResNet-18")[2:]
+    assert {tuple(row[:2]): row[2].partition(" ")[0] for row in rows} == {
+        ("AdamW", "SGD"): "+11.33",
+        ("SAM, rho 0.1", "SGD"): "+18.67",
+        ("SAM, rho 0.1, adamw", "AdamW"): "+17.33",
+    }
 
 
 # -- plots -----------------------------------------------------------------------------------------

@@ -169,3 +169,10 @@ def test_command_line_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(Exception, match="measure again"):
         worth.main([str(tmp_path)])
     assert worth.main(["--help"]) == 0 and "Seconds are steps times" in capsys.readouterr().out
+
+
+def test_times_belong_to_the_network_as_it_ran(tmp_path: Path) -> None:
+    for keys in ({}, {"precision": "bf16"}, {"channels_last": True}, {"compile": True}):
+        write_run(tmp_path, 0.7, 0.8, **keys)
+    groups = list(groups_of(tmp_path).values())
+    assert len({worth._key(group) for group in groups}) == len(groups) == 4

@@ -31,6 +31,7 @@ from train.shared.errors import (
 )
 
 STUDIES = Path(__file__).parent / "studies"
+UNWEIGHED = [name for name, field in FIELDS.items() if field.metadata["effect"] != "training"]
 
 USAGE = """\
 python -m train.study NAME [--KEY=VALUE[,VALUE ...] ...] [--shard=I/N]
@@ -63,7 +64,8 @@ def study_configs(
         name: the name of a file of STUDIES, or a path; its last part names the study.
 
     Raises:
-        ConfigError: a key or value is wrong, or two runs differ only in what is measured.
+        ConfigError: a key or value is wrong, or two runs differ only in keys that no weight
+            depends on.
     """
     name = Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     check_keys(flags, "the command line")
@@ -97,10 +99,10 @@ def study_configs(
             config = replace(config, output_dir=place, resume=not config.overwrite)
             # A flag may make several runs the same, as --rho=0.1 does where the study varies rho.
             same = configs.setdefault(place, config)
-            if same.measures != config.measures:
+            if any(getattr(same, key) != getattr(config, key) for key in UNWEIGHED):
                 raise ConfigError(
                     f"{name}.yaml has two runs of the same name, {config.full_name}, that differ "
-                    "only in what is measured or logged: leave one out"
+                    "only in keys that no weight depends on: leave one out"
                 )
     return folder, list(configs.values())
 
@@ -177,7 +179,7 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             if not config.overwrite and done is None and (said := diverged_before(config)):
                 raise DriverError(f"diverged already ({said}): --overwrite tries again")
-            left = time_left(spent, mine[number:])
+            left = time_left(spent, [c for c in mine[number:] if c in waiting or c is config])
             about = "" if left is None else f"  (about {duration(left)} left)"
             console.print(f"{label}{about}", markup=False, soft_wrap=True)
             begun = time.perf_counter()

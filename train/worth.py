@@ -90,11 +90,12 @@ def gradients(group: Group) -> float:
 
 
 def _key(group: Group) -> str:
-    """Return the key of a group's step times: data set, model, batch size and run_name without rho,
-    on which they do not depend."""
+    """Return the key of a group's step times: data set, network and how it runs, batch size, and
+    run_name without rho, on which they do not depend."""
     config = group.config
     name = config.run_name.replace(f"-rho{config.rho:g}", "", 1)
-    return f"{config.dataset}-{config.model}-batch{config.batch_size}-{name}"
+    network = config.model + config.departures("network", ("model",))
+    return f"{config.dataset}-{network}-batch{config.batch_size}-{name}"
 
 
 def seconds(group: Group, steps: Mapping[str, Mapping[str, float]]) -> float | None:
@@ -114,7 +115,7 @@ def seconds(group: Group, steps: Mapping[str, Mapping[str, float]]) -> float | N
 def time_steps(groups: Sequence[Group], data_root: str = "") -> dict[str, dict[str, float]]:
     """Return the median times, in ms, of steps with one and with two passes, by _key.
 
-    On a CPU, this is the processor time of all threads, which other processes hardly change.
+    On a CPU and with one thread, this is processor time, which other processes hardly change.
     """
     trainings: dict[str, tuple[Training, dict[str, list[float]]]] = {}
     for group in groups:
@@ -142,8 +143,10 @@ def _take_steps(training: Any, number: int, times: dict[str, list[float]]) -> No
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             return time.perf_counter()
-        return time.process_time()
+        # The processor time of several threads would be their sum.
+        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
+    training.set_machine()  # as this training wants it: several take turns
     training.model.train()
     batches = train_batches(training.dataset, config.batch_size, config.seed, number + 1)
     for _, (images, labels) in zip(range(STEPS_EACH), batches, strict=False):

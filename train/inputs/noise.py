@@ -105,12 +105,12 @@ def read_labels(path: Path, count: int, num_classes: int) -> Tensor:
     except (OSError, ValueError) as error:
         raise DataError(
             f"label_noise_file={path} cannot be read ({' '.join(str(error).split())}): give a .npy "
-            "file or text, with one whole number for each training image"
+            "file or text, with one whole number for each image"
         ) from None
     if labels.shape != (count,):
         raise DataError(
             f"label_noise_file={path} has labels of shape {labels.shape}: there are {count} "
-            f"training images, validation images included; allowed is ({count},)"
+            f"images in the files that training images come from; allowed is ({count},)"
         )
     if not 0 <= labels.min() <= labels.max() < num_classes:
         raise DataError(

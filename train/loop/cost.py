@@ -109,10 +109,10 @@ def estimate(configs: Sequence[Config]) -> Cost:
     total = Cost()
     parts: dict[object, tuple[int, Dataset]] = {}  # the number of images, and a few of them
     speeds: dict[object, float] = {}
+    usual_threads = torch.get_num_threads()
     for config in configs:
-        device = pick_device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        device, threads = pick_device(config.device), config.threads or usual_threads
+        torch.set_num_threads(threads)
         files = (config.dataset, config.data_root, config.image_size, config.train_samples)
         if files not in parts:
             plain = dataclasses.replace(config, label_noise=0.0, label_noise_file="")
@@ -121,11 +121,13 @@ def estimate(configs: Sequence[Config]) -> Cost:
             parts[files] = len(dataset.train), few
         count, few = parts[files]
         shape = few.train.images.shape[1:]
-        kind = (config.model, shape, config.precision, config.channels_last, config.batch_size)
+        machine = device, threads, config.precision, config.channels_last
+        kind = (config.model, shape, config.batch_size, *machine)
         if kind not in speeds:
             speeds[kind] = seconds_per_image(config, few, device)
         training, sharpness = evaluations(config, count)
         total += Cost(training, sharpness, (training + sharpness) * speeds[kind])
+    torch.set_num_threads(usual_threads)
     return total
 
 

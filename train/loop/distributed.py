@@ -143,12 +143,22 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with batch norm over all processes, and the same parameters and names."""
+    """Return the model with batch norm over all processes, and the same parameters and names.
+
+    Raises:
+        ConfigError: batch norm of this kind cannot be synchronised on a CPU.
+    """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = CpuSyncBatchNorm
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"the model has a {type(module).__name__}, and on CPUs only BatchNorm2d itself is "
+                "synchronised over processes: train in one process, or on GPUs, or with "
+                "perturbation=local"
+            )
     return model
 
 

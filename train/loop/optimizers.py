@@ -80,7 +80,10 @@ def build_optimizer(
     if not options.get("max_norm", 1):
         del options["max_norm"]
     if row.step == "hessian":
-        return row.make(given, seed=config.seed, **options)
+        try:
+            return row.make(given, seed=config.seed, **options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"opt_name={config.opt_name}: {error}") from None
     options |= _axes(config, norms, steps)
     if config.rho_end < 1:
         options["rho"] = samkernels.ProportionScheduler(

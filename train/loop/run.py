@@ -215,9 +215,7 @@ class Training:
                 "over processes has no second derivatives; allowed one process, without torchrun"
             )
         self.device = pick_device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        set_numerics(config.precision)
+        self.set_machine()
         # The writer loads first: it may have to download what the others find then.
         if processes.writes:
             self.dataset = load_dataset(config, self.device)
@@ -609,6 +607,12 @@ class Training:
                 "GPU; allowed here is false"
             )
 
+    def set_machine(self) -> None:
+        """Set for the whole process the threads and the numerics that this run wants."""
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        set_numerics(self.config.precision)
+
     def _check_batches(self) -> None:
         size, world = self.config.batch_size, self.processes.world
         count = len(self.dataset.train)
@@ -617,14 +621,18 @@ class Training:
                 f"train_samples={self.config.train_samples} leaves {count} image(s) to train with: "
                 f"allowed 0 (all) and at least {max(2, world)}"
             )
-        rest = count % size or min(size, count)
-        # Batch normalisation needs two images, and every process needs one.
-        if rest < max(2, world):
+        least_rest = max(2, world)  # batch normalisation needs two images, and every process one
+
+        def rest_of(size: int) -> int:
+            return count % size or min(size, count)
+
+        if (rest := rest_of(size)) < least_rest:
             least = "one image" if rest == 1 else f"{rest} images"
+            others = (s for s in range(1, count + 1) if rest_of(s) >= least_rest)
             raise ConfigError(
                 f"batch_size={size} leaves a last batch of {least}, which batch normalisation and "
                 f"{world} process(es) cannot take: allowed is what divides {count} with rest 0 or "
-                f"at least {max(2, world)}; nearest {size + 1}"
+                f"at least {least_rest}; nearest {min(others, key=lambda s: abs(s - size))}"
             )
 
     def _look_at_losses(self, losses: list[Tensor], epoch: int, before: int) -> None:
@@ -1070,13 +1078,19 @@ def _with_earlier(
     found: dict[str, Any], earlier: dict[str, Any] | None, batches: bool, samples: bool
 ) -> dict[str, Any]:
     """Return the new measurements, and the earlier ones of what was not measured now."""
-    if earlier is None or (batches and samples):
+    if earlier is None:
         return found
-    for name, value in earlier.items():
-        if name != "settings" and (samples if name not in OF_SAMPLES else batches):
-            found[name] = value
-    for name, value in earlier["settings"].items():
-        of_batches = name in ("sharpness_batches", "sharpness_batch_size")
-        if of_batches != batches:
-            found["settings"][name] = value
+    before, now = earlier["settings"], found["settings"]
+    kept = set()
+    if not batches:
+        kept |= {"sharpness_batches", "sharpness_batch_size"}
+        found |= {k: v for k, v in earlier.items() if k != "settings" and k not in OF_SAMPLES}
+    if not samples:
+        kept |= {"sharpness_samples", "trace_vectors", "density_steps"}
+        found |= {name: earlier.get(name) for name in OF_SAMPLES}
+    elif before.get("sharpness_samples") == now["sharpness_samples"]:
+        # What is asked for now may be one of the figures of the same images, and not the others.
+        kept |= {name for name in ("trace_vectors", "density_steps") if not now[name]}
+        found |= {name: earlier.get(name) for name in OF_SAMPLES if found[name] is None}
+    now |= {name: value for name, value in before.items() if name in kept}
     return found

@@ -89,7 +89,7 @@ class MetricsFile:
 class TensorBoard:
     """Event files in the run's folder tensorboard/: losses over steps, the rest over epochs."""
 
-    def __init__(self, config: Config, folder: Path, epoch: int) -> None:
+    def __init__(self, config: Config, folder: Path, epoch: int, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._config, self._epoch = config, epoch
@@ -139,14 +139,14 @@ class TensorBoard:
 class WandB:
     """A run of the project `project_name`, in the run's folder wandb/; WANDB_MODE is obeyed."""
 
-    def __init__(self, config: Config, folder: Path, epoch: int) -> None:
+    def __init__(self, config: Config, folder: Path, epoch: int, step: int) -> None:
         import wandb
 
         self._wandb = wandb
         # A resumed run has the same id again, so that its curves go on.
         name = folder / "wandb" / "id"
         name.parent.mkdir(parents=True, exist_ok=True)
-        if epoch == 0 or not name.exists():
+        if step == 0 or not name.exists():
             name.write_text(uuid.uuid4().hex[:8])
         self._run = wandb.init(
             project=config.project_name,
@@ -220,7 +220,7 @@ def make_tracker(config: Config, folder: Path, epoch: int, step: int) -> Tracker
     if config.framework_name == "none":
         return file
     try:
-        return Several([file, TRACKERS[config.framework_name](config, folder, epoch)])
+        return Several([file, TRACKERS[config.framework_name](config, folder, epoch, step)])
     except ImportError as error:
         raise ConfigError(
             f"framework_name={config.framework_name} needs its package ({error}): pip install -e "

@@ -190,16 +190,17 @@ def against_sgd_table(groups: Sequence[Group]) -> list[list[str]]:
             continue
         comparison = paired(group.by_seed("test_accuracy"), sgd.by_seed("test_accuracy"))
         if comparison is not None:
-            found.append((group.label, comparison))
-    adjusted = holm([comparison.p for _, comparison in found])
+            found.append((group.label, sgd.optimizer, comparison))
+    adjusted = holm([comparison.p for _, _, comparison in found])
     rows = [
         [
             label,
+            other,
             interval(comparison),
             str(comparison.number),
             p_in_words(p),
             verdict(comparison, p, 0),
         ]
-        for (label, comparison), p in zip(found, adjusted, strict=True)
+        for (label, other, comparison), p in zip(found, adjusted, strict=True)
     ]
-    return [["optimizer", "points more than SGD", "n", "p", "verdict"], *rows] if rows else []
+    return [["optimizer", "than", "points more", "n", "p", "verdict"], *rows] if rows else []

@@ -19,10 +19,14 @@ TITLES = {name: entry.title for name, entry in {**OPTIMIZERS, **MODELS, **DATASE
 TESTED_ON = {"cifar100": (100, 10_000), "digits": (10, 500)}
 # Up to rounding, no figure but the times depends on these keys.
 ROUNDING = ("backend", "channels_last", "compile", "cuda_graph")
-# The optimizers have these options, none of which the report uses.
-OPTIONS = (
-    "base", "adaptive", "scaling", "eta", "subset", "norm", "when", "granularity", "perturbation",
-)  # fmt: skip
+# What the report varies or sets of an optimizer, or what no figure depends on; it uses none of the
+# other options.
+OF_THE_REPORT = ("opt_name", "rho", "k", "backend", "lr", "momentum", "wd", "nesterov")
+OPTIONS = tuple(
+    name
+    for name, field_of_config in FIELDS.items()
+    if field_of_config.metadata["section"] == "optimizer" and name not in OF_THE_REPORT
+)
 CONFIDENCE = 0.95
 ALL_RUNS = "runs.jsonl"
 
@@ -99,7 +103,7 @@ class Group:
     def task_name(self) -> str:
         """Return the task as a part of a file name."""
         config = self.config
-        parts = [config.dataset, config.model]
+        parts = [config.dataset, named_value("model", config.model)]
         for name, value in self.task.items():
             if name not in ("dataset", "model") and value != FIELDS[name].default:
                 parts.append(named_value(name, value))
@@ -238,7 +242,7 @@ def grouped(runs: Iterable[dict[str, Any]]) -> tuple[list[Group], list[str]]:
     """Group runs by all keys of the recipe but the seed, and label the groups. Return the groups,
     sorted by data set, model, optimizer and rho, and in words what was left out.
 
-    A finished run that is in two folders counts once.
+    A run that is in two folders counts once.
     """
     groups: dict[str, Group] = {}
     left_out = []
@@ -249,7 +253,8 @@ def grouped(runs: Iterable[dict[str, Any]]) -> tuple[list[Group], list[str]]:
         seed = config.seed
         same = [other for other in group.runs if other["config"]["seed"] == seed]
         if "error" in run:
-            group.diverged += [run] if not same else []
+            is_known = seed in (other["config"]["seed"] for other in group.diverged)
+            group.diverged += [] if same or is_known else [run]
         elif not same:
             group.runs.append(run)
             group.diverged = [d for d in group.diverged if d["config"]["seed"] != seed]
@@ -302,9 +307,10 @@ def _label(groups: Sequence[Group]) -> None:
             parts.append(f"rho {group.config.rho:g}")
         for name in differing:
             value = group.recipe.get(name, group.config.usual(name))
-            # Numbers stand in every label, switches and choices where they are not the default.
+            # Numbers stand in every label; switches, choices and numbers that switch something on
+            # where they are not the default.
             is_number = FIELDS[name].type in (int, float) and name in group.recipe
-            if is_number or value != group.config.usual(name):
+            if (is_number and name not in OPTIONS) or value != group.config.usual(name):
                 parts.append(in_words(name, value))
         group.label = ", ".join(parts)
 

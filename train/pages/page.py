@@ -259,14 +259,15 @@ def _csv(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run without output_dir, and with the last part of data_root only, by which class
-    folders are known."""
+    """Return a run without output_dir, and with the last part of data_root, by which class folders
+    are known, and of label_noise_file."""
     kept = dict(run)
     for name in ("config", "settings"):
         if name in run:
             kept[name] = {k: v for k, v in run[name].items() if k != "output_dir"}
-            if "data_root" in kept[name]:
-                kept[name]["data_root"] = Path(kept[name]["data_root"]).name
+            for place in ("data_root", "label_noise_file"):
+                if place in kept[name]:
+                    kept[name][place] = Path(kept[name][place]).name
     return kept
 
 
@@ -326,7 +327,7 @@ def write_report(
         add(f"Accuracy: {name}", accuracy_table(members))
         add(f"Sharpness: {name}", sharpness_table(members))
         add(f"Time: {name}", cost_table(members))
-        add(f"Against SGD: {name}", claims.against_sgd_table(members))
+        add(f"Against the base optimizer: {name}", claims.against_sgd_table(members))
         tested = claims.claims_table(members)
         add(f"The report's claims: {name}", tested)
         is_tested = is_tested or bool(tested)

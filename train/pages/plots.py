@@ -329,7 +329,6 @@ def plot_against_rho(
             _plain_numbers(axes.yaxis)
         if is_log:
             axes.set_xscale("log")
-            axes.set_xticks([], minor=True)
         axes.set_xticks(sorted(marks), [f"{rho:g}" for rho in sorted(marks)])
         axes.set_xticks([], minor=True)
     panels[0].set_ylabel(label)

@@ -428,6 +428,12 @@ class Config:
                 f"base={self.base} with opt_name={self.opt_name}, which has no base: allowed sgd; "
                 f"opt_name={self.base} is {self.base} by itself"
             )
+        if OPTIMIZERS[self.opt_name].every and self.policy:
+            raise ConfigError(
+                f"when={self.when} with opt_name={self.opt_name}, whose "
+                f"{OPTIMIZERS[self.opt_name].every} says in which steps there is a second pass: "
+                "allowed always"
+            )
         if (self.perturbation == "group") != (self.perturbation_group > 0):
             raise ConfigError(
                 f"perturbation={self.perturbation} with perturbation_group="
@@ -526,20 +532,20 @@ class Config:
     def run_name(self) -> str:
         """Return a run's label: the optimizer, rho, and the values that are not the defaults."""
         rho = f"-rho{self.rho:g}" if self.uses("rho") else ""
-        return self.opt_name + rho + self._departures("optimizer", ("opt_name", "rho"))
+        return self.opt_name + rho + self.departures("optimizer", ("opt_name", "rho"))
 
     @property
     def full_name(self) -> str:
         """Return the run's name among all others: data set, model, run_name, the rest, seed."""
         rest = (section for section in SECTIONS if section != "optimizer")
         left_out = ("dataset", "model", "seed")
-        departures = "".join(self._departures(section, left_out) for section in rest)
+        departures = "".join(self.departures(section, left_out) for section in rest)
         name = f"{self.dataset}-{named_value('model', self.model)}-{self.run_name}{departures}"
         if len(name) > 200:  # a file name has 255 bytes
             name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         return f"{name}-seed{self.seed}"
 
-    def _departures(self, section: str, without: Sequence[str]) -> str:
+    def departures(self, section: str, without: Sequence[str]) -> str:
         """Return the keys of the section whose values are not the defaults, as a part of a name."""
         found = ""
         for name, value in self.recipe.items():
@@ -783,8 +789,17 @@ def folders_and_flags(
     Raises:
         ConfigError: another flag is among the arguments.
     """
-    folders = [Path(word) for word in arguments if not word.startswith("--")]
-    flags = parse_flags([word for word in arguments if word.startswith("--")])
+    words, of_flags = list(arguments), []
+    folders = []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            folders.append(Path(word))
+            continue
+        of_flags.append(word)
+        if "=" not in word and words and not words[0].startswith("--"):
+            of_flags.append(words.pop(0))
+    flags = parse_flags(of_flags)
     if unknown := [name for name in flags if name not in allowed]:
         known = ", ".join(f"--{name}={value}" for name, value in allowed.items())
         raise ConfigError(f"unknown flag --{unknown[0]}: allowed {known}")
