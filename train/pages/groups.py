@@ -232,9 +232,7 @@ def _load(path: Path) -> dict[str, Any] | None:
                 f"'{beside}' cannot be read ({error}): run train.sharpness on best.pt again"
             ) from None
     if run["eigenvalues"]:
-        pooled = [value for values in run["eigenvalues"] for value in values]
-        run["figures"]["largest_eigenvalue"] = max(pooled)
-        run["figures"]["negative_share"] = sum(value < 0 for value in pooled) / len(pooled)
+        run["figures"] |= results.of_all_batches(run["eigenvalues"])
     return run
 
 

@@ -122,6 +122,15 @@ def _read(path: Path, outcome: str, what: str, cure: str) -> dict[str, Any]:
     return content
 
 
+def of_all_batches(eigenvalues: Iterable[Iterable[float]]) -> dict[str, float]:
+    """Return the largest of the eigenvalues of all batches, and the share of negative ones."""
+    pooled = [value for values in eigenvalues for value in values]
+    return {
+        "largest_eigenvalue": max(pooled),
+        "negative_share": sum(value < 0 for value in pooled) / len(pooled),
+    }
+
+
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, atomically."""
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -20,6 +20,7 @@ from train.inputs.data import Dataset, plain_batches, train_batches
 from train.settings.config import Config
 from train.shared.errors import ConfigError
 from train.shared.progress import WorkProgress
+from train.shared.results import of_all_batches
 from train.spectrum.hessian import Batch, Hessian
 from train.spectrum.lanczos import extreme_eigenvalues
 
@@ -142,9 +143,7 @@ def measure(model: nn.Module, dataset: Dataset, config: Config, console: Console
         if config.sharpness_batches:
             found["eigenvalues"] = _batch_eigenvalues(model, dataset, config, console)
             found["sharpness"] = report_sharpness(found["eigenvalues"])
-            pooled = [value for values in found["eigenvalues"] for value in values]
-            found["largest_eigenvalue"] = max(pooled)
-            found["negative_share"] = sum(value < 0 for value in pooled) / len(pooled)
+            found |= of_all_batches(found["eigenvalues"])
         if config.sharpness_samples:
             found |= _fixed_set(model, dataset, config, console)
     return {**found, "settings": {name: getattr(config, name) for name in SETTINGS}}
