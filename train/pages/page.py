@@ -247,6 +247,13 @@ def print_summary(console: Console, runs: Sequence[Mapping[str, Any]]) -> None:
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
+    notes = []
+    if any(run["verification"] for group in groups for run in group.runs):
+        notes.append("deviation: of the weights from the reference backend's, in the first steps.")
+    if any(len(group.runs) == 1 for group in groups):
+        notes.append("One seed decides nothing: a point or two of accuracy may be chance.")
+    for note in notes:
+        console.print(note)
 
 
 # -- the report ------------------------------------------------------------------------------------
