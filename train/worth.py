@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from train.inputs.data import train_batches
-from train.loop.cost import passes
+from train.loop.cost import evaluations, passes
 from train.loop.run import Training
 from train.pages.claims import LEVEL, interval, p_in_words, verdict
 from train.pages.groups import Comparison, Group, grouped, holm, in_words, load_runs, paired, tasks
@@ -80,13 +80,13 @@ def short_labels(members: Sequence[Group], with_rho: bool = True) -> list[str]:
 def planned(group: Group) -> tuple[int, float]:
     """Return the number of steps of a run, and the gradients that a step takes on average."""
     config, images = group.config, group.runs[0]["images"]["train"]
-    steps = config.epochs * math.ceil(images / config.batch_size)
+    steps = config.epochs * config.steps_per_epoch(images)
     return steps, passes(config, steps)
 
 
 def gradients(group: Group) -> float:
     """Return the gradient evaluations of one image that a run takes."""
-    return planned(group)[1] * group.config.epochs * float(group.runs[0]["images"]["train"])
+    return evaluations(group.config, group.runs[0]["images"]["train"])[0]
 
 
 def _key(group: Group) -> str:

@@ -1,7 +1,6 @@
 """Say what runs will cost before they start: gradient evaluations, and time by measured steps."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 
@@ -53,7 +52,7 @@ def passes(config: Config, steps: int) -> float:
 def evaluations(config: Config, train_images: int) -> tuple[float, float]:
     """Return the gradient evaluations of one image that training takes, and an estimate of those
     that the sharpness takes."""
-    steps = config.epochs * math.ceil(train_images / config.batch_size)
+    steps = config.epochs * config.steps_per_epoch(train_images)
     training = float(passes(config, steps) * config.epochs * train_images)
     fixed = min(config.sharpness_samples, train_images)
     products = config.sharpness_batches * config.sharpness_batch_size * PRODUCTS["batch"]

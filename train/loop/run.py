@@ -242,7 +242,7 @@ class Training:
         if config.compile:
             self.network = torch.compile(network)
         norms = names_of_norms(self.model) if config.subset == "norm" else frozenset()
-        self.steps_per_epoch = math.ceil(len(self.dataset.train) / config.batch_size)
+        self.steps_per_epoch = config.steps_per_epoch(len(self.dataset.train))
         make_optimizer = functools.partial(
             build_optimizer, config=config, norms=norms, steps=config.epochs * self.steps_per_epoch
         )

@@ -516,6 +516,10 @@ class Config:
             )
         return name, *numbers
 
+    def steps_per_epoch(self, images: int) -> int:
+        """Return the number of batches of so many training images; the last may be smaller."""
+        return math.ceil(images / self.batch_size)
+
     @property
     def passes(self) -> float:
         """Return the average number of gradients of the model's loss that a step takes; for
