@@ -92,6 +92,14 @@ bool Read(const dlpack::ExchangeApi* api, py::handle tensor, View* view) {
   return true;
 }
 
+// Reads an attribute of a tensor without the way through its type, which takes as long again.
+py::object Get(const py::object& descriptor, py::handle tensor) {
+  PyObject* const of = descriptor.ptr();
+  PyObject* const value = Py_TYPE(of)->tp_descr_get(of, tensor.ptr(), nullptr);
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
 // Collects the addresses of tensors that are laid out as those of another list.
 class AlikeReader {
  public:
@@ -205,9 +213,13 @@ TensorList::TensorList(const py::list& tensors, bool use_exchange_api) {
                                        ? ExchangeApiOf(py::type::handle_of(tensors[0]))
                                        : nullptr;
   for (const py::handle tensor : tensors) {
+    if (api == nullptr) {
+      list.AddThroughPython(tensor);
+      continue;
+    }
     View view;
-    if (api != nullptr && !Read(api, tensor, &view)) throw py::error_already_set();
-    api == nullptr ? list.AddThroughPython(tensor) : list.Add(view);
+    if (!Read(api, tensor, &view)) throw py::error_already_set();
+    list.Add(view);
   }
   addresses_ = std::move(list.addresses);
   layout_ = std::move(list.layout);
@@ -268,14 +280,6 @@ void TensorList::RequireDisjoint(const char* name) const {
     }
   }
   is_disjoint_ = true;
-}
-
-// Reads an attribute of a tensor without the way through its type, which takes as long again.
-static py::object Get(const py::object& descriptor, py::handle tensor) {
-  PyObject* const of = descriptor.ptr();
-  PyObject* const value = Py_TYPE(of)->tp_descr_get(of, tensor.ptr(), nullptr);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
 }
 
 TensorReader::TensorReader(py::type tensor, py::type parameter)

@@ -54,8 +54,7 @@ class TensorList {
   const std::vector<int64_t>& numel() const { return layout_->numel; }
   const std::shared_ptr<const Layout>& layout() const { return layout_; }
 
-  // Returns the dtype of all tensors. Throws TypeError if they differ or the core has no kernels
-  // for it.
+  // Returns the dtype of all tensors. Throws TypeError if they differ or there are no kernels.
   DType dtype() const;
 
   // Says whether tensor i of both lists has the same dtype, device, shape and order in memory. Such

@@ -100,11 +100,12 @@ def plot(curves: Sequence[dict[str, Any]]) -> Figure:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, draw, and return the exit code of the process."""
-    paths = [Path(word) for word in arguments if not word.startswith("-")]
-    if not paths or "--help" in arguments:
+    if not arguments or arguments[0].startswith("-") or "--help" in arguments:
         print(USAGE)
         return 0 if "--help" in arguments else 2
-    flags: dict[str, Any] = dict(parse_flags([w for w in arguments if w.startswith("-")]))
+    words: list[str] = []
+    flags: dict[str, Any] = dict(parse_flags(arguments, words))
+    paths = list(map(Path, words))
     own: dict[str, Any] = {}
     for name, default in OWN.items():
         given = flags.pop(name, default)

@@ -31,7 +31,9 @@ from train.shared.errors import (
 )
 
 STUDIES = Path(__file__).parent / "studies"
-UNWEIGHED = [name for name, field in FIELDS.items() if field.metadata["effect"] != "training"]
+BESIDE_THE_RECIPE = [
+    name for name, field in FIELDS.items() if field.metadata["effect"] != "training"
+]
 
 USAGE = """\
 python -m train.study NAME [--KEY=VALUE[,VALUE ...] ...] [--shard=I/N]
@@ -99,7 +101,7 @@ def study_configs(
             config = replace(config, output_dir=place, resume=not config.overwrite)
             # A flag may make several runs the same, as --rho=0.1 does where the study varies rho.
             same = configs.setdefault(place, config)
-            if any(getattr(same, key) != getattr(config, key) for key in UNWEIGHED):
+            if any(getattr(same, key) != getattr(config, key) for key in BESIDE_THE_RECIPE):
                 raise ConfigError(
                     f"{name}.yaml has two runs of the same name, {config.full_name}, that differ "
                     "only in keys that no weight depends on: leave one out"

@@ -25,6 +25,7 @@ from train.pages.tables import markdown
 from train.settings.config import FIELDS, folders_and_flags
 from train.settings.registry import OPTIMIZERS
 from train.shared import results
+from train.shared.devices import set_numerics
 from train.shared.errors import CheckpointError, ConfigError, guarded
 
 USAGE = """\
@@ -146,7 +147,7 @@ def _take_steps(training: Any, number: int, times: dict[str, list[float]]) -> No
         # The processor time of several threads would be their sum.
         return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
-    training.set_machine()  # as this training wants it: several take turns
+    set_numerics(config.precision, config.threads)  # of the process: several trainings take turns
     training.model.train()
     batches = train_batches(training.dataset, config.batch_size, config.seed, number + 1)
     for _, (images, labels) in zip(range(STEPS_EACH), batches, strict=False):

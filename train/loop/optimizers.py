@@ -80,23 +80,15 @@ def build_optimizer(
     if not options.get("max_norm", 1):
         del options["max_norm"]
     if row.step == "hessian":
-        try:
-            return row.make(given, seed=config.seed, **options)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"opt_name={config.opt_name}: {error}") from None
-    options |= _axes(config, norms, steps)
-    if config.rho_end < 1:
-        options["rho"] = samkernels.ProportionScheduler(
-            max_lr=config.lr, max_value=config.rho, min_value=config.rho * config.rho_end
-        )
-    if config.sparsity:
-        options["mask"] = _masks([p[1] if isinstance(p, tuple) else p for p in given], config)
-    if row.step == "two passes":
-        options["perturbation"] = config.perturbation
-    if config.perturbation == "group":
-        options["process_group"] = own_group(config.perturbation_group)
+        options["seed"] = config.seed
+    else:
+        options |= {"base_optimizer": base, **_axes(config, norms, steps)}
+        if config.sparsity:
+            options["mask"] = _masks([p[1] if isinstance(p, tuple) else p for p in given], config)
+        if row.step == "two passes":
+            options["perturbation"] = config.perturbation
     try:
-        return row.make(given, base, **options)
+        return row.make(given, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"opt_name={config.opt_name}: {error}") from None
 
@@ -129,6 +121,12 @@ def _axes(config: Config, norms: Container[str], steps: int) -> dict[str, Any]:
             "norm": lambda l1, l2: samkernels.GradientNormPolicy(l1, l2, steps),
         }
         axes["when"] = policies[name](*numbers)
+    if config.rho_end < 1:
+        axes["rho"] = samkernels.ProportionScheduler(
+            max_lr=config.lr, max_value=config.rho, min_value=config.rho * config.rho_end
+        )
+    if config.perturbation == "group":
+        axes["process_group"] = own_group(config.perturbation_group)
     return axes
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from train.inputs.data import Dataset, load_dataset
@@ -33,9 +32,7 @@ def restored(
         (str(path), {**known_keys(checkpoint["config"]), **own}), ("", here), ("", flags)
     )
     device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    set_numerics()
+    set_numerics(threads=config.threads)
     # The noise of the labels does not depend on the seed, which may be another one here.
     dataset = load_dataset(config, device)
     model = build_model(config.model, dataset.train.images.shape[1:], dataset.num_classes)

@@ -215,7 +215,7 @@ class Training:
                 "over processes has no second derivatives; allowed one process, without torchrun"
             )
         self.device = pick_device(config.device)
-        self.set_machine()
+        set_numerics(config.precision, config.threads)
         # The writer loads first: it may have to download what the others find then.
         if processes.writes:
             self.dataset = load_dataset(config, self.device)
@@ -606,12 +606,6 @@ class Training:
                 f"cuda_graph=true does not go with {why}: it records the step of one process on a "
                 "GPU; allowed here is false"
             )
-
-    def set_machine(self) -> None:
-        """Set for the whole process the threads and the numerics that this run wants."""
-        if self.config.threads:
-            torch.set_num_threads(self.config.threads)
-        set_numerics(self.config.precision)
 
     def _check_batches(self) -> None:
         size, world = self.config.batch_size, self.processes.world

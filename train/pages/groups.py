@@ -24,8 +24,8 @@ ROUNDING = ("backend", "channels_last", "compile", "cuda_graph")
 OF_THE_REPORT = ("opt_name", "rho", "k", "backend", "lr", "momentum", "wd", "nesterov")
 OPTIONS = tuple(
     name
-    for name, field_of_config in FIELDS.items()
-    if field_of_config.metadata["section"] == "optimizer" and name not in OF_THE_REPORT
+    for name, key in FIELDS.items()
+    if key.metadata["section"] == "optimizer" and name not in OF_THE_REPORT
 )
 CONFIDENCE = 0.95
 ALL_RUNS = "runs.jsonl"

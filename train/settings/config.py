@@ -793,39 +793,36 @@ def folders_and_flags(
     Raises:
         ConfigError: another flag is among the arguments.
     """
-    words, of_flags = list(arguments), []
-    folders = []
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            folders.append(Path(word))
-            continue
-        of_flags.append(word)
-        if "=" not in word and words and not words[0].startswith("--"):
-            of_flags.append(words.pop(0))
-    flags = parse_flags(of_flags)
+    words: list[str] = []
+    flags = parse_flags(arguments, words)
     if unknown := [name for name in flags if name not in allowed]:
         known = ", ".join(f"--{name}={value}" for name, value in allowed.items())
         raise ConfigError(f"unknown flag --{unknown[0]}: allowed {known}")
-    return folders, flags
+    return list(map(Path, words)), flags
 
 
-def parse_flags(arguments: Sequence[str]) -> dict[str, str]:
+def parse_flags(arguments: Sequence[str], words: list[str] | None = None) -> dict[str, str]:
     """Read `--key=value`, `--key value`, `--set section.key=value`; the last of equal keys wins.
 
     A key that is true or false may stand alone: `--resume`. `--preset=NAME` stands for the keys of
     that entry of PRESETS.
 
+    Args:
+        words: takes the arguments that are neither flags nor values; None: there must be none.
+
     Raises:
-        ConfigError: an argument has no `--`, a flag has no value, a path in --set is wrong, or a
-            preset is unknown.
+        ConfigError: an argument is no flag where none may be, a flag has no value, a path in --set
+            is wrong, or a preset is unknown.
     """
     flags: dict[str, str] = {}
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise ConfigError(f"'{word}' is no flag: write --key=value")
+            if words is None:
+                raise ConfigError(f"'{word}' is no flag: write --key=value")
+            words.append(word)
+            continue
         key, equals, value = word[2:].partition("=")
         key = ALIASES.get(key, key)
         if not equals:

@@ -18,9 +18,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def set_numerics(precision: str = "fp32") -> None:
+def set_numerics(precision: str = "fp32", threads: int = 0) -> None:
     """Use TF32 in convolutions where the precision is tf32, which is torch's default, and nowhere
-    else. Make cuDNN deterministic, or a resumed run would not come out the same."""
+    else. Make cuDNN deterministic, or a resumed run would not come out the same.
+
+    Args:
+        threads: the number of CPU threads, in whose order sums are taken; 0 leaves it as it is.
+    """
+    if threads:
+        torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
